@@ -1,0 +1,1 @@
+"""SOAP-Net: the few-shot action recognition pipeline around SOAP (arXiv 2407.16344)."""
