@@ -1,0 +1,134 @@
+"""Checkpoints: one file that holds all of a run, written so that a crash or a full disk never harms the old one.
+
+A checkpoint is a dictionary of plain values and tensors, read back with ``weights_only=True``: `format`, `config`
+(nested, as in YAML), `model`, and, where training is to go on, `optimizer`, `scaler` and `progress`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from soap_net.config import Config, from_dict
+from soap_net.errors import UserError
+
+if TYPE_CHECKING:
+    from soap_net.models.soap_net import SOAPNet
+
+FORMAT = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint that can't be read, or that belongs to another model."""
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` to `path` atomically: at any moment `path` is the old file or the whole new one.
+
+    Raises:
+        OSError: the disk is full or the folder can't be written; the file at `path` is then as it was.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _write({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _write(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # PyTorch's zip writer reports a failed write as its own RuntimeError; the cause is the OSError behind it.
+        cause = error.__context__
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable, where the system lets one open a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint; only tensors and plain values are let in, never code.
+
+    Raises:
+        CheckpointError: no such file, truncated, not a checkpoint, or of a newer format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole checkpoint of soap-net ({path.stat().st_size} bytes): truncated, or another format"
+        ) from error
+    if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of soap-net: no config and model in it")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {content['format']}, this version reads format {FORMAT}")
+    return content
+
+
+def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[SOAPNet, Config]:
+    """Rebuilds the model of a checkpoint, in evaluation mode, and the config it was trained with.
+
+    Raises:
+        CheckpointError: see `load`; or its weights don't fit the model that its config describes.
+    """
+    from soap_net.models import build_model
+
+    content = load(path)
+    config = from_dict(content["config"], str(path))
+    weights, config.model.weights = config.model.weights, "random"  # the checkpoint brings them all
+    model = build_model(config.model, config.data.frames)
+    config.model.weights = weights
+    load_weights(model, content["model"], path)
+    return model.to(device).eval(), config
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copies `weights` into `model`.
+
+    Raises:
+        CheckpointError: names or shapes differ; names the first of each and their counts.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    strange = [name for name in weights if name not in own]
+    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} weights missing, first {missing[0]}")
+    if strange:
+        faults.append(f"{len(strange)} unknown, first {strange[0]}")
+    if shapes:
+        name = shapes[0]
+        faults.append(
+            f"{len(shapes)} of another shape, first {name}: {tuple(weights[name].shape)}, "
+            f"expected {tuple(own[name].shape)}"
+        )
+    if faults:
+        raise CheckpointError(f"{path}: checkpoint of another architecture: {'; '.join(faults)}")
+    model.load_state_dict(weights)
