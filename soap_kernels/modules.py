@@ -1,0 +1,223 @@
+"""SOAP and its three parts as modules (arXiv 2407.16344, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from soap_kernels import backends, equations, op, reference
+from soap_kernels.equations import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights
+
+BACKENDS = (*backends.NAMES, "equations")
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected at least 1")
+    return value
+
+
+class _Part(nn.Module):
+    """A part alone: called, x plus its prior."""
+
+    part: str
+    tuple_sizes: tuple[int, ...] = ()
+    backend: str
+
+    def weights(self) -> Weights:
+        raise AttributeError(f"{type(self).__name__} holds no weights")
+
+    def prior(self, x: Tensor) -> Tensor:
+        """The prior alone, differentiable: ``(B, T, 1, H, W)`` for 3DEM, ``(B, T, C, 1, 1)`` for CWEM, x's for HMEM."""
+        return _priors(x, self.weights(), self.tuple_sizes, self.backend)[self.part]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x + prior(x)``, ``(B, T, C, H, W)`` in x's dtype."""
+        w = self.weights()
+        if self.backend == "equations":
+            return equations.soap(x, w, self.tuple_sizes)
+        return op.soap(x, w.flatten(), (self.part,), self.tuple_sizes, backend=self.backend)
+
+
+def _priors(x: Tensor, w: Weights, tuple_sizes: Sequence[int], backend: str) -> dict[str, Tensor]:
+    parts = [p for p, on in zip(PARTS, (w.three_dem, w.cwem, w.hmem), strict=True) if on]
+    frames = x.to(equations.compute_dtype(x))
+    w = reference.cast(w, frames.dtype, parts, len(tuple_sizes))
+    with torch.autocast(x.device.type, enabled=False):
+        return (equations if backend == "equations" else reference).priors(frames, w, tuple_sizes)
+
+
+class ThreeDEM(_Part):
+    """3-Dimension Enhancement Module (Eqns 3-5): a Conv3d over the frames' channel means, sigmoid."""
+
+    part = "3dem"
+
+    def __init__(self, backend: str = "auto") -> None:
+        super().__init__()
+        _check_backend(backend)
+        self.backend = backend
+        self.conv = nn.Conv3d(1, 1, 3, padding=1, bias=False)
+
+    def weights(self) -> Weights:
+        return Weights(ThreeDEMWeights(self.conv.weight), None, None)
+
+
+class CWEM(_Part):
+    """Channel-Wise Enhancement Module (Eqns 6-9): pool, expand, Conv1d over time, squeeze, sigmoid."""
+
+    part = "cwem"
+
+    def __init__(self, channels: int = 3, hidden_channels: int = 16, backend: str = "auto") -> None:
+        super().__init__()
+        _check_backend(backend)
+        _positive("channels", channels)
+        _positive("hidden_channels", hidden_channels)
+        self.backend = backend
+        self.expand = nn.Conv2d(channels, hidden_channels, 1, bias=False)
+        self.temporal = nn.Conv1d(hidden_channels, hidden_channels, 3, padding=1)
+        self.squeeze = nn.Conv2d(hidden_channels, channels, 1, bias=False)
+
+    def weights(self) -> Weights:
+        assert self.temporal.bias is not None
+        w = CWEMWeights(self.expand.weight, self.temporal.weight, self.temporal.bias, self.squeeze.weight)
+        return Weights(None, w, None)
+
+
+class HMEM(_Part):
+    """Hybrid Motion Enhancement Module (Eqns 10-14): differences of frame tuples of several sizes, sigmoid."""
+
+    part = "hmem"
+
+    def __init__(
+        self, frames: int = 8, channels: int = 3, tuple_sizes: Iterable[int] = (1, 2, 3), backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        _check_backend(backend)
+        _positive("channels", channels)
+        self.backend = backend
+        self.tuple_sizes = tuple(sorted(tuple_sizes))
+        op.check_tuple_sizes("HMEM", self.tuple_sizes, frames)
+        planes = [o * channels for o in self.tuple_sizes]
+        self.motion = nn.ModuleList(nn.Conv2d(p, p, 3, padding=1) for p in planes)
+        self.project = nn.ModuleList(nn.Conv2d(p, channels, 1) for p in planes)
+        self.restore = nn.Linear(equations.count_maps(frames, self.tuple_sizes), frames)
+
+    def weights(self) -> Weights:
+        def tensors(convs: nn.ModuleList, name: str) -> list[Tensor]:
+            return [getattr(conv, name) for conv in convs]
+
+        motion = tensors(self.motion, "weight"), tensors(self.motion, "bias")
+        project = tensors(self.project, "weight"), tensors(self.project, "bias")
+        return Weights(None, None, HMEMWeights(*motion, *project, self.restore.weight, self.restore.bias))
+
+
+class SOAP(nn.Module):
+    """SOAP (Eqn 15): frames plus the priors of 3DEM, CWEM and HMEM, in front of any video model.
+
+    Args:
+        frames: T, frames of a clip.
+        channels: C.
+        tuple_sizes: O, HMEM's tuple sizes, each below T.
+        hidden_channels: C_r of CWEM.
+        parts: which of ``("3dem", "cwem", "hmem")`` are on; ``()`` is the identity.
+        variant: ``"paper"``, the equations of the paper.
+        backend: ``"auto"`` takes the best present for the input's device; else the name of one (``"equations"``, the
+            unfolded oracle, included).
+        precision: ``"default"``, ``"strict"`` or ``"fast"``, see :func:`soap_kernels.op.soap`.
+        normalize: per-channel (mean, std) in units of 0..1: the input is uint8 frames, normalised on the way in.
+        out_dtype: of the output; x's by default, fp32 for uint8 frames.
+        out_channels_last: ``y.flatten(0, 1)`` comes out channels_last.
+
+    Raises:
+        ValueError: an impossible setting; the text names it.
+    """
+
+    def __init__(
+        self,
+        frames: int = 8,
+        channels: int = 3,
+        tuple_sizes: Iterable[int] = (1, 2, 3),
+        hidden_channels: int = 16,
+        parts: Iterable[str] = PARTS,
+        variant: str = "paper",
+        backend: str = "auto",
+        precision: str = "default",
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        out_dtype: torch.dtype | None = None,
+        out_channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        chosen = tuple(parts)
+        if unknown := sorted(set(chosen) - set(PARTS)):
+            raise ValueError(f"parts holds {unknown[0]!r}, expected some of {', '.join(PARTS)}")
+        if variant != "paper":
+            raise ValueError(f"variant is {variant!r}, expected 'paper'")
+        if precision not in backends.PRECISIONS:
+            raise ValueError(f"precision is {precision!r}, expected one of {', '.join(backends.PRECISIONS)}")
+        _check_backend(backend)
+        self.frames, self.channels = _positive("frames", frames), _positive("channels", channels)
+        self.tuple_sizes = tuple(sorted(tuple_sizes))
+        self.parts = tuple(p for p in PARTS if p in chosen)
+        self.variant, self.backend, self.precision = variant, backend, precision
+        self.normalize, self.out_dtype, self.out_channels_last = normalize, out_dtype, out_channels_last
+        if "3dem" in self.parts:
+            self.three_dem = ThreeDEM(backend)
+        if "cwem" in self.parts:
+            self.cwem = CWEM(channels, hidden_channels, backend)
+        if "hmem" in self.parts:
+            self.hmem = HMEM(frames, channels, self.tuple_sizes, backend)
+
+    def weights(self) -> Weights:
+        return Weights(
+            self.three_dem.weights().three_dem if "3dem" in self.parts else None,
+            self.cwem.weights().cwem if "cwem" in self.parts else None,
+            self.hmem.weights().hmem if "hmem" in self.parts else None,
+        )
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 5 or x.shape[1] != self.frames or x.shape[2] != self.channels:
+            raise ValueError(
+                f"SOAP: x has shape {tuple(x.shape)}, expected (B, T, C, H, W) with T = {self.frames} frames"
+                f" and C = {self.channels} channels"
+            )
+
+    def priors(self, x: Tensor) -> dict[str, Tensor]:
+        """The prior of each part that is on, by its name, broadcastable to x; differentiable. For plots and study."""
+        self._check(x)
+        mean, std = self.normalize or (None, None)
+        return _priors(equations.as_float(x, mean, std), self.weights(), self.tuple_sizes, self.backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, T, C, H, W)`` in, the same out: x (normalised if uint8) plus the priors."""
+        self._check(x)
+        if self.backend == "equations":
+            mean, std = self.normalize or (None, None)
+            frames = x if self.normalize is None else equations.as_float(x, mean, std)
+            y = equations.soap(frames, self.weights(), self.tuple_sizes)
+            return equations.as_output(y, self.out_dtype or frames.dtype, self.out_channels_last)
+        if not self.parts and self.normalize is None and self.out_dtype is None and not self.out_channels_last:
+            return x
+        return op.soap(
+            x,
+            self.weights().flatten(),
+            self.parts,
+            self.tuple_sizes,
+            self.precision,
+            self.normalize,
+            self.out_dtype,
+            self.out_channels_last,
+            self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"frames={self.frames}, channels={self.channels}, tuple_sizes={self.tuple_sizes}, parts={self.parts},"
+            f" variant={self.variant!r}, backend={self.backend!r}"
+        )

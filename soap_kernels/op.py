@@ -1,0 +1,517 @@
+"""The ops: schemas, checks, shapes (fake), autograd and autocast, once for all backends.
+
+They exist in ``torch.ops.soap_kernels`` without any extension. Each takes the name of a backend, looks it up in
+:mod:`soap_kernels.backends` and hands over checked arguments. ``soap`` is one node in the graph and saves for backward
+nothing but x, the weights and what ``prepare`` left (a few KB): backward recomputes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soap_kernels import backends
+from soap_kernels.backends import Backend, Fusion, Options
+from soap_kernels.equations import PARTS, Weights, compute_dtype, count_maps, count_weights
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_library = torch.library.Library("soap_kernels", "DEF")
+_library.define(
+    "soap(Tensor x, Tensor[] weights, str[] parts, int[] tuple_sizes, str precision, float[]? mean, float[]? std,"
+    " ScalarType? out_dtype, bool out_channels_last, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "soap_backward(Tensor grad, Tensor x, Tensor prepared, Tensor[] weights, str[] parts, int[] tuple_sizes,"
+    " str precision, float[]? mean, float[]? std, bool needs_x, bool needs_weights, str backend)"
+    " -> (Tensor, Tensor[])"
+)
+_library.define("window_sums(Tensor x, str backend) -> Tensor")
+_library.define("window_sums_backward(Tensor grad, Tensor x, str backend) -> Tensor")
+_library.define(
+    "fuse_priors(Tensor x, Tensor? stencil, Tensor? gate, Tensor? weight, Tensor? bias, bool multiplicative,"
+    " float offset, bool interleaved, str precision, str backend) -> Tensor"
+)
+_library.define(
+    "fuse_priors_backward(Tensor grad, Tensor x, Tensor? stencil, Tensor? gate, Tensor? weight, Tensor? bias,"
+    " bool multiplicative, float offset, bool interleaved, str precision, bool[] needs, str backend) -> Tensor[]"
+)
+
+
+class _without_autocast:
+    """Autocast off inside an op: y has x's dtype under autocast too, and accumulation stays in fp32."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.off = torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else None
+
+    def __enter__(self) -> None:
+        if self.off:
+            self.off.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.off:
+            self.off.__exit__(*error)
+
+
+def _shape(t: Tensor) -> str:
+    return f"shape {tuple(t.shape)}"
+
+
+def _check_frames(op: str, x: Tensor, rank: int, layout: str, dtypes: Sequence[torch.dtype]) -> None:
+    if x.dim() != rank:
+        raise ValueError(f"{op}: x has {_shape(x)}, expected {layout}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: x has dtype {str(x.dtype).removeprefix('torch.')}, expected one of {names}")
+
+
+def _check_weight(op: str, name: str, w: Tensor, shape: Sequence[Any], x: Tensor) -> None:
+    if tuple(w.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has {_shape(w)}, expected {tuple(shape)} for x with {_shape(x)}")
+    if w.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {w.dtype}, expected a floating one")
+    if w.device != x.device:
+        raise ValueError(f"{op}: {name} is on {w.device}, x on {x.device}")
+
+
+def _check_precision(op: str, precision: str) -> None:
+    if precision not in backends.PRECISIONS:
+        raise ValueError(f"{op}: precision is {precision!r}, expected one of {', '.join(backends.PRECISIONS)}")
+
+
+def check_tuple_sizes(op: str, tuple_sizes: Sequence[int], frames: int) -> None:
+    """Raises ValueError unless the sizes are distinct, ascending, at least 1 and below the number of frames."""
+    if not tuple_sizes or list(tuple_sizes) != sorted(set(tuple_sizes)) or min(tuple_sizes) < 1:
+        raise ValueError(f"{op}: tuple_sizes is {tuple(tuple_sizes)}, expected distinct ascending sizes of at least 1")
+    if max(tuple_sizes) >= frames:
+        raise ValueError(
+            f"{op}: tuple_sizes is {tuple(tuple_sizes)}, expected sizes below the {frames} frames of a clip,"
+            " since a tuple's difference needs the tuple after it"
+        )
+
+
+def _check_soap(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    parts: Sequence[str],
+    tuple_sizes: Sequence[int],
+    precision: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    out_dtype: torch.dtype | None,
+    out_channels_last: bool,
+) -> Options:
+    if (mean is None) != (std is None):
+        raise ValueError("soap: mean and std go together, one of them is None")
+    if mean is None:
+        if x.dtype == torch.uint8:
+            raise TypeError("soap: x has dtype uint8, which needs mean and std (normalize=) to become floating frames")
+        _check_frames("soap", x, 5, "(B, T, C, H, W)", FLOATS)
+    else:
+        _check_frames("soap", x, 5, "(B, T, C, H, W)", (torch.uint8,))
+    frames, channels = x.shape[1], x.shape[2]
+    if mean is not None and std is not None and not len(mean) == len(std) == channels:
+        raise ValueError(
+            f"soap: mean has {len(mean)} and std {len(std)} entries, expected one per channel of x with {_shape(x)}"
+        )
+    if list(parts) != [p for p in PARTS if p in parts]:
+        raise ValueError(f"soap: parts is {tuple(parts)}, expected some of {PARTS}, in this order")
+    if out_dtype is not None and out_dtype not in FLOATS:
+        raise TypeError(f"soap: out_dtype is {out_dtype}, expected a floating dtype")
+    _check_precision("soap", precision)
+    if "hmem" in parts:
+        check_tuple_sizes("soap", tuple_sizes, frames)
+    if len(weights) != count_weights(parts, len(tuple_sizes)):
+        raise ValueError(
+            f"soap: weights holds {len(weights)} tensors, expected {count_weights(parts, len(tuple_sizes))}"
+            f" for parts {tuple(parts)} and {len(tuple_sizes)} tuple sizes"
+        )
+    w = Weights.unflatten(weights, parts, len(tuple_sizes))
+    if w.three_dem:
+        _check_weight("soap", "three_dem.conv.weight", w.three_dem.conv, (1, 1, 3, 3, 3), x)
+    if w.cwem:
+        hidden = w.cwem.expand.shape[0]
+        _check_weight("soap", "cwem.expand.weight", w.cwem.expand, (hidden, channels, 1, 1), x)
+        _check_weight("soap", "cwem.temporal.weight", w.cwem.temporal, (hidden, hidden, 3), x)
+        _check_weight("soap", "cwem.temporal.bias", w.cwem.temporal_bias, (hidden,), x)
+        _check_weight("soap", "cwem.squeeze.weight", w.cwem.squeeze, (channels, hidden, 1, 1), x)
+    if w.hmem:
+        for k, o in enumerate(tuple_sizes):
+            planes = o * channels
+            _check_weight("soap", f"hmem.motion.{k}.weight", w.hmem.motion[k], (planes, planes, 3, 3), x)
+            _check_weight("soap", f"hmem.motion.{k}.bias", w.hmem.motion_bias[k], (planes,), x)
+            _check_weight("soap", f"hmem.project.{k}.weight", w.hmem.project[k], (channels, planes, 1, 1), x)
+            _check_weight("soap", f"hmem.project.{k}.bias", w.hmem.project_bias[k], (channels,), x)
+        maps = count_maps(frames, tuple_sizes)
+        _check_weight("soap", "hmem.restore.weight", w.hmem.restore, (frames, maps), x)
+        _check_weight("soap", "hmem.restore.bias", w.hmem.restore_bias, (frames,), x)
+    return Options(
+        tuple(parts),
+        tuple(tuple_sizes),
+        precision,
+        None if mean is None else tuple(mean),
+        None if std is None else tuple(std),
+        out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype),
+        out_channels_last,
+    )
+
+
+@torch.library.impl("soap_kernels::soap", "CompositeExplicitAutograd", lib=_library)
+def _soap(
+    x: Tensor,
+    weights: list[Tensor],
+    parts: list[str],
+    tuple_sizes: list[int],
+    precision: str,
+    mean: list[float] | None,
+    std: list[float] | None,
+    out_dtype: torch.dtype | None,
+    out_channels_last: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    options = _check_soap(x, weights, parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last)
+    with _without_autocast(x):
+        return backends.choose(backend, x).soap_forward(x, weights, options)
+
+
+def _empty_frames(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return x.new_empty(x.shape, dtype=dtype)
+    b, t, c, height, width = x.shape
+    return x.new_empty((b, t, height, width, c), dtype=dtype).movedim(-1, 2)
+
+
+@torch.library.register_fake("soap_kernels::soap", lib=_library)
+def _soap_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    parts: list[str],
+    tuple_sizes: list[int],
+    precision: str,
+    mean: list[float] | None,
+    std: list[float] | None,
+    out_dtype: torch.dtype | None,
+    out_channels_last: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    options = _check_soap(x, weights, parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last)
+    prepared = backends.choose(backend, x).prepared_numel(x, options)
+    return _empty_frames(x, options.out_dtype, out_channels_last), x.new_empty(prepared, dtype=torch.float32)
+
+
+@torch.library.impl("soap_kernels::soap_backward", "CompositeExplicitAutograd", lib=_library)
+def _soap_backward(
+    grad: Tensor,
+    x: Tensor,
+    prepared: Tensor,
+    weights: list[Tensor],
+    parts: list[str],
+    tuple_sizes: list[int],
+    precision: str,
+    mean: list[float] | None,
+    std: list[float] | None,
+    needs_x: bool,
+    needs_weights: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    if grad.shape != x.shape:
+        raise ValueError(f"soap_backward: grad has {_shape(grad)}, expected x's {tuple(x.shape)}")
+    options = _check_soap(x, weights, parts, tuple_sizes, precision, mean, std, grad.dtype, False)
+    with _without_autocast(x):
+        return backends.choose(backend, x).soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
+
+
+@torch.library.register_fake("soap_kernels::soap_backward", lib=_library)
+def _soap_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    prepared: Tensor,
+    weights: list[Tensor],
+    parts: list[str],
+    tuple_sizes: list[int],
+    precision: str,
+    mean: list[float] | None,
+    std: list[float] | None,
+    needs_x: bool,
+    needs_weights: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    dx = x.new_empty(x.shape) if needs_x else x.new_empty(0)
+    return dx, [w.new_empty(w.shape) for w in weights] if needs_weights else []
+
+
+def _soap_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weights, parts, tuple_sizes, precision, mean, std, _, _, backend = inputs
+    ctx.save_for_backward(x, output[1], *weights)
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = (parts, tuple_sizes, precision, mean, std)
+    ctx.backend = backend
+
+
+def _soap_autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    x, prepared, *weights = ctx.saved_tensors
+    needs_x, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
+    dx, dweights = torch.ops.soap_kernels.soap_backward(
+        grad, x, prepared, weights, *ctx.settings, needs_x, needs_weights, ctx.backend
+    )
+    return dx if needs_x else None, dweights if needs_weights else [None] * len(weights), *[None] * 8
+
+
+def _check_window_sums(x: Tensor) -> None:
+    _check_frames("window_sums", x, 4, "(N, C, H, W)", FLOATS)
+
+
+@torch.library.impl("soap_kernels::window_sums", "CompositeExplicitAutograd", lib=_library)
+def _window_sums(x: Tensor, backend: str) -> Tensor:
+    _check_window_sums(x)
+    with _without_autocast(x):
+        return backends.choose(backend, x).window_sums(x)
+
+
+@torch.library.register_fake("soap_kernels::window_sums", lib=_library)
+def _window_sums_fake(x: Tensor, backend: str) -> Tensor:
+    _check_window_sums(x)
+    return x.new_empty((*x.shape[:2], 3, 3), dtype=compute_dtype(x))
+
+
+@torch.library.impl("soap_kernels::window_sums_backward", "CompositeExplicitAutograd", lib=_library)
+def _window_sums_backward(grad: Tensor, x: Tensor, backend: str) -> Tensor:
+    with _without_autocast(x):
+        return backends.choose(backend, x).window_sums_backward(grad, x)
+
+
+@torch.library.register_fake("soap_kernels::window_sums_backward", lib=_library)
+def _window_sums_backward_fake(grad: Tensor, x: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _window_sums_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.backend = inputs
+    ctx.save_for_backward(x)
+
+
+def _window_sums_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    return torch.ops.soap_kernels.window_sums_backward(grad, x, ctx.backend), None
+
+
+def _check_fusion(
+    x: Tensor,
+    stencil: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fusion: Fusion,
+) -> None:
+    _check_frames("fuse_priors", x, 5, "(B, T, C, H, W)", FLOATS)
+    _check_precision("fuse_priors", fusion.precision)
+    b, t, c = x.shape[:3]
+    if bias is not None and weight is None:
+        raise ValueError("fuse_priors: bias is given without weight")
+    given = (
+        ("stencil", stencil, (1, 1, 3, 3, 3)),
+        ("gate", gate, (b, t, c)),
+        ("weight", weight, (t * c, t * c, 3, 3)),
+        ("bias", bias, (t * c,)),
+    )
+    for name, tensor, shape in given:
+        if tensor is not None:
+            _check_weight("fuse_priors", name, tensor, shape, x)
+
+
+@torch.library.impl("soap_kernels::fuse_priors", "CompositeExplicitAutograd", lib=_library)
+def _fuse_priors(
+    x: Tensor,
+    stencil: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    multiplicative: bool,
+    offset: float,
+    interleaved: bool,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    fusion = Fusion(multiplicative, offset, interleaved, precision)
+    _check_fusion(x, stencil, gate, weight, bias, fusion)
+    with _without_autocast(x):
+        return backends.choose(backend, x).fuse_priors(x, stencil, gate, weight, bias, fusion)
+
+
+@torch.library.register_fake("soap_kernels::fuse_priors", lib=_library)
+def _fuse_priors_fake(
+    x: Tensor,
+    stencil: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    multiplicative: bool,
+    offset: float,
+    interleaved: bool,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    _check_fusion(x, stencil, gate, weight, bias, Fusion(multiplicative, offset, interleaved, precision))
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl("soap_kernels::fuse_priors_backward", "CompositeExplicitAutograd", lib=_library)
+def _fuse_priors_backward(
+    grad: Tensor,
+    x: Tensor,
+    stencil: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    multiplicative: bool,
+    offset: float,
+    interleaved: bool,
+    precision: str,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    fusion = Fusion(multiplicative, offset, interleaved, precision)
+    chosen: Backend = backends.choose(backend, x)
+    with _without_autocast(x):
+        return chosen.fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
+
+
+@torch.library.register_fake("soap_kernels::fuse_priors_backward", lib=_library)
+def _fuse_priors_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    stencil: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    multiplicative: bool,
+    offset: float,
+    interleaved: bool,
+    precision: str,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    given = (x, stencil, gate, weight, bias)
+    return [
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in zip(given, needs, strict=True)
+    ]
+
+
+def _fuse_priors_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings, ctx.backend = inputs[5:9], inputs[9]
+
+
+def _fuse_priors_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    found = torch.ops.soap_kernels.fuse_priors_backward(grad, *ctx.saved_tensors, *ctx.settings, needs, ctx.backend)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 5
+
+
+def _refuse_double_backward(op: str) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{op} has no second derivative: its backward recomputes what it needs and is itself not differentiable;"
+            ' use backend="equations" for double backward'
+        )
+
+    torch.library.register_autograd(f"soap_kernels::{op}_backward", refuse, setup_context=setup, lib=_library)
+
+
+torch.library.register_autograd("soap_kernels::soap", _soap_autograd, setup_context=_soap_setup, lib=_library)
+torch.library.register_autograd(
+    "soap_kernels::window_sums", _window_sums_autograd, setup_context=_window_sums_setup, lib=_library
+)
+torch.library.register_autograd(
+    "soap_kernels::fuse_priors", _fuse_priors_autograd, setup_context=_fuse_priors_setup, lib=_library
+)
+for _name in ("soap", "window_sums", "fuse_priors"):
+    _refuse_double_backward(_name)
+
+
+def soap(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    parts: Sequence[str] = PARTS,
+    tuple_sizes: Sequence[int] = (1, 2, 3),
+    precision: str = "default",
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_channels_last: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """``x`` plus SOAP's priors (Eqn 15), as one op.
+
+    Args:
+        x: frames ``(B, T, C, H, W)``: fp32, fp16, bf16 or fp64, any strides; or uint8 with ``normalize``.
+        weights: the tensors of the parts that are on, in state_dict order (see ``Weights``), any floating dtype.
+        parts: which of ``("3dem", "cwem", "hmem")``, in this order.
+        tuple_sizes: O, ascending.
+        precision: ``"default"``; ``"strict"``, an ordinary fp32 convolution's error; ``"fast"``, GPUs may use TF32.
+        normalize: per-channel (mean, std) in units of 0..1, for uint8 frames.
+        out_dtype: of y; x's by default, fp32 for uint8 frames.
+        out_channels_last: y such that ``y.flatten(0, 1)`` is channels_last; else contiguous.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, device or dtype; the text names it.
+        RuntimeError: the backend asked for is absent; the text says why.
+    """
+    mean, std = (None, None) if normalize is None else (list(normalize[0]), list(normalize[1]))
+    y, _ = torch.ops.soap_kernels.soap(
+        x, list(weights), list(parts), list(tuple_sizes), precision, mean, std, out_dtype, out_channels_last, backend
+    )
+    return y
+
+
+def window_sums(x: Tensor, backend: str = "auto") -> Tensor:
+    """What each tap of a zero-padded 3x3 conv sees of a plane, summed: all that a conv before a global average needs.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        backend: as in :func:`soap`.
+
+    Returns:
+        ``(N, C, 3, 3)``, fp32 (fp64 for fp64): the total, less a border row or column, plus a corner.
+    """
+    return torch.ops.soap_kernels.window_sums(x, backend)
+
+
+def fuse_priors(
+    x: Tensor,
+    stencil: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    multiplicative: bool = False,
+    offset: float = 1.0,
+    interleaved: bool = False,
+    precision: str = "default",
+    backend: str = "auto",
+) -> Tensor:
+    """``x + s(stencil) + gate + s(conv)``, or ``x * (offset + the same sum)``; a prior not given is left out.
+
+    Args:
+        x: ``(B, T, C, H, W)``.
+        stencil: ``(1, 1, 3, 3, 3)``, on the channel means (3DEM).
+        gate: ``(B, T, C)``, after its sigmoid.
+        weight: ``(TC, TC, 3, 3)`` between frame-major planes ``t * C + c``, zero padding 1.
+        bias: ``(TC,)``.
+        multiplicative: the second form. ``offset`` matters to it alone.
+        interleaved: slot t of the stencil averages planes t, T + t, 2T + t, ... of the (frame, channel) list, as the
+            authors' release does, instead of frame t's channels.
+        precision: as in :func:`soap`.
+        backend: as in :func:`soap`.
+
+    Returns:
+        Like x, contiguous.
+    """
+    return torch.ops.soap_kernels.fuse_priors(
+        x, stencil, gate, weight, bias, multiplicative, offset, interleaved, precision, backend
+    )

@@ -1,0 +1,284 @@
+"""SOAP folded, in plain PyTorch: the backend that is always there, on every device and in every dtype.
+
+``soap`` is differentiable as it stands. The backend's own backward recomputes what it needs from x instead of saving
+it, in the same stages as the native ones: prepare, fuse; sweep, finish. (reduce belongs to those that split the sweep.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from soap_kernels.backends import Fusion, Options
+from soap_kernels.equations import ThreeDEMWeights, Weights, as_float, as_output, compute_dtype
+from soap_kernels.fold import (
+    fold_cwem,
+    fold_hmem,
+    fold_three_dem,
+    unfold_cwem,
+    unfold_hmem,
+    unfold_three_dem,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``fuse`` needs beside the frames; None for a part that is off."""
+
+    rows: Tensor | None  # 3DEM as a conv between frames of channel means, (T, T, 3, 3)
+    gate: Tensor | None  # CWEM's prior, (B, T, C)
+    weight: Tensor | None  # HMEM folded, (TC, TC, 3, 3)
+    bias: Tensor | None  # (TC,)
+
+
+def cast(weights: Weights, dtype: torch.dtype, parts: Sequence[str], sizes: int) -> Weights:
+    return Weights.unflatten([w.to(dtype) for w in weights.flatten()], parts, sizes)
+
+
+def cwem_gate(means: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """CWEM's prior ``(B, T, C)`` from the plane means ``(B, T, C)`` and its folded weights."""
+    padded = F.pad(means, (0, 0, 1, 1))
+    return torch.sigmoid(bias + sum(padded[:, k : k + means.shape[1]] @ taps[k].T for k in range(3)))
+
+
+def channel_means(x: Tensor, interleaved: bool = False) -> Tensor:
+    """``(B, T, H, W)``: frame t's mean over its channels; interleaved, the mean of planes t, T + t, 2T + t, ..."""
+    if interleaved:
+        b, t, c, height, width = x.shape
+        return x.reshape(b, c, t, height, width).mean(1)
+    return x.mean(2)
+
+
+def prepare(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> Prepared:
+    rows = fold_three_dem(weights.three_dem, x.shape[1]) if weights.three_dem else None
+    gate = cwem_gate(x.mean((3, 4)), *fold_cwem(weights.cwem)) if weights.cwem else None
+    weight, bias = fold_hmem(weights.hmem, tuple_sizes) if weights.hmem else (None, None)
+    return Prepared(rows, gate, weight, bias)
+
+
+def stencil_prior(x: Tensor, rows: Tensor, interleaved: bool = False) -> Tensor:
+    """3DEM's prior ``(B, T, H, W)``."""
+    return torch.sigmoid(F.conv2d(channel_means(x, interleaved), rows, padding=1))
+
+
+def conv_prior(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """HMEM's prior ``(B, T, C, H, W)``."""
+    return torch.sigmoid(F.conv2d(x.flatten(1, 2), weight, bias, padding=1)).view(x.shape)
+
+
+def fuse(
+    x: Tensor, p: Prepared, multiplicative: bool = False, offset: float = 1.0, interleaved: bool = False
+) -> Tensor:
+    total: Tensor | float = 0.0
+    if p.weight is not None:
+        total = conv_prior(x, p.weight, p.bias) + total
+    if p.rows is not None:
+        total = stencil_prior(x, p.rows, interleaved)[:, :, None] + total
+    if p.gate is not None:
+        total = p.gate[..., None, None] + total
+    return x * (offset + total) if multiplicative else x + total
+
+
+def priors(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> dict[str, Tensor]:
+    """The prior of each part that is on, by the part's name, in the shapes of :mod:`soap_kernels.equations`."""
+    p = prepare(x, weights, tuple_sizes)
+    found = {}
+    if p.rows is not None:
+        found["3dem"] = stencil_prior(x, p.rows)[:, :, None]
+    if p.gate is not None:
+        found["cwem"] = p.gate[..., None, None]
+    if p.weight is not None:
+        found["hmem"] = conv_prior(x, p.weight, p.bias)
+    return found
+
+
+def soap(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> Tensor:
+    """``x`` plus the priors of the parts that are on: :func:`soap_kernels.equations.soap`, folded. Differentiable."""
+    return fuse(x, prepare(x, weights, tuple_sizes))
+
+
+def _sweep(
+    grad: Tensor,
+    x: Tensor,
+    p: Prepared,
+    needs_x: bool,
+    needs_weights: bool,
+    multiplicative: bool = False,
+    offset: float = 1.0,
+    interleaved: bool = False,
+) -> tuple[Tensor | None, Prepared]:
+    """One pass over x and the incoming gradient: dx without CWEM's pool, and the gradients of all that is prepared."""
+    b, t, c, height, width = x.shape
+    upstream = grad * x if multiplicative else grad
+    dx = None
+    if needs_x:
+        dx = grad * offset if multiplicative else grad.clone()
+    drows = dgate = dweight = dbias = None
+
+    def through_conv(dz: Tensor, planes: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not needs_x and not needs_weights:
+            return dz, None
+        geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        back, dkernel, _ = torch.ops.aten.convolution_backward(
+            dz, planes, kernel, None, *geometry, (needs_x, needs_weights, False)
+        )
+        return back, dkernel
+
+    if p.weight is not None:
+        s = conv_prior(x, p.weight, p.bias)
+        dz = (upstream * s * (1 - s)).flatten(1, 2)
+        back, dweight = through_conv(dz, x.flatten(1, 2), p.weight)
+        dbias = dz.sum((0, 2, 3))
+        if dx is not None:
+            dx = dx + back.view(x.shape) + (grad * s if multiplicative else 0)
+    if p.rows is not None:
+        s = stencil_prior(x, p.rows, interleaved)
+        dz = upstream.sum(2) * s * (1 - s)
+        back, drows = through_conv(dz, channel_means(x, interleaved), p.rows)
+        if dx is not None:
+            shared = back[:, None].expand(b, c, t, height, width) / c
+            dx = dx + (shared.reshape(x.shape) if interleaved else shared.transpose(1, 2))
+            dx = dx + (grad * s[:, :, None] if multiplicative else 0)
+    if p.gate is not None:
+        dgate = upstream.sum((3, 4))
+        if dx is not None and multiplicative:
+            dx = dx + grad * p.gate[..., None, None]
+    return dx, Prepared(drows, dgate, dweight, dbias)
+
+
+def _finish_gate(x: Tensor, gate: Tensor, dgate: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gate's gradient to those of the plane means, the folded taps and the folded bias of CWEM."""
+    t = x.shape[1]
+    dz = dgate * gate * (1 - gate)
+    padded = F.pad(x.mean((3, 4)), (0, 0, 1, 1))
+    dtaps = torch.stack([torch.einsum("btp,btq->pq", dz, padded[:, k : k + t]) for k in range(3)])
+    around = F.pad(dz, (0, 0, 1, 1))
+    dmeans = torch.stack([around[:, 2 - k : 2 - k + t] @ taps[k] for k in range(3)]).sum(0)
+    return dmeans, dtaps, dz.sum((0, 1))
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def why_absent(self, device: torch.device) -> str | None:
+        return None
+
+    def prepared_numel(self, x: Tensor, options: Options) -> int:
+        return 0
+
+    def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
+        frames = as_float(x, options.mean, options.std)
+        sizes = len(options.tuple_sizes)
+        folded = cast(Weights.unflatten(weights, options.parts, sizes), frames.dtype, options.parts, sizes)
+        y = as_output(soap(frames, folded, options.tuple_sizes), options.out_dtype, options.out_channels_last)
+        # An op may not return its own input, which is what y is when no part is on.
+        return y.clone() if y.data_ptr() == x.data_ptr() else y, x.new_empty(0, dtype=torch.float32)
+
+    def soap_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        prepared: Tensor,
+        weights: Sequence[Tensor],
+        options: Options,
+        needs_x: bool,
+        needs_weights: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        frames = as_float(x, options.mean, options.std)
+        sizes = len(options.tuple_sizes)
+        w = cast(Weights.unflatten(weights, options.parts, sizes), frames.dtype, options.parts, sizes)
+        p = prepare(frames, w, options.tuple_sizes)
+        dx, d = _sweep(grad.to(frames.dtype), frames, p, needs_x, needs_weights)
+        dthree = dcwem = dhmem = None
+        if w.cwem and p.gate is not None and d.gate is not None:
+            dmeans, dtaps, dbias = _finish_gate(frames, p.gate, d.gate, fold_cwem(w.cwem)[0])
+            dcwem = unfold_cwem(w.cwem, dtaps, dbias)
+            if dx is not None:
+                dx = dx + dmeans[..., None, None] / (x.shape[3] * x.shape[4])
+        dweights: list[Tensor] = []
+        if needs_weights:
+            if w.hmem and d.weight is not None and d.bias is not None:
+                dhmem = unfold_hmem(w.hmem, options.tuple_sizes, d.weight, d.bias)
+            if d.rows is not None:
+                dthree = unfold_three_dem(d.rows)
+            gradients = Weights(dthree, dcwem, dhmem).flatten()
+            dweights = [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)]
+        return x.new_empty(0) if dx is None else dx.to(x.dtype).contiguous(), dweights
+
+    def window_sums(self, x: Tensor) -> Tensor:
+        v = x.to(compute_dtype(x))
+        height, width = v.shape[2:]
+        # What tap i of a zero-padded 3x3 conv sees of the rows: all but the last, all, all but the first.
+        rows = [v[:, :, : height - 1].sum(2), v.sum(2), v[:, :, 1:].sum(2)]
+        sums = [[r[..., : width - 1].sum(-1), r.sum(-1), r[..., 1:].sum(-1)] for r in rows]
+        return torch.stack([torch.stack(s, -1) for s in sums], -2)
+
+    def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        dx = grad.sum((2, 3))[..., None, None].expand(x.shape).clone()
+        dx[:, :, -1] -= grad[:, :, 0].sum(-1)[..., None]
+        dx[:, :, 0] -= grad[:, :, 2].sum(-1)[..., None]
+        dx[..., -1] -= grad[..., 0].sum(-1)[..., None]
+        dx[..., 0] -= grad[..., 2].sum(-1)[..., None]
+        for i, row in ((0, -1), (2, 0)):
+            for j, column in ((0, -1), (2, 0)):
+                dx[:, :, row, column] += grad[:, :, i, j]
+        return dx.to(x.dtype)
+
+    def fuse_priors(
+        self,
+        x: Tensor,
+        stencil: Tensor | None,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        fusion: Fusion,
+    ) -> Tensor:
+        frames = x.to(compute_dtype(x))
+        p = self._given(frames, stencil, gate, weight, bias)
+        y = fuse(frames, p, fusion.multiplicative, fusion.offset, fusion.interleaved)
+        return y.to(x.dtype).contiguous() if y is not x else x.clone(memory_format=torch.contiguous_format)
+
+    def fuse_priors_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        stencil: Tensor | None,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        fusion: Fusion,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        frames = x.to(compute_dtype(x))
+        p = self._given(frames, stencil, gate, weight, bias)
+        dx, d = _sweep(
+            grad.to(frames.dtype),
+            frames,
+            p,
+            needs[0],
+            needs[1] or needs[3],
+            fusion.multiplicative,
+            fusion.offset,
+            fusion.interleaved,
+        )
+        dstencil = None if d.rows is None else unfold_three_dem(d.rows).conv
+        found = (dx, dstencil, d.gate, d.weight, d.bias)
+        return [
+            g.to(like.dtype).contiguous() if need and g is not None and like is not None else x.new_empty(0)
+            for g, like, need in zip(found, (x, stencil, gate, weight, bias), needs, strict=True)
+        ]
+
+    @staticmethod
+    def _given(
+        x: Tensor, stencil: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Prepared:
+        rows = None if stencil is None else fold_three_dem(ThreeDEMWeights(stencil.to(x.dtype)), x.shape[1])
+        cast_to = [None if v is None else v.to(x.dtype) for v in (gate, weight, bias)]
+        return Prepared(rows, *cast_to)
+
+
+BACKEND = ReferenceBackend()
