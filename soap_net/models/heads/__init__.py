@@ -1,0 +1,44 @@
+"""Few-shot heads by name. Each takes frame features only, so evaluation may compute features once per clip."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from soap_net.errors import UserError
+from soap_net.models.heads.base import Classes, FewShotHead, Positions, group_by_class
+from soap_net.models.heads.soap import SOAPHead
+from soap_net.models.heads.trx import TRXHead
+
+HEADS: dict[str, type[FewShotHead]] = {
+    "soap": SOAPHead,
+    "trx": TRXHead,
+}
+
+__all__ = ["HEADS", "Classes", "FewShotHead", "Positions", "SOAPHead", "TRXHead", "build_head", "group_by_class"]
+
+
+def build_head(name: str, dim: int, frames: int, **options: Any) -> FewShotHead:
+    """Build the head ``name`` for ``frames`` frames of ``dim`` features, with its own ``options``.
+
+    Raises:
+        UserError: an unknown head or option (naming the nearest), or a value the head refuses.
+    """
+    if name not in HEADS:
+        raise UserError(f"unknown head {name!r}{_nearest(name, HEADS)} (known: {', '.join(HEADS)})")
+    known = list(inspect.signature(HEADS[name]).parameters)[2:]
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"head {name} has no option {option!r}{_nearest(option, known)} (known: {', '.join(known) or 'none'})"
+            )
+    try:
+        return HEADS[name](dim, frames, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"head {name}: {error}") from error
+
+
+def _nearest(name: str, known: Any) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -1,0 +1,130 @@
+"""What all few-shot heads share: their interface, the grouping of supports by class, positions in time."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from soap_net.errors import UserError
+
+
+class Classes(NamedTuple):
+    """The supports of an episode by class, padded to the class with the most shots.
+
+    ``shots`` (way, K) int64 picks supports (padding picks support 0); ``present`` (way, K) bool tells which are real.
+    """
+
+    shots: Tensor
+    present: Tensor
+
+    def mean(self, per_support: Tensor, dim: int = 0) -> Tensor:
+        """Mean over each class's shots: dimension ``dim`` of size S becomes one of size way."""
+        weight = self.one_hot(per_support.shape[dim]).to(per_support.dtype)
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        return (per_support.movedim(dim, -1) @ weight.T).movedim(-1, dim)
+
+    def one_hot(self, supports: int) -> Tensor:
+        """``(way, S)`` bool: which support belongs to which class."""
+        member = torch.zeros(len(self.shots), supports, dtype=torch.int64, device=self.shots.device)
+        return member.scatter_add(1, self.shots, self.present.long()) > 0
+
+
+def group_by_class(labels: Tensor, way: int) -> Classes:
+    """Group supports by class, whatever their order and however many shots each class has.
+
+    Raises:
+        UserError: a label out of ``0 .. way - 1``, or a class without a support.
+    """
+    if way < 1 or len(labels) < way:
+        raise UserError(f"{way} classes can't be told from {len(labels)} supports: each needs at least one")
+    counts = (labels == torch.arange(way, device=labels.device)[:, None]).sum(dim=1)
+    # One wait for the device, whatever the outcome.
+    fewest, most, total = torch.stack([counts.min(), counts.max(), counts.sum()]).tolist()
+    if total != len(labels):
+        raise UserError(f"support labels run from {int(labels.min())} to {int(labels.max())}, expected 0 to {way - 1}")
+    if fewest == 0:
+        raise UserError(f"class {int(counts.argmin())} of {way} has no support")
+    order = labels.argsort(stable=True)
+    first = counts.cumsum(0) - counts
+    shot = torch.arange(len(labels), device=labels.device) - first[labels[order]]
+    index = torch.zeros(way, most, dtype=torch.int64, device=labels.device)
+    index[labels[order], shot] = order
+    present = torch.arange(most, device=labels.device) < counts[:, None]
+    return Classes(index, present)
+
+
+class FewShotHead(nn.Module, ABC):
+    """Classifies queries by comparing their frame features with those of a few labelled supports.
+
+    Subclasses take ``(dim, frames, **options)`` and implement `logits`; they hold no state of an episode.
+    """
+
+    def __init__(self, dim: int, frames: int) -> None:
+        super().__init__()
+        if dim < 1 or frames < 1:
+            raise UserError(f"a head needs dim >= 1 and frames >= 1, got dim={dim} and frames={frames}")
+        self.dim = dim
+        self.frames = frames
+
+    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, way: int) -> Tensor:
+        """Scores of each query for each class.
+
+        Args:
+            support: ``(S, T, D)`` features of the supports' frames; any number of shots per class, at least one.
+            support_labels: ``(S,)`` int64 in ``0 .. way - 1``, in any order.
+            query: ``(Q, T, D)`` features of the queries' frames.
+            way: the number of classes.
+
+        Returns:
+            ``(Q, way)`` logits, in the features' dtype or float32, whichever is the wider.
+
+        Raises:
+            UserError: shapes that don't fit, a label out of range, a class without a support.
+        """
+        for name, features in (("support", support), ("query", query)):
+            if features.ndim != 3 or tuple(features.shape[1:]) != (self.frames, self.dim):
+                raise UserError(
+                    f"{type(self).__name__}: {name} features are {tuple(features.shape)}, "
+                    f"expected (clips, {self.frames} frames, {self.dim} features)"
+                )
+        if support_labels.shape != support.shape[:1]:
+            raise UserError(
+                f"{type(self).__name__}: {len(support)} supports, but labels of shape {tuple(support_labels.shape)}"
+            )
+        return self.logits(support, group_by_class(support_labels, way), query)
+
+    @abstractmethod
+    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
+        """``(Q, way)`` from ``(S, T, D)`` supports, whose grouping is ``classes``, and ``(Q, T, D)`` queries."""
+
+
+class Positions(nn.Module):
+    """Adds sinusoidal positions (Vaswani et al., arXiv 1706.03762, section 3.5), scaled, then applies dropout.
+
+    ``(N, T, D)`` to the same. The positions are no parameters and enter no state_dict.
+    """
+
+    table: Tensor
+
+    def __init__(self, dim: int, frames: int, scale: float = 0.1, dropout: float = 0.1) -> None:
+        super().__init__()
+        time = torch.arange(frames, dtype=torch.float64)[:, None]
+        rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64) * (-math.log(10000.0) / dim))
+        table = torch.zeros(frames, dim, dtype=torch.float64)
+        table[:, 0::2] = torch.sin(time * rate)
+        table[:, 1::2] = torch.cos(time * rate)[:, : dim // 2]
+        self.register_buffer("table", (scale * table).float(), persistent=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        positioned: Tensor = self.dropout(features + self.table.to(features.dtype))
+        return positioned
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: distances are differences of near numbers, which 16 bits can't hold."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,134 @@
+"""TRX: temporal cross attention over tuples of frames (Perrett et al., CVPR 2021, arXiv 2101.06184)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from soap_net.errors import UserError
+from soap_net.models.heads.base import Classes, FewShotHead, Positions, wide
+
+
+class TupleAttention(nn.Module):
+    """One cardinality of TRX: each tuple of a query attends to all tuples of a class (section 3.2, equations 3 to 9).
+
+    A tuple is ``cardinality`` frames in ascending order, concatenated. Scores are products of LayerNormed keys over
+    ``sqrt(out_dim)``, their softmax runs over all ``K * L`` tuples of a class, L tuples a clip; the result is the
+    negated squared distance between the query's own values and the attended ones, over L.
+
+    Args:
+        dim: features per frame.
+        frames: frames per clip.
+        cardinality: frames per tuple.
+        out_dim: size of keys and values.
+        memory_mib: what scores and attended values may take at once; beyond it the query's tuples go in chunks, which
+            in training are computed anew for backward.
+
+    Raises:
+        UserError: a tuple longer than the clip.
+    """
+
+    tuples: Tensor
+
+    def __init__(self, dim: int, frames: int, cardinality: int, out_dim: int, memory_mib: int = 256) -> None:
+        super().__init__()
+        if not 1 <= cardinality <= frames:
+            raise UserError(f"a tuple of {cardinality} frames can't be drawn from a clip of {frames}")
+        if out_dim < 1 or memory_mib < 1:
+            raise UserError(f"out_dim and memory_mib must be at least 1, got {out_dim} and {memory_mib}")
+        self.keys = nn.Linear(cardinality * dim, out_dim)
+        self.values = nn.Linear(cardinality * dim, out_dim)
+        self.norm = nn.LayerNorm(out_dim)
+        self.memory = memory_mib * 2**20
+        tuples = torch.tensor(list(combinations(range(frames), cardinality)))
+        self.register_buffer("tuples", tuples, persistent=False)
+
+    def forward(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
+        """``(S, T, dim)`` supports and ``(Q, T, dim)`` queries, positions added, to ``(Q, way)`` logits."""
+        both = torch.cat([support, query])
+        keys = self.norm(self._per_tuple(self.keys, both))
+        values = self._per_tuple(self.values, both)
+        # Supports by class: (way, K * L, out_dim).
+        support_keys = keys[: len(support)][classes.shots].flatten(1, 2)
+        support_values = values[: len(support)][classes.shots].flatten(1, 2)
+        present = classes.present.repeat_interleave(len(self.tuples), dim=1)[:, None]
+        query_keys = keys[len(support) :].flatten(0, 1)
+        query_values = values[len(support) :].flatten(0, 1)
+
+        way, kept, size = support_keys.shape
+        rows = max(1, self.memory // (way * (2 * kept + 2 * size) * 4))
+        parts = []
+        for row in range(0, len(query_keys), rows):
+            chunk = (query_keys[row : row + rows], query_values[row : row + rows])
+            if len(query_keys) > rows and torch.is_grad_enabled():
+                part = checkpoint(_distances, *chunk, support_keys, support_values, present, use_reentrant=False)
+            else:
+                part = _distances(*chunk, support_keys, support_values, present)
+            parts.append(part)
+        distances = torch.cat(parts, dim=1) if parts else query_values.new_zeros(way, 0)
+        return -distances.unflatten(1, (len(query), len(self.tuples))).mean(dim=2).T
+
+    def _per_tuple(self, linear: nn.Linear, frames: Tensor) -> Tensor:
+        """``linear`` of every tuple, ``(N, T, dim)`` to ``(N, L, out_dim)``.
+
+        A linear map of concatenated frames is a sum of one map per slot, so each frame is mapped once per slot, and
+        not once per tuple it is in: T maps where there are L tuples.
+        """
+        cardinality = self.tuples.shape[1]
+        slots = linear.weight.unflatten(1, (cardinality, frames.shape[-1])).transpose(0, 1).flatten(0, 1)
+        mapped = F.linear(frames, slots).unflatten(-1, (cardinality, -1))
+        summed = mapped[:, self.tuples[:, 0], 0] + linear.bias
+        for slot in range(1, cardinality):
+            summed = summed + mapped[:, self.tuples[:, slot], slot]
+        return summed
+
+
+def _distances(query_keys: Tensor, query_values: Tensor, keys: Tensor, values: Tensor, present: Tensor) -> Tensor:
+    """Squared distances of R query tuples to what they attend to, ``(way, R)``; ``present`` masks padded supports."""
+    scores = wide(query_keys @ keys.mT) * keys.shape[-1] ** -0.5
+    attention = scores.masked_fill(~present, -torch.inf).softmax(dim=-1)
+    attended = attention.to(values.dtype) @ values
+    return (wide(query_values) - wide(attended)).square().sum(dim=-1)
+
+
+class TRXHead(FewShotHead):
+    """TRX: the mean of `TupleAttention` over cardinalities (section 3.3, equation 10), on positioned frames.
+
+    Args:
+        dim: features per frame.
+        frames: frames per clip.
+        cardinalities: the tuple lengths Omega; the paper's are 2 and 3.
+        out_dim: size of keys and values.
+        dropout: after the positions.
+        memory_mib: see `TupleAttention`.
+
+    Raises:
+        UserError: no cardinality, one given twice, or a tuple longer than the clip.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        frames: int,
+        cardinalities: Sequence[int] = (2, 3),
+        out_dim: int = 1152,
+        dropout: float = 0.1,
+        memory_mib: int = 256,
+    ) -> None:
+        super().__init__(dim, frames)
+        if not cardinalities or len(set(cardinalities)) != len(cardinalities):
+            raise UserError(f"cardinalities must be one or more different tuple lengths, got {list(cardinalities)}")
+        self.positions = Positions(dim, frames, dropout=dropout)
+        self.attentions = nn.ModuleList(
+            TupleAttention(dim, frames, cardinality, out_dim, memory_mib) for cardinality in sorted(cardinalities)
+        )
+
+    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
+        support, query = self.positions(support), self.positions(query)
+        scores = [attention(support, classes, query) for attention in self.attentions]
+        return torch.stack(scores).mean(dim=0)

@@ -1,0 +1,217 @@
+"""SOAP-Net: SOAP on the frames, a 2-D backbone per frame, a few-shot head (arXiv 2407.16344)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from soap_kernels import SOAP
+from soap_net.errors import UserError
+from soap_net.models.backbones import Backbone, build_backbone
+from soap_net.models.heads import FewShotHead, build_head
+
+if TYPE_CHECKING:
+    from soap_net.config import ModelConfig
+
+
+class SOAPNet(nn.Module):
+    """Frames of a few-shot task in, class scores out.
+
+    Args:
+        soap: SOAP with ``normalize`` set, which then takes the uint8 frames as they are (without ``normalize`` it gets
+            them normalised); ``None`` leaves it out.
+        backbone: the 2-D net.
+        head: the few-shot head, on ``backbone.dim`` features.
+        mean, std: per channel, in units of 0..1, for the model's own normalising.
+        chunk_frames: the most frames the backbone takes at once; 0 means all.
+        checkpoint_backbone: keep no activations of the backbone for backward, but compute them anew: block by block,
+            or, with ``chunk_frames``, chunk by chunk, which takes the least memory of all.
+        channels_last: run the backbone in that memory format.
+
+    Chunks change no result of a net in evaluation mode. In training mode BatchNorm normalises each chunk by the chunk's
+    own statistics; chunks therefore take every k-th frame, so that each sees all clips, and k chunks together move the
+    running statistics as far as one batch does. Checkpointing alone changes nothing: BatchNorm sees the whole batch,
+    and computing anew leaves running statistics and random numbers as they are.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        soap: nn.Module | None,
+        backbone: Backbone,
+        head: FewShotHead,
+        mean: Sequence[float],
+        std: Sequence[float],
+        chunk_frames: int = 0,
+        checkpoint_backbone: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if chunk_frames < 0:
+            raise UserError(f"chunk_frames is {chunk_frames}, expected 0 (all at once) or more")
+        if head.dim != backbone.dim:
+            raise UserError(f"the head takes {head.dim} features a frame, backbone {backbone.name} has {backbone.dim}")
+        self.soap = soap
+        self.backbone = backbone.to(memory_format=torch.channels_last) if channels_last else backbone
+        self.head = head
+        self.chunk_frames = chunk_frames
+        self.checkpoint_backbone = checkpoint_backbone
+        self.channels_last = channels_last
+        self._normalizes = getattr(soap, "normalize", None) is None
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        if checkpoint_backbone and not chunk_frames:
+            for block in backbone.blocks():
+                block.forward = functools.partial(_forward_anew, block)
+
+    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, way: int) -> Tensor:
+        """Scores of each query clip for each class.
+
+        Args:
+            support: ``(S, T, 3, H, W)`` uint8.
+            support_labels: ``(S,)`` int64 in ``0 .. way - 1``.
+            query: ``(Q, T, 3, H, W)`` uint8.
+            way: the number of classes.
+
+        Returns:
+            ``(Q, way)`` logits. Supports and queries go through SOAP and the backbone as one batch.
+
+        Raises:
+            UserError: clips of a wrong shape or dtype, labels that don't fit.
+        """
+        _check_clips("support", support)
+        _check_clips("query", query)
+        if support.shape[1:] != query.shape[1:]:
+            raise UserError(
+                f"support clips are {tuple(support.shape[1:])}, query clips {tuple(query.shape[1:])}: they must agree"
+            )
+        features = self.features(torch.cat([support, query]))
+        logits: Tensor = self.head(features[: len(support)], support_labels, features[len(support) :], way)
+        return logits
+
+    def features(self, clips: Tensor) -> Tensor:
+        """``(B, T, D)`` frame features of ``(B, T, 3, H, W)`` uint8 clips; in evaluation mode a function of each clip.
+
+        Raises:
+            UserError: clips of a wrong shape or dtype.
+        """
+        _check_clips("clips", clips)
+        x = (clips.to(self.mean.dtype) / 255 - self.mean) / self.std if self._normalizes else clips
+        if self.soap is not None:
+            x = self.soap(x)
+        return self._embed(x.flatten(0, 1)).unflatten(0, clips.shape[:2])
+
+    def _embed(self, images: Tensor) -> Tensor:
+        chunks = -(-len(images) // self.chunk_frames) if self.chunk_frames else 1
+        anew = self.checkpoint_backbone and self.chunk_frames > 0 and torch.is_grad_enabled()
+        features = []
+        with _statistics_move_once(self.backbone, chunks):
+            for first in range(chunks):
+                chunk = images[first::chunks]
+                if self.channels_last:
+                    chunk = chunk.contiguous(memory_format=torch.channels_last)
+                features.append(_anew(self.backbone, self.backbone, chunk) if anew else self.backbone(chunk))
+        if chunks == 1:
+            return features[0]
+        order = torch.cat([torch.arange(first, len(images), chunks) for first in range(chunks)])
+        return torch.cat(features)[order.argsort().to(images.device)]
+
+
+def _check_clips(name: str, clips: Tensor) -> None:
+    if clips.ndim != 5 or clips.shape[2] != 3 or clips.dtype != torch.uint8:
+        raise UserError(
+            f"{name}: expected uint8 frames (clips, frames, 3, height, width), "
+            f"got {str(clips.dtype).removeprefix('torch.')} {tuple(clips.shape)}"
+        )
+
+
+def _forward_anew(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = functools.partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return _anew(block, forward, *args, **kwargs)
+
+
+def _anew(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``forward(...)``, which belongs to ``module``, keeping nothing for backward but its arguments."""
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), _statistics_rest(module)
+
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _training_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+
+
+@contextmanager
+def _statistics_rest(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics alone: the first forward has moved them, the second would move them again."""
+    norms = _training_norms(module)
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def _statistics_move_once(module: nn.Module, chunks: int) -> Iterator[None]:
+    """Spread one batch's step of the running statistics over ``chunks`` forwards."""
+    moving = [(norm, norm.momentum) for norm in _training_norms(module) if norm.momentum] if chunks > 1 else []
+    for norm, momentum in moving:
+        norm.momentum = 1 - (1 - momentum) ** (1 / chunks)
+    try:
+        yield
+    finally:
+        for norm, momentum in moving:
+            norm.momentum = momentum
+
+
+def build_model(config: ModelConfig, frames: int) -> SOAPNet:
+    """Build the net that ``config`` describes, for clips of ``frames`` frames.
+
+    Raises:
+        UserError: an unknown name or option, weights that can't be had or don't fit, a setting SOAP refuses.
+    """
+    backbone = build_backbone(config.backbone, config.weights)
+    head = build_head(config.head, backbone.dim, frames, **config.head_options)
+    soap = None
+    if config.soap.enabled:
+        try:
+            soap = SOAP(
+                frames=frames,
+                channels=3,
+                tuple_sizes=config.soap.tuple_sizes,
+                hidden_channels=config.soap.hidden_channels,
+                parts=config.soap.parts,
+                variant=config.soap.variant,
+                backend=config.soap.backend,
+                precision=config.soap.precision,
+                normalize=(backbone.mean, backbone.std),
+                out_channels_last=config.channels_last,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"model.soap: {error}") from error
+    return SOAPNet(
+        soap,
+        backbone,
+        head,
+        backbone.mean,
+        backbone.std,
+        chunk_frames=config.chunk_frames,
+        checkpoint_backbone=config.checkpoint_backbone,
+        channels_last=config.channels_last,
+    )
