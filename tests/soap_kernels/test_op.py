@@ -1,0 +1,215 @@
+"""What every backend's op must be to PyTorch: schema, fake, autograd, compile, autocast, memory saved, misuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import soap_kernels
+from soap_kernels import SOAP, backends
+from soap_kernels.equations import PARTS
+
+OPS = torch.ops.soap_kernels
+PRESENT = [name for name, why in backends.status("cpu").items() if why is None]
+
+
+@pytest.fixture(params=PRESENT)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def soap_arguments(backend: str, **changes: Any) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    arguments = {
+        "x": torch.randn(2, 8, 3, 6, 7, requires_grad=True),
+        "weights": SOAP().weights().flatten(),
+        "parts": list(PARTS),
+        "tuple_sizes": [1, 2, 3],
+        "precision": "default",
+        "mean": None,
+        "std": None,
+        "out_dtype": None,
+        "out_channels_last": False,
+        "backend": backend,
+    }
+    return tuple((arguments | changes).values())
+
+
+def test_soap_passes_opcheck(backend: str) -> None:
+    torch.library.opcheck(OPS.soap, soap_arguments(backend))
+
+
+def test_soap_passes_opcheck_on_uint8_frames_in_channels_last(backend: str) -> None:
+    frames = torch.randint(0, 256, (2, 8, 3, 6, 7), dtype=torch.uint8)
+    arguments = soap_arguments(
+        backend, x=frames, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.2], out_dtype=torch.bfloat16, out_channels_last=True
+    )
+    torch.library.opcheck(OPS.soap, arguments)
+
+
+def test_window_sums_and_fuse_priors_pass_opcheck(backend: str) -> None:
+    torch.library.opcheck(OPS.window_sums, (torch.randn(2, 3, 5, 4, requires_grad=True), backend))
+    x, gate = torch.randn(2, 4, 3, 5, 4, requires_grad=True), torch.rand(2, 4, 3, requires_grad=True)
+    stencil, weight = torch.randn(1, 1, 3, 3, 3, requires_grad=True), torch.randn(12, 12, 3, 3, requires_grad=True)
+    torch.library.opcheck(OPS.fuse_priors, (x, stencil, gate, weight, None, True, 4.0, True, "default", backend))
+
+
+def test_fullgraph_compile_equals_eager_forward_and_backward_for_any_batch(backend: str) -> None:
+    module = SOAP(backend=backend)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        x = torch.randn(batch, 8, 3, 9, 8)
+        eager = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+        ours = torch.autograd.grad(compiled(x).square().sum(), list(module.parameters()))
+        for e, o in zip(eager, ours, strict=True):
+            torch.testing.assert_close(o, e)
+
+
+def test_autocast_leaves_the_frames_dtype_and_values(backend: str) -> None:
+    module, x = SOAP(backend=backend), torch.randn(1, 8, 3, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_frames_with_fp32_weights_give_half_frames_and_fp32_gradients(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    module = SOAP(backend=backend)
+    x = torch.randn(2, 8, 3, 9, 9).to(dtype).requires_grad_()
+    y = module(x)
+    oracle = SOAP(backend="equations").double()
+    oracle.load_state_dict(module.state_dict())
+    exact = oracle(x.detach().double())
+    assert y.dtype == dtype
+    # Accumulation is fp32: what is lost is the rounding of y alone.
+    assert ((y.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5).all()
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert {p.grad.dtype for p in module.parameters() if p.grad is not None} == {torch.float32}
+
+
+def saved_bytes(module: SOAP, x: Tensor) -> int:
+    held = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal held
+        if t.data_ptr() not in {p.data_ptr() for p in module.parameters()}:
+            held += t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x)
+    return held
+
+
+def test_backward_saves_x_and_at_most_two_percent_beside_it(backend: str) -> None:
+    x = torch.randn(4, 8, 3, 96, 96)
+    assert saved_bytes(SOAP(backend=backend), x) <= 1.02 * x.nbytes
+
+
+def test_frames_that_need_no_gradient_get_none(backend: str) -> None:
+    module, x = SOAP(backend=backend), torch.randn(2, 8, 3, 6, 6)
+    y = module(x)
+    y.sum().backward()
+    assert x.grad is None
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_frozen_weights_still_pass_a_gradient_to_x(backend: str) -> None:
+    module = SOAP(backend=backend).requires_grad_(False)
+    oracle = SOAP(backend="equations").requires_grad_(False)
+    oracle.load_state_dict(module.state_dict())
+    grad = torch.randn(2, 8, 3, 6, 6)
+    x = torch.randn(2, 8, 3, 6, 6, requires_grad=True)
+    found = [torch.autograd.grad(m(x), x, grad)[0] for m in (module, oracle)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_double_backward_is_refused_with_its_reason(backend: str) -> None:
+    module, x = SOAP(backend=backend), torch.randn(1, 8, 3, 5, 5, requires_grad=True)
+    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_empty_batch_gives_an_empty_batch_and_zero_gradients(backend: str) -> None:
+    module, x = SOAP(backend=backend), torch.randn(0, 8, 3, 6, 6, requires_grad=True)
+    y = module(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_uint8_frames_are_normalised_then_padded(
+    backend: str, out_dtype: torch.dtype | None, channels_last: bool
+) -> None:
+    torch.manual_seed(2)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    module = SOAP(backend=backend, normalize=(mean, std), out_dtype=out_dtype, out_channels_last=channels_last)
+    oracle = SOAP(backend="equations").double()
+    oracle.load_state_dict(module.state_dict())
+    x = torch.randint(0, 256, (2, 8, 3, 9, 11), dtype=torch.uint8)
+    normalised = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    exact = oracle(normalised)
+    y = module(x)
+    assert y.dtype == (out_dtype or torch.float32)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    assert y.flatten(0, 1).is_contiguous(memory_format=memory_format)
+    eps = torch.finfo(y.dtype).eps
+    torch.testing.assert_close(y.double(), exact, rtol=eps, atol=2e-5)
+    grad = torch.randn_like(exact)
+    expected = torch.autograd.grad(exact, list(oracle.parameters()), grad)
+    found = torch.autograd.grad(y, list(module.parameters()), grad.to(y.dtype))
+    for o, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(o.double(), e, rtol=3e-3 + 10 * eps, atol=float(3 * eps * e.abs().max()) + 1e-3)
+
+
+MISUSE = {
+    "rank": ({"x": torch.randn(8, 3, 6, 6)}, ValueError, r"x has shape \(8, 3, 6, 6\), expected \(B, T, C, H, W\)"),
+    "dtype": ({"x": torch.zeros(1, 8, 3, 6, 6, dtype=torch.int32)}, TypeError, "x has dtype int32"),
+    "uint8 without normalize": ({"x": torch.zeros(1, 8, 3, 6, 6, dtype=torch.uint8)}, TypeError, "needs mean and std"),
+    "channels": ({"x": torch.randn(1, 8, 4, 6, 6)}, ValueError, r"cwem.expand.weight has shape \(16, 3, 1, 1\)"),
+    "frames": ({"x": torch.randn(1, 9, 3, 6, 6)}, ValueError, r"hmem.restore.weight has shape \(8, 18\)"),
+    "precision": ({"precision": "sloppy"}, ValueError, "precision is 'sloppy'"),
+    "tuple sizes": ({"tuple_sizes": [1, 2, 8]}, ValueError, "below the 8 frames"),
+    "order": ({"tuple_sizes": [3, 2, 1]}, ValueError, "distinct ascending"),
+    "parts": ({"parts": ["hmem", "cwem"]}, ValueError, "in this order"),
+    "count": ({"parts": ["cwem"]}, ValueError, "holds 19 tensors, expected 4"),
+    "mean alone": ({"mean": [0.5, 0.5, 0.5]}, ValueError, "mean and std go together"),
+}
+
+
+@pytest.mark.parametrize("case", MISUSE)
+def test_misuse_names_the_argument_and_what_was_expected(case: str) -> None:
+    changes, error, text = MISUSE[case]
+    with pytest.raises(error, match=text):
+        OPS.soap(*soap_arguments("reference", **changes))
+
+
+def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match="backend 'cudnn' is unknown; there are auto"):
+        OPS.soap(*soap_arguments("cudnn"))
+
+
+def test_a_weight_on_another_device_is_named() -> None:
+    weights = SOAP().weights().flatten()
+    weights[0] = weights[0].to("meta")
+    with pytest.raises(ValueError, match=r"three_dem.conv.weight is on meta, x on cpu"):
+        OPS.soap(*soap_arguments("reference", weights=weights))
+
+
+def test_float64_goes_to_the_reference_whatever_the_name(backend: str) -> None:
+    assert backends.choose(backend, torch.zeros(1, dtype=torch.float64)).name == "reference"
+
+
+def test_fuse_priors_refuses_a_bias_without_its_weight() -> None:
+    with pytest.raises(ValueError, match="bias is given without weight"):
+        soap_kernels.fuse_priors(torch.randn(1, 2, 1, 3, 3), bias=torch.zeros(2))
