@@ -1,0 +1,52 @@
+# Two commands do everything: `make demo` runs the main job, `make test` the tests. Both fill .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+.PHONY: help install demo test test-slow lint benchmark clean
+
+help:
+	@echo "make demo       set up $(VENV), train and evaluate SOAP-Net on the embedded data set, with and without SOAP"
+	@echo "make test       set up $(VENV), run ruff, mypy and the quick tests"
+	@echo "make test-slow  run the tests that take longer"
+	@echo "make benchmark  time SOAP's kernels against plain PyTorch on this machine"
+	@echo "make clean      remove $(VENV), build products and runs"
+
+install: $(INSTALLED)
+
+$(INSTALLED): $(SOURCES)
+	@echo "==> Creating $(VENV) with $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> Installing PyTorch and the build tools (a few minutes the first time)"
+	$(PIP) install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" torch torchvision
+	@echo "==> Building and installing soap-net with its kernels"
+	$(PIP) install --quiet --no-build-isolation --editable ".[dev,timm,efficientnet-lite0]"
+	@touch $@
+
+demo: $(INSTALLED)
+	@echo "==> Running the demo: embedded videos, training and evaluation with and without SOAP"
+	$(BIN)/soap-net demo --out runs/demo
+
+lint: $(INSTALLED)
+	@echo "==> Checking style and types"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	@echo "==> Running the quick tests"
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	@echo "==> Running the slow tests"
+	$(BIN)/python -m pytest -m slow
+
+benchmark: $(INSTALLED)
+	@echo "==> Timing SOAP's kernels"
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info soap_kernels/*.so
