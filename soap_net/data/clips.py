@@ -1,0 +1,514 @@
+"""One interface to a clip, "these frames as a uint8 tensor", for video files, folders of images and zips of images."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from torchvision.io import ImageReadMode, decode_image
+
+from soap_net.errors import UserError
+
+VIDEO_SUFFIXES = frozenset(
+    {
+        ".3gp",
+        ".asf",
+        ".avi",
+        ".flv",
+        ".gif",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
+    }
+)
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+
+
+class ClipError(UserError):
+    """A clip that cannot be read: ``path`` names it, ``reason`` says why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ClipError], tuple[Path, str]]:
+        return type(self), (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What a clip holds; ``fps`` is None for images."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file, a folder of images, or images in a zip (those directly in its folder ``member``, or all of them).
+
+    ``name`` ("class/video") is for messages. Frames are numbered from 0 in the order shown: a video's as a full
+    decode gives them, images by natural order of their names (``2.jpg`` before ``10.jpg``). What is learnt about the
+    file (its images, its frame count) is kept per process until the file changes.
+    """
+
+    path: Path
+    _: KW_ONLY
+    member: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            shown = Path(self.path, self.member)
+            object.__setattr__(self, "name", f"{shown.parent.name}/{shown.stem}")
+
+    def num_frames(self) -> int:
+        """How many frames the clip has, at least 1. Raises ClipError."""
+        return self._source().num_frames()
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The frames ``indices`` (any order, repeats allowed) as uint8 RGB ``(len(indices), 3, H, W)``.
+
+        Videos with rotation metadata are turned upright, alpha is dropped, grey becomes RGB. Raises ClipError where
+        the file is missing or broken, a frame does not exist, or frames differ in size.
+        """
+        if not indices:
+            raise ClipError(self._shown(), "no frame numbers were asked for")
+        source = self._source()
+        wanted = sorted(set(indices))
+        count = source.num_frames()
+        if wanted[0] < 0 or wanted[-1] >= count:
+            outside = wanted[0] if wanted[0] < 0 else wanted[-1]
+            raise ClipError(self._shown(), f"frame {outside} was asked for, and it has frames 0 to {count - 1}")
+        frames = source.read(wanted)
+        sizes = {frame.shape for frame in frames}
+        if len(sizes) > 1:
+            found = " and ".join(f"{width}x{height}" for _, height, width in sorted(sizes))
+            raise ClipError(self._shown(), f"its frames differ in size: {found}")
+        place = {number: position for position, number in enumerate(wanted)}
+        return torch.stack([frames[place[number]] for number in indices])
+
+    def probe(self) -> ClipInfo:
+        """Frame count, size and rate; decodes the first frame. Raises ClipError."""
+        source = self._source()
+        frames = source.num_frames()
+        _, height, width = source.read([0])[0].shape
+        return ClipInfo(frames, height, width, source.fps())
+
+    def _shown(self) -> Path:
+        return Path(self.path, self.member)
+
+    def _source(self) -> _Source:
+        try:
+            stat = os.stat(self.path)
+        except OSError as error:
+            raise ClipError(self._shown(), (error.strerror or str(error)).lower()) from error
+        return _open_source(self.path, self.member, stat.st_mtime_ns, stat.st_size)
+
+
+class _Source(Protocol):
+    def num_frames(self) -> int: ...
+
+    def read(self, wanted: Sequence[int]) -> list[Tensor]:
+        """The frames ``wanted`` (ascending, distinct, in range), each uint8 ``(3, H, W)``."""
+
+    def fps(self) -> float | None: ...
+
+
+@lru_cache(maxsize=8192)
+def _open_source(path: Path, member: str, mtime_ns: int, size: int) -> _Source:
+    if path.is_dir():
+        return _Folder(path)
+    if path.suffix.lower() == ".zip":
+        return _Zipped(path, member, archive(path, mtime_ns, size))
+    if size == 0:
+        raise ClipError(path, "the file is empty (0 bytes)")
+    return _Video(path)
+
+
+# Images: folders and zips
+
+
+class _Folder:
+    def __init__(self, path: Path) -> None:
+        try:
+            names = [entry.name for entry in os.scandir(path) if is_image(entry.name)]
+        except OSError as error:
+            raise ClipError(path, (error.strerror or str(error)).lower()) from error
+        if not names:
+            raise ClipError(path, f"the folder holds no images ({_listed(IMAGE_SUFFIXES)})")
+        self.path = path
+        self.names = sorted(names, key=natural)
+
+    def num_frames(self) -> int:
+        return len(self.names)
+
+    def read(self, wanted: Sequence[int]) -> list[Tensor]:
+        frames = []
+        for number in wanted:
+            path = self.path / self.names[number]
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise ClipError(path, (error.strerror or str(error)).lower()) from error
+            frames.append(_decode_image(data, path))
+        return frames
+
+    def fps(self) -> float | None:
+        return None
+
+
+_Entries = NDArray[np.void]  # of _ENTRY, a row per image
+_ENTRY = np.dtype([("offset", "<i8"), ("stored", "<i8"), ("crc", "<u4"), ("method", "<u2"), ("flags", "<u2")])
+
+
+class Archive:
+    """The images of a zip by folder, in natural order: offsets only, as data sets have millions of frames."""
+
+    def __init__(self, path: Path) -> None:
+        members: dict[str, list[zipfile.ZipInfo]] = {}
+        try:
+            with zipfile.ZipFile(path) as opened:
+                for info in opened.infolist():
+                    folder, _, name = _zip_name(info).rpartition("/")
+                    if is_image(name) and not folder.startswith("__MACOSX"):
+                        members.setdefault(folder, []).append(info)
+        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise ClipError(path, f"not a readable zip ({error})") from error
+        self.path = path
+        self.folders: dict[str, _Entries] = {
+            folder: np.array(
+                [
+                    (info.header_offset, info.compress_size, info.CRC, info.compress_type, info.flag_bits)
+                    for info in sorted(infos, key=lambda info: natural(_zip_name(info)))
+                ],
+                dtype=_ENTRY,
+            )
+            for folder, infos in sorted(members.items(), key=lambda item: natural(item[0]))
+        }
+
+
+@lru_cache(maxsize=64)
+def archive(path: Path, mtime_ns: int, size: int) -> Archive:
+    """The index of the zip at ``path`` in its state of that time and size. Raises ClipError."""
+    return Archive(path)
+
+
+class _Zipped:
+    def __init__(self, path: Path, member: str, index: Archive) -> None:
+        folder = member.strip("/")
+        if folder:
+            entries = index.folders.get(folder)
+        else:
+            entries = np.concatenate(list(index.folders.values())) if index.folders else None
+        self.path = path
+        self.shown = path / folder
+        if entries is None:
+            raise ClipError(self.shown, f"the zip holds no images there ({_listed(IMAGE_SUFFIXES)})")
+        self.entries = entries
+
+    def num_frames(self) -> int:
+        return len(self.entries)
+
+    def read(self, wanted: Sequence[int]) -> list[Tensor]:
+        frames = []
+        try:
+            # Opened for each read: a handle kept across the fork of a loader's worker would share its file position.
+            with open(self.path, "rb") as file:
+                for number in wanted:
+                    frames.append(_decode_image(self._member(file, self.entries[number], number), self.shown, number))
+        except OSError as error:
+            raise ClipError(self.shown, str(error)) from error
+        return frames
+
+    def _member(self, file: io.BufferedReader, entry: np.void, number: int) -> bytes:
+        file.seek(int(entry["offset"]))
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise ClipError(self.shown, f"frame {number} is not where the zip's directory says")
+        if entry["flags"] & 1:
+            raise ClipError(self.shown, f"frame {number} is encrypted")
+        file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
+        data = file.read(int(entry["stored"]))
+        if entry["method"] == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompress(data, -zlib.MAX_WBITS)
+            except zlib.error as error:
+                raise ClipError(self.shown, f"frame {number} cannot be unpacked ({error})") from error
+        elif entry["method"] != zipfile.ZIP_STORED:
+            raise ClipError(self.shown, f"frame {number} is packed by a method other than store and deflate")
+        if zlib.crc32(data) != entry["crc"]:
+            raise ClipError(self.shown, f"frame {number} is damaged (its checksum differs)")
+        return data
+
+    def fps(self) -> float | None:
+        return None
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    # Many tools store UTF-8 without setting the flag that says so, and Python then reads it as cp437.
+    if info.flag_bits & 0x800:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename
+
+
+def _decode_image(data: bytes, path: Path, number: int | None = None) -> Tensor:
+    frame = "" if number is None else f"frame {number}: "
+    if not data:
+        raise ClipError(path, f"{frame}the image is empty (0 bytes)")
+    try:
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        if image.dtype == torch.uint8:
+            return image
+        return (image.to(torch.int32) >> 8).to(torch.uint8)  # 16 bits per channel
+    except RuntimeError:
+        # A format that torchvision does not know (bmp), or a broken image: Pillow says in words what is wrong.
+        try:
+            with Image.open(io.BytesIO(data)) as opened:
+                return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).contiguous()
+        except (OSError, ValueError, SyntaxError) as error:
+            reason = "not an image" if "cannot identify" in str(error) else str(error)
+            raise ClipError(path, f"{frame}the image cannot be decoded ({reason})") from error
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of that name is a frame; hidden files (``._1.jpg`` of macOS) are not."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def natural(text: str) -> tuple[tuple[int, str], ...]:
+    """Sort key that orders runs of digits by value; one form for composed and decomposed letters."""
+    parts = re.split(r"([0-9]+)", unicodedata.normalize("NFC", text))
+    return tuple((int(part), part) if position % 2 else (-1, part) for position, part in enumerate(parts))
+
+
+def _listed(suffixes: frozenset[str]) -> str:
+    return ", ".join(sorted(suffixes))
+
+
+# Videos
+
+# Codecs of which every packet is one frame. Others (VP8 with its hidden frames) are counted and read by decoding.
+_FRAME_PER_PACKET = frozenset(
+    {
+        "av1",
+        "dnxhd",
+        "ffv1",
+        "flv",
+        "h263",
+        "h264",
+        "hevc",
+        "huffyuv",
+        "libdav1d",
+        "mjpeg",
+        "mpeg1video",
+        "mpeg2video",
+        "mpeg4",
+        "png",
+        "prores",
+        "qtrle",
+        "rawvideo",
+        "vp9",
+        "wmv1",
+        "wmv2",
+    }
+)
+# A seek empties the decoder's pipeline, and costs about as much as decoding this many frames in vain.
+_SEEK_COST = 8
+
+
+@dataclass(frozen=True)
+class _Timeline:
+    """Where every packet is one frame: the frames' presentation times, ascending, and where decoding can start."""
+
+    pts: NDArray[np.int64]
+    keys: NDArray[np.int64]  # frame numbers of the keyframes, ascending
+    key_times: NDArray[np.int64]  # the time to seek to for each of them
+
+
+@dataclass(frozen=True)
+class _Layout:
+    frames: int
+    fps: float | None
+    timeline: _Timeline | None  # None: only decoding from the start tells which frame is which
+
+
+class _Video:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: _Layout | None = None
+
+    def num_frames(self) -> int:
+        return self._layout().frames
+
+    def fps(self) -> float | None:
+        return self._layout().fps
+
+    def read(self, wanted: Sequence[int]) -> list[Tensor]:
+        timeline = self._layout().timeline
+        frames = None if timeline is None else self._read_by_time(timeline, wanted)
+        return self._read_by_count(wanted) if frames is None else frames
+
+    def _layout(self) -> _Layout:
+        if self._known is None:
+            self._known = self._scan()
+        return self._known
+
+    def _scan(self) -> _Layout:
+        """Reads the packets without decoding them; decodes (to count) only where packets do not tell the frames."""
+        pts: list[int] = []
+        keys: list[tuple[int, int]] = []
+        packets = 0
+        regular = True
+        with self._opened() as (container, stream):
+            formats = container.format.name.split(",")
+            for packet in container.demux(stream):
+                if packet.size == 0:
+                    # The packet at the end, which has no time, flushes the decoder; others are frames an AVI dropped.
+                    regular = regular and packet.dts is None
+                    continue
+                if packet.is_corrupt:
+                    raise ClipError(self.path, f"the file is damaged or cut short after {_counted(packets)}")
+                packets += 1
+                if packet.pts is None or packet.is_discard:
+                    regular = False
+                    continue
+                pts.append(packet.pts)
+                if packet.is_keyframe:
+                    decoded = packet.pts if packet.dts is None or "matroska" in formats else packet.dts
+                    keys.append((packet.pts, decoded))
+            if packets == 0:
+                raise ClipError(self.path, "the video stream holds no frames")
+            if "mov" in formats and regular and packets < stream.frames:
+                raise ClipError(self.path, f"the file is cut short: {packets} of its {stream.frames} frames are there")
+            codec = stream.codec_context
+            # AVI stores no presentation times, and those that FFmpeg makes up are wrong where frames are reordered.
+            timed = not ("avi" in formats and codec.has_b_frames) and codec.name in _FRAME_PER_PACKET
+            fps = float(stream.average_rate) if stream.average_rate else None
+        shown = np.unique(np.array(pts, dtype=np.int64))
+        if not (regular and timed and len(shown) == packets and keys and keys[0][0] == shown[0]):
+            return _Layout(self._count(), fps, None)
+        key_pts, key_times = np.array(sorted(keys), dtype=np.int64).T
+        return _Layout(packets, fps, _Timeline(shown, np.searchsorted(shown, key_pts), key_times))
+
+    def _count(self) -> int:
+        with self._opened() as (container, stream):
+            frames = sum(1 for _ in container.decode(stream))
+        if frames == 0:
+            raise ClipError(self.path, "no frame of the video stream can be decoded")
+        return frames
+
+    def _read_by_time(self, timeline: _Timeline, wanted: Sequence[int]) -> list[Tensor] | None:
+        """Seeks to the keyframe before each group of wanted frames; None where the decoder's times do not fit."""
+        start_of = np.searchsorted(timeline.keys, wanted, side="right") - 1
+        found: list[Tensor] = []
+        with self._opened() as (container, stream):
+            first = 0
+            while first < len(wanted):
+                # One group, decoded in one go, up to where skipping ahead to a later keyframe is worth a seek.
+                last = first + 1
+                while last < len(wanted) and timeline.keys[start_of[last]] <= wanted[last - 1] + _SEEK_COST:
+                    last += 1
+                if start_of[first] > 0:
+                    container.seek(int(timeline.key_times[start_of[first]]), stream=stream)
+                group = self._decode_times(container, stream, [int(t) for t in timeline.pts[list(wanted[first:last])]])
+                if group is None:
+                    return None
+                found += group
+                first = last
+        return found
+
+    def _decode_times(self, container: InputContainer, stream: VideoStream, times: list[int]) -> list[Tensor] | None:
+        found: list[Tensor] = []
+        missing = set(times)
+        for packet in container.demux(stream):
+            # Frames that no other frame is predicted from need no decoding unless they are wanted.
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in missing else "NONREF"
+            for frame in packet.decode():
+                if frame.pts is None or frame.pts > times[len(found)] or (frame.is_corrupt and frame.pts in missing):
+                    return None
+                if frame.pts == times[len(found)]:
+                    found.append(_upright(frame))
+                    if len(found) == len(times):
+                        return found
+        return None
+
+    def _read_by_count(self, wanted: Sequence[int]) -> list[Tensor]:
+        found: list[Tensor] = []
+        decoded = 0
+        with self._opened() as (container, stream):
+            for number, frame in enumerate(container.decode(stream)):
+                decoded = number + 1
+                if number == wanted[len(found)]:
+                    found.append(_upright(frame))
+                    if len(found) == len(wanted):
+                        return found
+        raise ClipError(self.path, f"frame {wanted[len(found)]} cannot be decoded; {_counted(decoded)} can")
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
+        try:
+            container = av.open(str(self.path), metadata_errors="ignore")
+        except av.FFmpegError as error:
+            raise ClipError(self.path, f"not a video that FFmpeg can read ({_said(error)})") from error
+        with container:
+            if not container.streams.video:
+                raise ClipError(self.path, "the file holds no video stream")
+            stream = container.streams.video[0]
+            # In a loader's worker the processes are the parallelism; elsewhere the codec's threads are.
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = 0 if get_worker_info() is None else 1
+            try:
+                yield container, stream
+            except av.FFmpegError as error:
+                raise ClipError(self.path, f"the video cannot be decoded ({_said(error)})") from error
+
+
+def _upright(frame: av.VideoFrame) -> Tensor:
+    pixels = frame.to_ndarray(format="rgb24")
+    # The metadata's angle is counter-clockwise, as is rot90's.
+    turns = round(frame.rotation / 90) % 4
+    return torch.from_numpy(np.rot90(pixels, turns) if turns else pixels).permute(2, 0, 1).contiguous()
+
+
+def _said(error: av.FFmpegError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def _counted(frames: int) -> str:
+    return "1 frame" if frames == 1 else f"{frames} frames"

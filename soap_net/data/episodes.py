@@ -1,0 +1,182 @@
+"""N-way K-shot episodes: which clips (a pure function of seed, split and index), and their frames."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from soap_net.data.clips import Clip, ClipError
+from soap_net.data.splits import ClipSet
+from soap_net.data.transforms import ClipLoader
+from soap_net.errors import UserError
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The clips of one few-shot task: class numbers and, per way, clip numbers within the class.
+
+    ``spare`` holds, per way, the class's other clips in the order in which they step in for unreadable ones.
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    support: tuple[tuple[int, ...], ...]
+    query: tuple[tuple[int, ...], ...]
+    spare: tuple[tuple[int, ...], ...]
+
+
+class EpisodeSampler:
+    """``sampler[index]`` is the episode of that index: a pure function of ``seed``, the split's name and ``index``.
+
+    Raises UserError where the split has fewer classes than ``way``, or a class fewer clips than
+    ``shot + queries``, naming the classes and their counts.
+    """
+
+    def __init__(self, clips: ClipSet, way: int, shot: int, queries: int, seed: int) -> None:
+        for name, value, least in (("way", way, 2), ("shot", shot, 1), ("queries", queries, 1), ("seed", seed, 0)):
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}")
+        if way > len(clips.classes):
+            raise UserError(
+                f"{way}-way episodes need {way} classes, and the {clips.split} split has {len(clips.classes)}"
+            )
+        short = [
+            f"{name!r} has {len(members)}"
+            for name, members in zip(clips.classes, clips.clips, strict=True)
+            if len(members) < shot + queries
+        ]
+        if short:
+            raise UserError(
+                f"{shot}-shot episodes with {queries} queries need {shot + queries} clips of each class, and in the "
+                f"{clips.split} split {', '.join(short)}"
+            )
+        self.clips = clips
+        self.way = way
+        self.shot = shot
+        self.queries = queries
+        self.seed = seed
+        self._key = (seed, zlib.crc32(clips.split.encode()))
+
+    def __getitem__(self, index: int) -> Episode:
+        if index < 0:
+            raise IndexError(f"an episode's index is at least 0, not {index}")
+        draws = np.random.PCG64(np.random.SeedSequence((*self._key, index)))
+        classes = _order(draws, len(self.clips.classes))[: self.way]
+        orders = [_order(draws, len(self.clips.clips[c])) for c in classes]
+        queries_end = self.shot + self.queries
+        return Episode(
+            index=index,
+            classes=classes,
+            support=tuple(order[: self.shot] for order in orders),
+            query=tuple(order[self.shot : queries_end] for order in orders),
+            spare=tuple(order[queries_end:] for order in orders),
+        )
+
+    def generator(self, index: int, slot: int) -> np.random.Generator:
+        """The random numbers of one clip's place in one episode (frames, crop, flip), whichever clip lands there."""
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence((*self._key, index, 1 + slot))))
+
+
+def _order(draws: np.random.PCG64, count: int) -> tuple[int, ...]:
+    # Sorted raw words, not Generator.permutation: NumPy may change the latter between releases, and with it every
+    # episode of a given seed.
+    order: list[int] = np.argsort(draws.random_raw(count), kind="stable").tolist()
+    return tuple(order)
+
+
+@dataclass
+class EpisodeClips:
+    """An episode's frames: clips grouped by way, labels 0..way-1.
+
+    ``support`` is uint8 ``(S, T, 3, H, W)`` with int64 labels ``(S,)``, ``query`` likewise ``(Q, ...)``;
+    ``class_ids[label]`` is the class's number in the split. ``failures`` are the unreadable clips that were replaced.
+    """
+
+    index: int
+    support: Tensor
+    support_labels: Tensor
+    query: Tensor
+    query_labels: Tensor
+    support_names: list[str]
+    query_names: list[str]
+    class_ids: tuple[int, ...]
+    failures: list[ClipError] = field(default_factory=list)
+
+    def pin_memory(self) -> EpisodeClips:
+        """Moves the frames into page-locked memory; a DataLoader with ``pin_memory=True`` calls this."""
+        self.support, self.query = self.support.pin_memory(), self.query.pin_memory()
+        return self
+
+
+class EpisodeDataset(Dataset[EpisodeClips]):
+    """The episodes of ``indices``, frames included; use with ``DataLoader(..., batch_size=None)``.
+
+    An unreadable clip is recorded in ``failures`` and replaced by the next spare clip of its class. Raises UserError
+    where a class has none left.
+    """
+
+    def __init__(self, sampler: EpisodeSampler, loader: ClipLoader, indices: Sequence[int]) -> None:
+        self.sampler = sampler
+        self.loader = loader
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> EpisodeClips:
+        episode = self.sampler[self.indices[position]]
+        failures: list[ClipError] = []
+        frames: tuple[list[Tensor], list[Tensor]] = ([], [])
+        names: tuple[list[str], list[str]] = ([], [])
+        labels: tuple[list[int], list[int]] = ([], [])
+        slot = 0
+        for label, class_id in enumerate(episode.classes):
+            spare = iter(episode.spare[label])
+            for role, chosen in enumerate((episode.support[label], episode.query[label])):
+                for clip_id in chosen:
+                    clip, loaded = self._load(episode.index, class_id, clip_id, spare, slot, failures)
+                    slot += 1
+                    frames[role].append(loaded)
+                    names[role].append(clip.name)
+                    labels[role].append(label)
+        return EpisodeClips(
+            index=episode.index,
+            support=torch.stack(frames[0]),
+            support_labels=torch.tensor(labels[0]),
+            query=torch.stack(frames[1]),
+            query_labels=torch.tensor(labels[1]),
+            support_names=names[0],
+            query_names=names[1],
+            class_ids=episode.classes,
+            failures=failures,
+        )
+
+    def _load(
+        self, index: int, class_id: int, clip_id: int, spare: Iterator[int], slot: int, failures: list[ClipError]
+    ) -> tuple[Clip, Tensor]:
+        candidate: int | None = clip_id
+        while candidate is not None:
+            clip = self.sampler.clips.clips[class_id][candidate]
+            rng = self.sampler.generator(index, slot) if self.loader.train else None
+            try:
+                return clip, self.loader(clip, rng)
+            except ClipError as failure:
+                failures.append(failure)
+                candidate = next(spare, None)
+        raise UserError(
+            f"episode {index}: class {self.sampler.clips.classes[class_id]!r} has no readable clip left; "
+            f"the last failure was {failures[-1]}"
+        )
+
+
+def shard(indices: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """The share of ``rank`` out of ``world_size``: disjoint, together all, sizes equal to within one."""
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise UserError(f"rank {rank} of {world_size} is not a share: ranks run from 0 to world_size - 1")
+    return list(indices[rank::world_size])

@@ -1,0 +1,286 @@
+"""Which clips belong to which class of a split: split files in the two formats in use, and plain folder trees."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from soap_net.data.clips import VIDEO_SUFFIXES, Clip, archive, natural
+from soap_net.errors import UserError
+
+SPLITS = ("train", "val", "test")
+# Folders that may stand between the root and the classes.
+_STORES = ("frames", "videos", "")
+
+
+class MissingClipsError(UserError):
+    """Clips that a split names and the data set lacks: ``missing`` lists them, ``found`` holds the rest."""
+
+    def __init__(self, message: str, missing: tuple[str, ...], found: ClipSet) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.found = found
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """A split: ``clips[i]`` belong to ``classes[i]``; classes and clips in natural order of their names."""
+
+    split: str
+    classes: tuple[str, ...]
+    clips: tuple[tuple[Clip, ...], ...]
+
+
+@dataclass(frozen=True)
+class SplitLine:
+    """A clip named in a split file: the class to show, and its path below the root ("class/video", suffix or not)."""
+
+    label: str
+    path: str
+
+
+def load_split(root: Path, split: str, split_file: Path | None = None) -> ClipSet:
+    """The clips of one split of the data set in folder (or zip) ``root``.
+
+    ``split_file`` None looks for ``{split}.txt``, ``{split}list*.txt`` or ``{split}_few_shot.txt`` in ``root/splits``
+    and ``root``; without any, the folders are the classes: ``root/{split}/<class>/<clip>`` or
+    ``root/<class>/<clip>``, also below ``root/frames`` or ``root/videos``, or in a zip.
+
+    Raises UserError for a missing or empty data set or a malformed split file, and MissingClipsError, which names all
+    the clips that a split file lists and ``root`` lacks.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise UserError(f"{root}: no such data set folder")
+    source = split_file if split_file is not None else find_split_file(root, split)
+    if source is None:
+        return _from_tree(root, split)
+    lines = read_split_file(source)
+    places = _Places(root, split)
+    clips: dict[str, dict[Clip, None]] = {}
+    missing: list[str] = []
+    for line in lines:
+        clip = places.find(line)
+        if clip is None:
+            missing.append(line.path)
+        clips.setdefault(line.label, {}).update({} if clip is None else {clip: None})
+    found = _clip_set(split, clips)
+    if missing:
+        nothing = "" if len(missing) < len(lines) else f" (looked in {places.looked_in()})"
+        raise MissingClipsError(
+            f"{source}: {len(missing)} of {len(lines)} clips are missing below {root}{nothing}: {', '.join(missing)}",
+            tuple(missing),
+            found,
+        )
+    return found
+
+
+def find_split_file(root: Path, split: str) -> Path | None:
+    """The split file that belongs to ``root``, None without one. Raises UserError where several could be meant."""
+    home = root if root.is_dir() else root.parent
+    for folder in (home / "splits", home):
+        for pattern in (f"{split}.txt", f"{split}list*.txt", f"{split}_few_shot.txt"):
+            files = sorted(folder.glob(pattern))
+            if len(files) > 1:
+                names = ", ".join(file.name for file in files)
+                raise UserError(f"{folder}: several split files for {split!r} ({names}); say which one to use")
+            if files:
+                return files[0]
+    return None
+
+
+def read_split_file(path: Path) -> list[SplitLine]:
+    """The clips that a split file names, repeated lines once, in its order.
+
+    Two formats, told apart line by line: ``class/video`` (TRX and others; the class may hold anything, as the last
+    ``/`` ends it) and ``train0//videos/<class>/<name>.avi`` (HyRSM), where the number before ``//`` is the class;
+    it is shown as the folder's name where classes and folders correspond one to one, else as written. Raises
+    UserError for a missing or empty file, and naming the line for one without a class.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: the split file cannot be read ({(error.strerror or str(error)).lower()})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the split file is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines: dict[SplitLine, None] = {}
+    folders: dict[str, set[str]] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = line.strip()
+        if not entry:
+            continue
+        label, double, below = entry.partition("//")
+        if not double:
+            label, _, video = entry.rpartition("/")
+            below = entry
+        else:
+            folder, _, video = below.rpartition("/")
+            folders.setdefault(label, set()).add(folder.rpartition("/")[2])
+        if not label or not video:
+            raise UserError(f"{path}:{number}: {entry!r} is not <class>/<video>")
+        lines[SplitLine(label, below)] = None
+    if not lines:
+        raise UserError(f"{path}: the split file names no clips")
+    shown = {label: next(iter(names)) for label, names in folders.items() if len(names) == 1}
+    if len(shown) < len(folders) or len({*shown.values()}) < len(shown) or "" in shown.values():
+        shown = {}
+    return [SplitLine(shown.get(line.label, line.label), line.path) for line in lines]
+
+
+class _Places:
+    """Finds the clips that split lines name; lists every folder, and opens every zip, at most once."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.root = root
+        self.split = split
+        self.bases = _bases(root, split)
+        self._clips: dict[Path, dict[str, Path]] = {}
+        self._folders: dict[Path, dict[str, Path]] = {}
+        self._members: dict[str, Clip] | None = None
+
+    def find(self, line: SplitLine) -> Clip | None:
+        parts = [part for part in line.path.split("/") if part not in ("", ".")]
+        if not parts or ".." in parts:
+            return None
+        video = parts.pop()
+        name = f"{line.label}/{_stem(video)}"
+        # As written, below the class alone, and alone, for data sets that keep all files in one folder.
+        folders = list(dict.fromkeys(("/".join(parts), parts[-1] if parts else "", line.label, "")))
+        for folder in folders:
+            for base in self.bases:
+                listed = self._listing(base, folder)
+                path = listed.get(_key(video)) or listed.get(_key(_stem(video)))
+                if path is not None:
+                    return Clip(path, name=name)
+        for folder in folders:
+            member = self._zipped().get(_key(f"{folder}/{_stem(video)}"))
+            if member is not None:
+                return Clip(member.path, member=member.member, name=name)
+        return None
+
+    def looked_in(self) -> str:
+        zips = [str(path) for path in _zips(self.root, self.split)]
+        return ", ".join([*(str(base / "<class>") for base in self.bases), *zips])
+
+    def _listing(self, base: Path, folder: str) -> dict[str, Path]:
+        place = base / folder
+        if place not in self._clips:
+            there = self._resolve(base, folder)
+            found = {} if there is None else _clips_in(there)
+            self._clips[place] = found | {_key(path.name): path for path in found.values()}
+        return self._clips[place]
+
+    def _resolve(self, base: Path, folder: str) -> Path | None:
+        # Name by name, as macOS and some zips store accented letters decomposed.
+        place = base
+        for part in folder.split("/") if folder else ():
+            if place not in self._folders:
+                self._folders[place] = {_key(child.name): child for child in _subfolders(place)}
+            found = self._folders[place].get(_key(part))
+            if found is None:
+                return None
+            place = found
+        return place
+
+    def _zipped(self) -> dict[str, Clip]:
+        if self._members is None:
+            self._members = {}
+            for path in _zips(self.root, self.split):
+                for parts, clip in _members(path, self.split):
+                    self._members.setdefault(_key("/".join(parts[-2:])), clip)
+                    if parts[-2] in (*_STORES, self.split, path.stem):
+                        self._members.setdefault(_key(f"/{parts[-1]}"), clip)
+        return self._members
+
+
+def _from_tree(root: Path, split: str) -> ClipSet:
+    for base in _bases(root, split):
+        others = [child.name for child in _subfolders(base) if child.name in SPLITS]
+        if others and split not in others:
+            raise UserError(f"{base}: there is no folder {split!r} beside {', '.join(sorted(others))}")
+        folders = [child for child in _subfolders(base) if child.name not in ("splits", *_STORES, *SPLITS)]
+        tree = {folder.name: _clips_in(folder) for folder in folders}
+        if any(tree.values()):
+            return _clip_set(
+                split,
+                {
+                    label: [Clip(path, name=f"{label}/{_stem(path.name)}") for path in clips.values()]
+                    for label, clips in tree.items()
+                },
+            )
+    zipped: dict[str, list[Clip]] = {}
+    for path in _zips(root, split):
+        for parts, clip in _members(path, split):
+            zipped.setdefault(parts[-2], []).append(clip)
+    if not zipped:
+        raise UserError(f"{root}: found neither a split file for {split!r} nor clips as <class>/<clip>")
+    return _clip_set(split, zipped)
+
+
+def _clip_set(split: str, clips: Mapping[str, Iterable[Clip]]) -> ClipSet:
+    labels = sorted(clips, key=natural)
+    ordered = (tuple(sorted(clips[label], key=lambda clip: natural(clip.name))) for label in labels)
+    return ClipSet(split, tuple(labels), tuple(ordered))
+
+
+def _bases(root: Path, split: str) -> list[Path]:
+    """Folders below which classes may lie: those of the split first, frames before videos."""
+    if not root.is_dir():
+        return []
+    own = [root / store / split for store in _STORES] + [root / split / store for store in _STORES]
+    return [base for base in dict.fromkeys([*own, *(root / store for store in _STORES)]) if base.is_dir()]
+
+
+def _zips(root: Path, split: str) -> list[Path]:
+    if root.is_file():
+        return [root]
+    found = [path for base in _bases(root, split) for path in sorted(base.glob("*.zip"), key=lambda p: natural(p.name))]
+    own = [path for path in found if path.stem == split]
+    return own or [path for path in found if path.stem not in SPLITS]
+
+
+def _members(path: Path, split: str) -> Iterator[tuple[tuple[str, ...], Clip]]:
+    """The folders of images in a zip, less those of other splits, as (..., class, video)."""
+    stat = path.stat()
+    for folder in archive(path, stat.st_mtime_ns, stat.st_size).folders:
+        parts = (path.stem, *folder.split("/"))
+        if folder and (split in parts[:-2] or not {*SPLITS} & {*parts[:-2]}):
+            yield parts, Clip(path, member=folder, name="/".join(parts[-2:]))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return sorted(
+            (Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()),
+            key=lambda path: natural(path.name),
+        )
+
+
+def _clips_in(folder: Path) -> dict[str, Path]:
+    """The clips of a class folder by name without suffix; folders of frames win over zips, and zips over videos."""
+    found: list[tuple[int, str, str]] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found.append((0, entry.name, entry.path))
+            elif suffix == ".zip" or suffix in VIDEO_SUFFIXES:
+                found.append((1 if suffix == ".zip" else 2, _stem(entry.name), entry.path))
+    clips: dict[str, Path] = {}
+    for _, stem, path in sorted(found):
+        clips.setdefault(_key(stem), Path(path))
+    return clips
+
+
+def _stem(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() == ".zip" or suffix.lower() in VIDEO_SUFFIXES else name
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
