@@ -156,15 +156,18 @@ def _training_norms(module: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def _statistics_rest(module: nn.Module) -> Iterator[None]:
-    """Leave running statistics alone: the first forward has moved them, the second would move them again."""
-    norms = _training_norms(module)
-    for norm in norms:
-        norm.track_running_stats = False
+    """Leave running statistics alone: the first forward has moved them, the second would move them again.
+
+    They stay arguments of the kernel, with a momentum of 0: computing anew has to save what the first forward saved.
+    """
+    norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in _training_norms(module)]
+    for norm, *_ in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, tracked in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
 @contextmanager

@@ -1,0 +1,97 @@
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from soap_net.errors import UserError
+from soap_net.models.heads import SOAPHead, TRXHead, build_head
+
+
+def plain_loop(head: TRXHead, support: Tensor, labels: Tensor, query: Tensor, way: int) -> Tensor:
+    """Equations 3 to 10 of the paper with a loop for each index; tuples are concatenated and mapped as they are."""
+    support = support + head.positions.table.double()
+    query = query + head.positions.table.double()
+    total = torch.zeros(len(query), way, dtype=torch.float64)
+    for attention in head.attentions:
+        cardinality, out_dim = attention.tuples.shape[1], attention.keys.out_features
+        for q, clip in enumerate(query):
+            for c in range(way):
+                tuples = [
+                    torch.cat([shot[i] for i in chosen])
+                    for shot, label in zip(support, labels, strict=True)
+                    if label == c
+                    for chosen in combinations(range(len(shot)), cardinality)
+                ]
+                keys = torch.stack([attention.norm(attention.keys(t)) for t in tuples])
+                values = torch.stack([attention.values(t) for t in tuples])
+                own = list(combinations(range(len(clip)), cardinality))
+                distance = torch.zeros((), dtype=torch.float64)
+                for chosen in own:
+                    one = torch.cat([clip[i] for i in chosen])
+                    weights = (keys @ attention.norm(attention.keys(one)) / out_dim**0.5).softmax(0)
+                    distance = distance + ((attention.values(one) - weights @ values) ** 2).sum()
+                total[q, c] -= distance / len(own)
+    return total / len(head.attentions)
+
+
+@pytest.mark.parametrize("cardinalities", [(2, 3), (1,), (4,), (3, 1, 2)])
+def test_head_equals_a_plain_loop_with_unequal_shots(cardinalities: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    head = TRXHead(6, 4, cardinalities, out_dim=5).double().eval()
+    support, query = torch.randn(5, 4, 6).double(), torch.randn(3, 4, 6).double()
+    labels = torch.tensor([1, 0, 2, 1, 2])
+    expected = plain_loop(head, support, labels, query, 3)
+    torch.testing.assert_close(head(support, labels, query, 3), expected)
+
+
+def test_chunks_that_bound_memory_change_neither_logits_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    head = TRXHead(6, 5, out_dim=4).double().eval()
+    support, query = torch.randn(4, 5, 6).double().requires_grad_(), torch.randn(7, 5, 6).double().requires_grad_()
+    labels, weight = torch.tensor([1, 0, 1, 1]), torch.randn(7, 2).double()
+    inputs = [support, query, *head.parameters()]
+    whole = head(support, labels, query, 2)
+    whole_grads = torch.autograd.grad((whole * weight).sum(), inputs)
+    for attention in head.attentions:
+        attention.memory = 2000  # a few tuples at once
+    chunked = head(support, labels, query, 2)
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(torch.autograd.grad((chunked * weight).sum(), inputs), whole_grads)
+    with torch.no_grad():
+        torch.testing.assert_close(head(support, labels, query, 2), whole)
+
+
+def test_memory_for_scores_and_attended_values_stays_under_its_bound() -> None:
+    head = TRXHead(8, 8, out_dim=16, memory_mib=1).eval()
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel() * out.element_size())
+            return out
+
+    with Watch(), torch.no_grad():
+        head(torch.randn(25, 8, 8), torch.arange(5).repeat(5), torch.randn(25, 8, 8), 5)
+    assert largest <= 2**20
+
+
+def test_soap_head_is_the_cardinality_of_one() -> None:
+    torch.manual_seed(0)
+    soap = SOAPHead(6, 4, out_dim=5).eval()
+    trx = TRXHead(6, 4, (1,), out_dim=5).eval()
+    trx.attentions[0].load_state_dict(soap.attention.state_dict())
+    support, query, labels = torch.randn(3, 4, 6), torch.randn(2, 4, 6), torch.tensor([0, 1, 1])
+    torch.testing.assert_close(soap(support, labels, query, 2), trx(support, labels, query, 2))
+
+
+def test_a_tuple_longer_than_the_clip_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError) as refused:
+        build_head("trx", 6, 4, cardinalities=(2, 5))
+    assert str(refused.value) == "head trx: a tuple of 5 frames can't be drawn from a clip of 4"
+    for bad in ((), (2, 2), (0,)):
+        with pytest.raises(UserError):
+            build_head("trx", 6, 4, cardinalities=bad)
