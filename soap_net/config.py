@@ -205,7 +205,10 @@ class Config:
             raise UserError(
                 f"data.crop is {self.data.crop}: it must be at most data.resize, which is {self.data.resize}"
             )
-        if list(self.train.milestones) != sorted(set(self.train.milestones)) or min(self.train.milestones, default=1) < 1:
+        if (
+            list(self.train.milestones) != sorted(set(self.train.milestones))
+            or min(self.train.milestones, default=1) < 1
+        ):
             right = sorted({m for m in self.train.milestones if m > 0})
             raise UserError(f"train.milestones is {list(self.train.milestones)}: they must rise, as in {right}")
         sizes = self.model.soap.tuple_sizes
@@ -307,9 +310,7 @@ def parse(
         source: where `base` came from, for messages.
     """
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument(
-        "--config", action="config", help=f"YAML file, or one of the presets: {', '.join(presets())}."
-    )
+    parser.add_argument("--config", action="config", help=f"YAML file, or one of the presets: {', '.join(presets())}.")
     parser.add_class_arguments(Config, as_group=False)
     prefix = f"{source}: " if source else ""
     try:

@@ -1,23 +1,50 @@
-"""Evaluation on many few-shot tasks, each clip's features computed once."""
+"""Evaluation on many few-shot tasks.
+
+A clip's frames and features don't depend on the task it appears in (evaluation samples the centres), so each clip is
+read and goes through SOAP and the backbone once; the tasks then run the head alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from soap_net.checkpoint import load_model
 from soap_net.config import Amp, Config, DataConfig, EvalConfig
+from soap_net.data.clips import Clip, ClipError
+from soap_net.data.episodes import Episode, EpisodeSampler
+from soap_net.data.splits import ClipSet, load_split
+from soap_net.data.transforms import ClipLoader, FrameSampling
+from soap_net.errors import UserError
+from soap_net.models.soap_net import SOAPNet
+from soap_net.ranks import Ranks, join
 
-if TYPE_CHECKING:
-    from soap_net.data.splits import ClipSet
-    from soap_net.models.soap_net import SOAPNet
+CLIPS_PER_CALL = 8
+TASKS_PER_CALL = 16
+
+
+class Interrupted(RuntimeError):
+    """The user asked to stop."""
 
 
 @dataclass
 class EvalResult:
-    """What `eval.json` holds; accuracies in percent, `ci95` is the half width of the 95 % interval in points."""
+    """What `eval.json` holds; accuracies in percent, `ci95` is the half width of the 95 % interval in points.
+
+    `confusion[i][j]` counts the queries of `classes[i]` that were taken for `classes[j]`.
+    """
 
     accuracy: float
     ci95: float
@@ -29,10 +56,92 @@ class EvalResult:
     seed: int
     episodes_per_second: float
     seconds: float
-    per_class: dict[str, float]
+    per_class: dict[str, float | None]
     classes: list[str]
     confusion: list[list[int]]
     failed_clips: list[str]
+
+    def save(self, path: Path) -> None:
+        """Writes itself as JSON, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class Frames(Dataset[Tensor | ClipError]):
+    """The evaluation frames of a list of clips; an unreadable clip is its error."""
+
+    def __init__(self, clips: Sequence[Clip], loader: ClipLoader) -> None:
+        self.clips = clips
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, position: int) -> Tensor | ClipError:
+        try:
+            return self.loader(self.clips[position], None)
+        except ClipError as error:
+            return error
+
+
+def clip_loader(data: DataConfig, train: bool) -> ClipLoader:
+    """How the config reads a clip: at random in training, at the centre in evaluation."""
+    return ClipLoader(FrameSampling(data.frames, data.interval), data.resize, data.crop, flip=data.flip, train=train)
+
+
+def autocast(device: torch.device, amp: Amp) -> torch.autocast:
+    """The config's mixed precision on `device`."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=amp != "none")
+
+
+def leave_signals_to_main(worker: int) -> None:
+    """Makes a decoding process ignore Ctrl-C and SIGTERM: the main process ends its workers when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@torch.inference_mode()
+def clip_features(
+    model: SOAPNet,
+    clips: Sequence[Clip],
+    data: DataConfig,
+    device: torch.device,
+    *,
+    amp: Amp = "none",
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[Tensor, list[ClipError | None]]:
+    """Features of each clip, and for each the error that kept it from being read (its features are zero then).
+
+    Returns:
+        ``(len(clips), T, D)`` float32 on `device`, and a list of the same length.
+    """
+    features = torch.zeros(len(clips), data.frames, model.backbone.dim, device=device)
+    errors: list[ClipError | None] = [None] * len(clips)
+    batches = DataLoader(
+        Frames(clips, clip_loader(data, train=False)),
+        batch_size=CLIPS_PER_CALL,
+        collate_fn=list,
+        num_workers=min(data.workers, (len(clips) + CLIPS_PER_CALL - 1) // CLIPS_PER_CALL),
+        worker_init_fn=leave_signals_to_main,
+    )
+    for number, batch in enumerate(batches):
+        rows, frames = [], []
+        for row, item in enumerate(batch, number * CLIPS_PER_CALL):
+            if isinstance(item, ClipError):
+                errors[row] = item
+            else:
+                rows.append(row)
+                frames.append(item)
+        if frames:
+            with autocast(device, amp):
+                features[rows] = model.features(torch.stack(frames).to(device)).float()
+        progress(len(batch))
+    return features, errors
 
 
 def evaluate(
@@ -41,14 +150,201 @@ def evaluate(
     data: DataConfig,
     config: EvalConfig,
     *,
-    device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
     amp: Amp = "none",
     progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
-    """Evaluates `model` (in eval mode) on `config.tasks` tasks drawn from `clips`."""
-    raise SystemExit("not built yet")
+    """Classification accuracy over `config.tasks` tasks drawn from `clips`.
+
+    Task n is episode n of the sampler with `config.seed`. A clip that can't be read is named, and replaced in each of
+    its tasks by the next of its class in the task's own order. With several processes, each computes the features of
+    a share of the clips and runs a share of the tasks.
+
+    Args:
+        ranks: processes and device, by default this one on the model's device; `model` is on that device.
+        amp: mixed precision of SOAP and backbone.
+        progress: whether to show a progress bar.
+        stop: asked now and then; when it returns True, `Interrupted` is raised.
+
+    Raises:
+        UserError: too few classes or clips for such tasks, or no readable clip left in a class.
+    """
+    began = time.perf_counter()
+    ranks = ranks or Ranks(next(model.parameters()).device)
+    sampler = EpisodeSampler(clips, config.way, config.shot, config.queries, config.seed)
+    episodes = [sampler[index] for index in range(config.tasks)]
+    was_training = model.training
+    model.eval()
+    try:
+        store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop)
+        chosen = store.fill(episodes)
+        correct, confusion = _run_tasks(store, episodes, chosen, config, ranks, progress and ranks.first, stop)
+    finally:
+        model.train(was_training)
+    seconds = time.perf_counter() - began
+    accuracies = 100.0 * correct / (config.way * config.queries)
+    answered = confusion.sum(axis=1)
+    return EvalResult(
+        accuracy=float(accuracies.mean()),
+        ci95=float(1.96 * accuracies.std() / np.sqrt(config.tasks)),
+        tasks=config.tasks,
+        way=config.way,
+        shot=config.shot,
+        queries=config.queries,
+        split=clips.split,
+        seed=config.seed,
+        episodes_per_second=config.tasks / seconds,
+        seconds=seconds,
+        per_class={
+            name: float(100.0 * confusion[i, i] / answered[i]) if answered[i] else None
+            for i, name in enumerate(clips.classes)
+        },
+        classes=list(clips.classes),
+        confusion=confusion.tolist(),
+        failed_clips=[str(error) for error in store.failures],
+    )
 
 
-def evaluate_run(checkpoint: Path, config: Config | None = None, *, out: Path | None = None, progress: bool = True) -> EvalResult:
-    """Evaluates a checkpoint and writes eval.json beside it (or to `out`)."""
-    raise SystemExit("not built yet")
+class _Store:
+    """The features of the clips met so far, one row each, and the clips that can't be read."""
+
+    def __init__(
+        self,
+        model: SOAPNet,
+        clips: ClipSet,
+        data: DataConfig,
+        ranks: Ranks,
+        amp: Amp,
+        progress: bool,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.model, self.clips, self.data, self.ranks, self.amp = model, clips, data, ranks, amp
+        self.progress, self.stop = progress, stop
+        self.rows: dict[tuple[int, int], int] = {}
+        self.features = torch.zeros(0, data.frames, model.backbone.dim, device=ranks.device)
+        self.broken: set[tuple[int, int]] = set()
+        self.failures: list[ClipError] = []
+
+    def fill(self, episodes: Sequence[Episode]) -> list[tuple[list[int], list[int]]]:
+        """Reads what the episodes need; returns the rows of each one's support and query, grouped by way."""
+        while True:
+            chosen = [_readable(episode, self.clips, self.broken) for episode in episodes]
+            wanted = {pair for support, query in chosen for pair in (*support, *query)}
+            fresh = sorted(wanted - self.rows.keys())
+            if not fresh:
+                return [([self.rows[p] for p in support], [self.rows[p] for p in query]) for support, query in chosen]
+            self._read(fresh)
+
+    def _read(self, fresh: list[tuple[int, int]]) -> None:
+        ranks = self.ranks
+        mine = range(ranks.rank, len(fresh), ranks.size)
+        with tqdm(total=len(mine), desc="features", unit="clip", leave=False, disable=not self.progress) as bar:
+
+            def advance(count: int) -> None:
+                if self.stop():
+                    raise Interrupted
+                bar.update(count)
+
+            clips = [self.clips.clips[fresh[i][0]][fresh[i][1]] for i in mine]
+            own, errors = clip_features(self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance)
+        features = torch.zeros(len(fresh), *own.shape[1:], device=ranks.device)
+        features[ranks.rank :: ranks.size] = own
+        failed = torch.zeros(len(fresh), device=ranks.device)
+        for i, error in zip(mine, errors, strict=True):
+            if error is not None:
+                failed[i] = 1.0
+                self.failures.append(error)
+                tqdm.write(f"warning: {error}; another clip of its class takes its place", file=sys.stderr)
+        ranks.sum([features, failed])
+        start = len(self.features)
+        self.features = torch.cat([self.features, features])
+        for i, pair in enumerate(fresh):
+            self.rows[pair] = start + i
+        self.broken.update(pair for pair, bad in zip(fresh, failed.tolist(), strict=True) if bad)
+
+
+def _readable(
+    episode: Episode, clips: ClipSet, broken: set[tuple[int, int]]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The (class, clip) pairs of an episode, each broken one replaced by the next spare, as `EpisodeDataset` does."""
+    chosen: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for label, class_id in enumerate(episode.classes):
+        spare = iter(episode.spare[label])
+        for role, members in enumerate((episode.support[label], episode.query[label])):
+            for member in members:
+                pair: tuple[int, int] | None = (class_id, member)
+                while pair in broken:
+                    replacement = next(spare, None)
+                    pair = None if replacement is None else (class_id, replacement)
+                if pair is None:
+                    raise UserError(
+                        f"task {episode.index}: class {clips.classes[class_id]!r} has no readable clip left; "
+                        f"{len(broken)} clips could not be read"
+                    )
+                chosen[role].append(pair)
+    return chosen
+
+
+@torch.inference_mode()
+def _run_tasks(
+    store: _Store,
+    episodes: Sequence[Episode],
+    chosen: list[tuple[list[int], list[int]]],
+    config: EvalConfig,
+    ranks: Ranks,
+    progress: bool,
+    stop: Callable[[], bool],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right answers per task, and the confusion matrix over all classes of the split."""
+    device, way = ranks.device, config.way
+    support_labels = torch.arange(way, device=device).repeat_interleave(config.shot)
+    truth = np.repeat(np.arange(way), config.queries)
+    class_ids = np.array([episode.classes for episode in episodes])
+    predicted = torch.zeros(len(episodes), len(truth), dtype=torch.int64, device=device)
+    batched = torch.vmap(store.model.head, in_dims=(0, None, 0, None))
+    mine = range(ranks.rank, len(episodes), ranks.size)
+    with tqdm(total=len(mine), desc="tasks", unit="task", leave=False, disable=not progress) as bar:
+        for start in range(0, len(mine), TASKS_PER_CALL):
+            if stop():
+                raise Interrupted
+            tasks = list(mine[start : start + TASKS_PER_CALL])
+            support = store.features[torch.tensor([chosen[t][0] for t in tasks], device=device)]
+            query = store.features[torch.tensor([chosen[t][1] for t in tasks], device=device)]
+            predicted[tasks] = batched(support, support_labels, query, way).argmax(dim=-1)
+            bar.update(len(tasks))
+    ranks.sum([predicted])
+    answers = predicted.cpu().numpy()
+    confusion = np.zeros((len(store.clips.classes),) * 2, dtype=np.int64)
+    np.add.at(confusion, (class_ids[:, truth], np.take_along_axis(class_ids, answers, axis=1)), 1)
+    correct: np.ndarray = (answers == truth).sum(axis=1)
+    return correct, confusion
+
+
+def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, progress: bool = True) -> EvalResult:
+    """Evaluates a checkpoint and writes `eval.json` beside it.
+
+    Args:
+        checkpoint: a run's `best.pt` or `last.pt`.
+        config: its `data`, `eval`, `device` and `train.amp` count; the model is the checkpoint's own.
+        out: a .json file, or a folder to put `eval.json` in.
+
+    Raises:
+        UserError: bad checkpoint or data set, impossible values, or a number of frames that the model can't take.
+    """
+    config.check()
+    with join(config.device) as ranks:
+        model, trained = load_model(checkpoint, ranks.device)
+        if config.data.frames != trained.data.frames:
+            raise UserError(
+                f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
+            )
+        clips = load_split(config.data.root, config.eval.split, config.data.split_file(config.eval.split))
+        result = evaluate(model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress)
+        target = checkpoint.parent if out is None else out
+        if target.suffix != ".json":
+            target = target / "eval.json"
+        if ranks.first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            result.save(target)
+    return result
