@@ -372,7 +372,7 @@ class TinyConvNet(nn.Module):
     would lose.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128), grid: int = 3) -> None:
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64), grid: int = 3) -> None:
         super().__init__()
         stages = [
             nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True))

@@ -16,7 +16,7 @@ def one_line(refused: pytest.ExceptionInfo[UserError]) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize(("name", "dim"), [("tiny", 1152), ("resnet18", 512), ("efficientnet_lite0", 1280)])
+@pytest.mark.parametrize(("name", "dim"), [("tiny", 576), ("resnet18", 512), ("efficientnet_lite0", 1280)])
 def test_backbone_gives_one_vector_per_frame(name: str, dim: int) -> None:
     backbone = build_backbone(name, "random").eval()
     assert backbone.dim == dim

@@ -205,5 +205,5 @@ def test_settings_that_do_not_fit_are_refused_in_one_line() -> None:
         build_model(ModelConfig(backbone="tiny", weights=None, soap=SoapConfig(tuple_sizes=(9,))), FRAMES)
     with pytest.raises(UserError, match="chunk_frames is -1"):
         net(chunk_frames=-1)
-    with pytest.raises(UserError, match="the head takes 5 features a frame, backbone tiny has 1152"):
+    with pytest.raises(UserError, match="the head takes 5 features a frame, backbone tiny has 576"):
         SOAPNet(None, build_backbone("tiny"), build_head("soap", 5, FRAMES), IMAGENET_MEAN, IMAGENET_STD)
