@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -27,6 +27,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Amp = Literal["none", "bf16", "fp16"]
 Part = Literal["3dem", "cwem", "hmem"]
+Settings = TypeVar("Settings")
 
 
 @dataclass
@@ -51,6 +52,8 @@ class DataConfig:
     """Side of the square cut from it (random in training, centre in evaluation)."""
     flip: bool = True
     """Mirror half of the training clips; off where left and right tell classes apart, as in Something-Something."""
+    order: Literal["forward", "reversed", "shuffled"] = "forward"
+    """Order in which the frames are handed over; all but forward are there to study what a model makes of time."""
     workers: int = 2
     """Processes that decode clips; 0 decodes in the main process."""
 
@@ -84,7 +87,7 @@ class ModelConfig:
     """SOAP, backbone and few-shot head."""
 
     backbone: str = "resnet50"
-    """resnet18, resnet34, resnet50, vit_b_16, efficientnet_lite0 or timm:<name>."""
+    """tiny, resnet18, resnet34, resnet50, vit_b_16, efficientnet_lite0 or timm:<name>."""
     weights: str | None = "imagenet"
     """imagenet, random (or null), or a .pth / .safetensors file."""
     head: str = "soap"
@@ -190,6 +193,9 @@ class Config:
             "train.clip_norm train.val_every train.max_failed_share episode.seed eval.seed",
         }
         flat = flatten(to_dict(self))
+        for key in ("data.root", "out"):
+            if flat[key] is None:
+                raise UserError(f"{key} is null: it must be a folder")
         for key, value in flat.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{key} is {value}: it must be a finite number")
@@ -223,8 +229,9 @@ class Config:
                         f"a size is 1 to {self.data.frames - 1}, the nearest is {nearest}"
                     )
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
-            near = _nearest(self.device, ["auto", "cpu", "cuda", "cuda:0", "mps", "xpu"])
-            raise UserError(f"device is {self.device!r}: unknown{near}")
+            names = ["auto", "cpu", "cuda", "cuda:0", "mps", "xpu"]
+            near = "; did you mean cuda?" if "gpu" in self.device.lower() else _nearest(self.device, names)
+            raise UserError(f"device is {self.device!r}: it must be one of {', '.join(names)}{near}")
         return self
 
 
@@ -275,23 +282,35 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @cache
-def known_keys() -> tuple[str, ...]:
-    """All dotted keys of `Config`."""
-    return tuple(flatten(to_dict(Config())))
+def known_keys(cls: type = Config) -> tuple[str, ...]:
+    """All dotted keys of a config dataclass."""
+    return tuple(flatten(to_dict(cls())))
 
 
-def check_keys(values: Any, source: str) -> None:
+def read_settings(path: Path, cls: type = Config) -> dict[str, Any]:
+    """The nested settings in a YAML file; raises `UserError` if it isn't one or holds an unknown key."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {_one_line(str(error))}") from error
+    check_keys({} if values is None else values, str(path), cls)
+    return dict(values or {})
+
+
+def check_keys(values: Any, source: str, cls: type = Config) -> None:
     """Raises `UserError` for the first key in nested `values` that no setting bears, with the nearest one that does."""
-    if values is None:
-        return
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: expected settings such as 'train: {{lr: 0.001}}', found {values!r}")
-    groups = {key.rpartition(".")[0] for key in known_keys()} - {""}
+    known = known_keys(cls)
+    groups = {key.rpartition(".")[0] for key in known} - {""}
     for key, value in flatten(values).items():
-        if key not in known_keys() and not (key in groups and value is None):
-            raise UserError(f"{source}: unknown key {key!r}{_nearest(key, known_keys())}")
+        if key in groups:
+            raise UserError(f"{source}: {key} is {value!r}: it must hold settings, such as {key}: {{lr: 0.001}}")
+        if key not in known:
+            raise UserError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
 
 
+@overload
 def parse(
     args: Sequence[str],
     *,
@@ -299,19 +318,39 @@ def parse(
     prog: str = "soap-net",
     description: str = "",
     source: str = "",
-) -> Config:
-    """Parses command-line options into a checked `Config`.
+) -> Config: ...
+
+
+@overload
+def parse(args: Sequence[str], cls: type[Settings], *, prog: str, description: str) -> Settings: ...
+
+
+def parse(
+    args: Sequence[str],
+    cls: type[Any] = Config,
+    *,
+    base: Mapping[str, Any] | None = None,
+    prog: str = "soap-net",
+    description: str = "",
+    source: str = "",
+) -> Any:
+    """Parses command-line options into a checked config dataclass.
 
     Args:
         args: options, ``--config <file or preset>`` among them.
+        cls: the dataclass.
         base: nested settings that take the place of the defaults.
         prog: the command, for its help.
         description: what the command does, for its help.
         source: where `base` came from, for messages.
+
+    Raises:
+        UserError: one line that names the unknown option or key, or the impossible value, and the nearest right one.
     """
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help=f"YAML file, or one of the presets: {', '.join(presets())}.")
-    parser.add_class_arguments(Config, as_group=False)
+    named = f", or one of the presets: {', '.join(presets())}" if cls is Config else ""
+    parser.add_argument("--config", action="config", help=f"YAML file{named}.")
+    parser.add_class_arguments(cls, as_group=False)
     prefix = f"{source}: " if source else ""
     try:
         if base:
@@ -319,49 +358,45 @@ def parse(
             parser.parse_object(dict(base))
             parser.set_defaults(flatten(base))
         prefix = ""
-        config = parser.instantiate(parser.parse_args(_resolve(args)))
+        values = parser.instantiate(parser.parse_args(_resolve(args, cls))).as_dict()
     except (UserError, OSError):
         raise
     except Exception as error:  # jsonargparse raises its own, argparse's and the YAML library's
         raise UserError(prefix + _one_line(str(error))) from error
-    settings = config.as_dict()
-    settings.pop("config")
-    return Config(**settings).check()
+    values.pop("config")
+    settings = cls(**values)
+    return settings.check() if isinstance(settings, Config) else settings
 
 
-def _resolve(args: Sequence[str]) -> list[str]:
+def _resolve(args: Sequence[str], cls: type) -> list[str]:
     """Checks the option names and the keys of config files, and puts a preset's path in place of its name."""
+    known = known_keys(cls)
+    options = [*known, "config", "help", "print_config"]
+    groups = {key.rpartition(".")[0] for key in known}
     resolved: list[str] = []
     expects_config = False
     for arg in args:
         if expects_config:
-            resolved.append(_config_file(arg))
-            expects_config = False
-            continue
-        if arg.startswith("--"):
+            arg, expects_config = _config_file(arg, cls), False
+        elif arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
             if name == "config" and equals:
-                arg = f"--config={_config_file(value)}"
+                arg = f"--config={_config_file(value, cls)}"
             expects_config = name == "config" and not equals
-            options = [*known_keys(), "config", "help", "print_config"]
-            groups = {key.rpartition(".")[0] for key in known_keys()}
-            free = name.startswith("model.head_options.")
-            if name not in options and name not in groups and not free:
+            if name not in options and name not in groups and not name.startswith("model.head_options."):
                 raise UserError(f"unknown option --{name}{_nearest(name, options, '--')}")
         resolved.append(arg)
     return resolved
 
 
-def _config_file(name: str) -> str:
-    path = presets().get(name) or Path(name)
+def _config_file(name: str, cls: type) -> str:
+    named = presets() if cls is Config else {}
+    path = named.get(name) or Path(name)
     if not path.is_file():
-        near = _nearest(name, presets())
-        raise UserError(f"{name}: no such config file, nor a preset of that name{near}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {_one_line(str(error))}") from error
-    check_keys(values, str(path))
+        preset = ", nor a preset of that name" if cls is Config else ""
+        raise UserError(f"{name}: no such config file{preset}{_nearest(name, named)}")
+    if not read_settings(path, cls):
+        return os.devnull  # a file of comments alone
     return os.fspath(path)
 
 
@@ -388,7 +423,12 @@ def _one_line(message: str) -> str:
         expected = re.search(r"Expected (?:a |an )?<class '(\w+)'>", value["why"])
         got = re.search(r"(?:Got value|Given value): (.*)$", value["why"])
         if expected and got:
-            kind = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+            kind = {
+                "int": "a whole number",
+                "float": "a number",
+                "bool": "true or false",
+                "dict": "settings such as '{dim: 64}'",
+            }
             return f"{value['key']} is {got[1]!r}: it must be {kind.get(expected[1], expected[1])}"
         return f"{value['key']}: {value['why']}"
     return line

@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,12 +61,20 @@ class EvalResult:
     classes: list[str]
     confusion: list[list[int]]
     failed_clips: list[str]
+    correct: list[int] = field(default_factory=list, repr=False)
+    """Right answers of each task, to compare runs task by task; not written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `eval.json` holds."""
+        values = asdict(self)
+        del values["correct"]
+        return values
 
     def save(self, path: Path) -> None:
         """Writes itself as JSON, whole or not at all."""
         temporary = path.with_name(f".{path.name}.part")
         try:
-            temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -90,7 +99,8 @@ class Frames(Dataset[Tensor | ClipError]):
 
 def clip_loader(data: DataConfig, train: bool) -> ClipLoader:
     """How the config reads a clip: at random in training, at the centre in evaluation."""
-    return ClipLoader(FrameSampling(data.frames, data.interval), data.resize, data.crop, flip=data.flip, train=train)
+    sampling = FrameSampling(data.frames, data.interval)
+    return ClipLoader(sampling, data.resize, data.crop, flip=data.flip, train=train, order=data.order)
 
 
 def autocast(device: torch.device, amp: Amp) -> torch.autocast:
@@ -203,6 +213,7 @@ def evaluate(
         classes=list(clips.classes),
         confusion=confusion.tolist(),
         failed_clips=[str(error) for error in store.failures],
+        correct=correct.tolist(),
     )
 
 

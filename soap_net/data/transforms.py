@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -61,6 +64,9 @@ class ClipLoader:
     In training the frames, the crop's place and (with ``flip``) the mirroring are drawn from the generator passed to
     the call; in evaluation everything is centred and no generator is used. Leave ``flip`` off where left and right
     are the label, as in Something-Something.
+
+    ``order`` is how the frames are handed over, to study what a model makes of time: in theirs, ``"reversed"``, or
+    ``"shuffled"``, anew for each load in training, by the clip's name in evaluation.
     """
 
     sampling: FrameSampling = FrameSampling()
@@ -68,6 +74,7 @@ class ClipLoader:
     crop: int = 224
     flip: bool = True
     train: bool = False
+    order: Literal["forward", "reversed", "shuffled"] = "forward"
 
     def __post_init__(self) -> None:
         if self.crop < 1:
@@ -81,7 +88,13 @@ class ClipLoader:
             raise UserError("loading a clip for training needs a random generator")
         draw = rng if self.train else None
         frames = clip.read(self.sampling.indices(clip.num_frames(), draw))
-        return self.transform(frames, draw)
+        frames = self.transform(frames, draw)
+        if self.order == "reversed":
+            return frames.flip(0)
+        if self.order == "shuffled":
+            shuffle = draw or np.random.default_rng(zlib.crc32(clip.name.encode()))
+            return frames[torch.from_numpy(shuffle.permutation(len(frames)))]
+        return frames
 
     def transform(self, frames: Tensor, rng: np.random.Generator | None) -> Tensor:
         """Resizes, crops and flips ``(T, 3, H, W)``, every frame alike; ``rng`` None is evaluation."""
