@@ -8,15 +8,37 @@ from typing import Any
 
 from soap_net.errors import UserError
 from soap_net.models.heads.base import Classes, FewShotHead, Positions, group_by_class
+from soap_net.models.heads.hyrsm import BiMHMHead, HyRSMHead
+from soap_net.models.heads.otam import OTAMHead
+from soap_net.models.heads.prototype import FrameAverageHead, PrototypeHead
 from soap_net.models.heads.soap import SOAPHead
 from soap_net.models.heads.trx import TRXHead
 
 HEADS: dict[str, type[FewShotHead]] = {
     "soap": SOAPHead,
+    "prototype": PrototypeHead,
+    "tsn": FrameAverageHead,
+    "otam": OTAMHead,
     "trx": TRXHead,
+    "bimhm": BiMHMHead,
+    "hyrsm": HyRSMHead,
 }
 
-__all__ = ["HEADS", "Classes", "FewShotHead", "Positions", "SOAPHead", "TRXHead", "build_head", "group_by_class"]
+__all__ = [
+    "HEADS",
+    "BiMHMHead",
+    "Classes",
+    "FewShotHead",
+    "FrameAverageHead",
+    "HyRSMHead",
+    "OTAMHead",
+    "Positions",
+    "PrototypeHead",
+    "SOAPHead",
+    "TRXHead",
+    "build_head",
+    "group_by_class",
+]
 
 
 def build_head(name: str, dim: int, frames: int, **options: Any) -> FewShotHead:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soap_net.errors import UserError
@@ -25,7 +27,8 @@ class Classes(NamedTuple):
         """Mean over each class's shots: dimension ``dim`` of size S becomes one of size way."""
         weight = self.one_hot(per_support.shape[dim]).to(per_support.dtype)
         weight = weight / weight.sum(dim=1, keepdim=True)
-        return (per_support.movedim(dim, -1) @ weight.T).movedim(-1, dim)
+        with no_autocast(per_support):
+            return (per_support.movedim(dim, -1) @ weight.T).movedim(-1, dim)
 
     def one_hot(self, supports: int) -> Tensor:
         """``(way, S)`` bool: which support belongs to which class."""
@@ -128,3 +131,21 @@ class Positions(nn.Module):
 def wide(x: Tensor) -> Tensor:
     """At least float32: distances are differences of near numbers, which 16 bits can't hold."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Keeps products of `wide` tensors wide under autocast: here they are comparisons, and small."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def cosines(query: Tensor, support: Tensor) -> Tensor:
+    """Cosines of all pairs of vectors: ``(..., N, D)`` and ``(..., M, D)`` to ``(..., N, M)``."""
+    with no_autocast(query):
+        return F.normalize(wide(query), dim=-1) @ F.normalize(wide(support), dim=-1).mT
+
+
+def cosine_distances(query: Tensor, support: Tensor) -> Tensor:
+    """One minus the cosine of every pair of frames: ``(Q, T, D)`` and ``(S, U, D)`` to ``(Q, S, T, U)``."""
+    pairs = cosines(query.flatten(0, 1), support.flatten(0, 1))
+    return 1 - pairs.reshape(*query.shape[:2], *support.shape[:2]).transpose(1, 2)
