@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -374,30 +373,27 @@ def _resolve(args: Sequence[str], cls: type) -> list[str]:
     options = [*known, "config", "help", "print_config"]
     groups = {key.rpartition(".")[0] for key in known}
     resolved: list[str] = []
-    expects_config = False
-    for arg in args:
-        if expects_config:
-            arg, expects_config = _config_file(arg, cls), False
-        elif arg.startswith("--"):
+    remaining = iter(args)
+    for arg in remaining:
+        if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
-            if name == "config" and equals:
-                arg = f"--config={_config_file(value, cls)}"
-            expects_config = name == "config" and not equals
+            if name == "config" and (file := value if equals else next(remaining, None)) is not None:
+                path = _config_file(file, cls)
+                resolved += [f"--config={path}"] if read_settings(path, cls) else []  # not one of comments alone
+                continue
             if name not in options and name not in groups and not name.startswith("model.head_options."):
                 raise UserError(f"unknown option --{name}{_nearest(name, options, '--')}")
         resolved.append(arg)
     return resolved
 
 
-def _config_file(name: str, cls: type) -> str:
+def _config_file(name: str, cls: type) -> Path:
     named = presets() if cls is Config else {}
     path = named.get(name) or Path(name)
     if not path.is_file():
         preset = ", nor a preset of that name" if cls is Config else ""
         raise UserError(f"{name}: no such config file{preset}{_nearest(name, named)}")
-    if not read_settings(path, cls):
-        return os.devnull  # a file of comments alone
-    return os.fspath(path)
+    return path
 
 
 def _nearest(name: str, known: Iterable[str], dashes: str = "") -> str:

@@ -1,0 +1,270 @@
+"""The command `soap-net`. Torch is imported by the commands that need it, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from soap_net.errors import UserError
+
+Command = Callable[[list[str]], int]
+SETTINGS = "Any setting may follow, as in --eval.tasks 1000; `soap-net train --help` lists them all."
+
+
+class _Options(argparse.ArgumentParser):
+    """Options of one command; a mistake raises `UserError` rather than printing the whole usage."""
+
+    def __init__(self, command: str, description: str, epilog: str = "") -> None:
+        super().__init__(prog=f"soap-net {command}", description=description, epilog=epilog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_exactly(self, args: Sequence[str]) -> argparse.Namespace:
+        """Parses all of `args`; an unknown one is named together with the nearest there is."""
+        values, rest = self.parse_known_args(args)
+        if rest:
+            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            close = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1)
+            raise UserError(f"unknown option {rest[0]}{f'; did you mean {close[0]}?' if close else ''}")
+        return values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 for what the user can mend, 1 for anything else."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        print("soap-net: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, text = _explain(error)
+        print(f"soap-net: {text}", file=sys.stderr)
+        return code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return 2, text
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return 1, f"{where}{error.strerror.lower()}"
+    return 1, f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"soap-net {version('soap-net')}")
+        return 0
+    name = " ".join(args[:2]) if args[0] == "data" else args[0]
+    if name not in COMMANDS:
+        if name in ("data", "data -h", "data --help"):
+            print(_overview("data"))
+            return 0
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name!r}; {hint}")
+    return COMMANDS[name][0](args[len(name.split()) :])
+
+
+def _overview(prefix: str = "") -> str:
+    from soap_net.config import presets
+
+    shown = {name: text for name, (_, text) in COMMANDS.items() if name.startswith(prefix)}
+    lines = [
+        "usage: soap-net COMMAND [options] [--debug]",
+        "",
+        "Few-shot action recognition with SOAP: real videos in, a trained and evaluated classifier out.",
+        "",
+        *(f"  {name:<12}  {text}" for name, text in shown.items()),
+        "",
+        "`soap-net COMMAND --help` tells more; --debug shows the traceback of an error.",
+    ]
+    if not prefix:
+        lines += ["Presets for --config: " + ", ".join(presets()) + "."]
+    return "\n".join(lines)
+
+
+def _train(args: list[str]) -> int:
+    from soap_net.config import parse, read_settings
+
+    text = "Train a few-shot classifier. --resume [RUN] goes on with the run in --out, or in the folder RUN."
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--resume", nargs="?", const=True)
+    options, settings = own.parse_known_args(args)
+    base = None
+    if isinstance(options.resume, str):
+        run = Path(options.resume)
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run}: no run to resume: there is no config.yaml in it")
+        base = {**read_settings(run / "config.yaml"), "out": str(run)}
+    config = parse(settings, base=base, prog="soap-net train", description=text)
+
+    from soap_net.train import TrainingStopped, train
+
+    try:
+        folder = train(config, resume=options.resume is not None)
+    except TrainingStopped as stopped:
+        print(f"soap-net: {stopped}; go on with: soap-net train --resume {stopped.folder}", file=sys.stderr)
+        return 130
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trained: {folder}; evaluate with: soap-net eval --checkpoint {folder / 'best.pt'}")
+    return 0
+
+
+def _eval(args: list[str]) -> int:
+    own = _Options("eval", "Evaluate a checkpoint on classes it has never seen.", SETTINGS)
+    own.add_argument("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a run")
+    own.add_argument("--out", type=Path, help="folder or .json file for the result (by default the run's folder)")
+    own.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    options, settings = own.parse_known_args(args)
+
+    from soap_net import checkpoint
+    from soap_net.config import parse
+
+    trained = checkpoint.load(options.checkpoint)["config"]
+    config = parse(settings, base=trained, prog="soap-net eval", source=str(options.checkpoint))
+
+    from soap_net.evaluate import evaluate_run
+
+    result = evaluate_run(options.checkpoint, config, out=options.out)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        return 0
+    print(
+        f"{result.accuracy:.2f} +- {result.ci95:.2f} %  ({result.tasks} tasks, {result.way}-way {result.shot}-shot, "
+        f"{result.split} classes, {result.episodes_per_second:.1f} tasks/s)"
+    )
+    width = max(map(len, result.classes))
+    for name, accuracy in result.per_class.items():
+        print(f"  {name:<{width}}  {'-' if accuracy is None else f'{accuracy:6.2f} %'}")
+    if result.failed_clips:
+        print(f"  {len(result.failed_clips)} clips could not be read and were replaced")
+    return 0
+
+
+def _classify(args: list[str]) -> int:
+    own = _Options(
+        "classify",
+        "Tell your own classes apart: show a trained model a few clips of each, and ask it about others.",
+        "A clip is a video, a folder of frames or a zip of frames.",
+    )
+    own.add_argument("--checkpoint", type=Path, required=True, help="best.pt of a run")
+    own.add_argument("--support", type=Path, required=True, help="folder with one folder of clips per class")
+    own.add_argument("--query", type=Path, required=True, nargs="+", help="clips, or folders of clips, to classify")
+    own.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the best there is)")
+    own.add_argument("--top", type=int, default=3, help="classes to print per clip (default: 3)")
+    own.add_argument("--json", action="store_true", help="print all probabilities as JSON")
+    options = own.parse_exactly(args)
+
+    from soap_net.classify import Classifier, clips_by_class, find_clips
+
+    support = clips_by_class(options.support)
+    queries = [clip for path in options.query for clip in find_clips(path)]
+    classifier = Classifier.from_checkpoint(options.checkpoint, options.device)
+    for error in classifier.learn(support, progress=True):
+        print(f"warning: {error}; left out of the support", file=sys.stderr)
+    predictions = classifier.classify(queries, progress=True)
+    if options.json:
+        rows = [
+            {"clip": p.clip, "class": p.label, "probabilities": p.probabilities, "error": p.error} for p in predictions
+        ]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        width = max(len(prediction.clip) for prediction in predictions)
+        for prediction in predictions:
+            best = list(prediction.probabilities.items())[: max(options.top, 1)]
+            told = "   ".join(f"{100 * chance:5.1f} % {name}" for name, chance in best)
+            print(f"{prediction.clip:<{width}}  {told}" if prediction.error is None else f"error: {prediction.error}")
+    return 2 if any(prediction.error for prediction in predictions) else 0
+
+
+def _data_check(args: list[str]) -> int:
+    root, args = _leading_path(args)
+    own = _Options("data check", "Read every clip of a data set; report what is missing or broken.", SETTINGS)
+    own.usage = "soap-net data check [ROOT] [--split train val test] [--data.workers N ...]"
+    own.add_argument("--split", nargs="+", choices=("train", "val", "test"), default=["train", "val", "test"])
+    options, settings = own.parse_known_args(args)
+
+    from soap_net.config import parse
+
+    config = parse(settings, base={"data": {"root": root}} if root else None)
+    data = config.data
+
+    from soap_net.data.check import check_split
+    from soap_net.data.transforms import FrameSampling
+
+    sampling = FrameSampling(data.frames, data.interval)
+    sound = True
+    for split in options.split:
+        report = check_split(data.root, split, data.split_file(split), sampling=sampling, workers=data.workers)
+        print(report.summary())
+        sound = sound and report.sound
+    return 0 if sound else 2
+
+
+def _data_motion(args: list[str]) -> int:
+    root, args = _leading_path(args)
+    if root is None and not {"-h", "--help"} & {*args}:
+        raise UserError("say into which folder to write the data set: soap-net data motion ROOT")
+    from soap_net.config import parse
+    from soap_net.data.motion import MotionConfig, write_motion
+
+    text = "Write the embedded motion data set into the folder ROOT, given first."
+    print(write_motion(Path(root or ""), parse(args, MotionConfig, prog="soap-net data motion ROOT", description=text)))
+    return 0
+
+
+def _leading_path(args: list[str]) -> tuple[str | None, list[str]]:
+    # Taken by hand: argparse would take the value of an option it doesn't know for the positional.
+    return (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+
+
+def _info(args: list[str]) -> int:
+    _Options("info", "Print versions, devices and the kernels' backends.").parse_exactly(args)
+    import torch
+
+    from soap_kernels import backends
+    from soap_net.train import versions
+
+    for name, value in versions().items():
+        print(f"{name:<12}  {value if value is not None else '-'}")
+    print(f"{'threads':<12}  {torch.get_num_threads()}")
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        print(f"backends for tensors on {device}:")
+        for name, why_absent in backends.status(device).items():
+            print(f"  {name:<10}  {'present' if why_absent is None else f'absent: {why_absent}'}")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "train": (_train, "train on the clips of a data set"),
+    "eval": (_eval, "evaluate a checkpoint on unseen classes"),
+    "classify": (_classify, "classify your own clips from a few examples per class"),
+    "data check": (_data_check, "read a data set; report missing and broken files"),
+    "data motion": (_data_motion, "write the embedded motion data set as video files"),
+    "info": (_info, "versions, devices, and which kernels are present"),
+}
