@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +108,7 @@ class Classifier:
     def _features(self, clips: Sequence[Clip], what: str, progress: bool) -> tuple[Tensor, list[str | None]]:
         # A few clips are read sooner than processes start.
         data = self.data if len(clips) > 4 * CLIPS_PER_CALL else replace(self.data, workers=0)
-        with tqdm(total=len(clips), desc=what, unit="clip", leave=False, disable=not progress, file=sys.stderr) as bar:
+        with tqdm(total=len(clips), desc=what, unit="clip", leave=False, disable=None if progress else True) as bar:
             features, errors = clip_features(
                 self.model, clips, data, self.device, amp=self.amp, progress=lambda count: bar.update(count)
             )

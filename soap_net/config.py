@@ -423,7 +423,7 @@ def _one_line(message: str) -> str:
                 "int": "a whole number",
                 "float": "a number",
                 "bool": "true or false",
-                "dict": "settings such as '{dim: 64}'",
+                "dict": "settings such as '{out_dim: 64}'",
             }
             return f"{value['key']} is {got[1]!r}: it must be {kind.get(expected[1], expected[1])}"
         return f"{value['key']}: {value['why']}"

@@ -250,7 +250,9 @@ class _Store:
     def _read(self, fresh: list[tuple[int, int]]) -> None:
         ranks = self.ranks
         mine = range(ranks.rank, len(fresh), ranks.size)
-        with tqdm(total=len(mine), desc="features", unit="clip", leave=False, disable=not self.progress) as bar:
+        with tqdm(
+            total=len(mine), desc="features", unit="clip", leave=False, disable=None if self.progress else True
+        ) as bar:
 
             def advance(count: int) -> None:
                 if self.stop():
@@ -315,7 +317,7 @@ def _run_tasks(
     predicted = torch.zeros(len(episodes), len(truth), dtype=torch.int64, device=device)
     batched = torch.vmap(store.model.head, in_dims=(0, None, 0, None))
     mine = range(ranks.rank, len(episodes), ranks.size)
-    with tqdm(total=len(mine), desc="tasks", unit="task", leave=False, disable=not progress) as bar:
+    with tqdm(total=len(mine), desc="tasks", unit="task", leave=False, disable=None if progress else True) as bar:
         for start in range(0, len(mine), TASKS_PER_CALL):
             if stop():
                 raise Interrupted

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -278,7 +278,9 @@ class _Guarded(Dataset[EpisodeClips | UserError]):
             return error
 
 
-def _episodes(dataset: EpisodeDataset, workers: int, device: torch.device) -> Iterator[EpisodeClips | UserError]:
+def _episodes(
+    dataset: EpisodeDataset, workers: int, device: torch.device
+) -> Generator[EpisodeClips | UserError, None, None]:
     loader = DataLoader(
         _Guarded(dataset),
         batch_size=None,

@@ -96,7 +96,7 @@ def check_split(
     report = SplitReport(split, {n: len(c) for n, c in zip(found.classes, found.clips, strict=True)}, missing)
     clips = [clip for members in found.clips for clip in members]
     probes = DataLoader(_Probes(clips, sampling or FrameSampling()), batch_size=None, num_workers=workers)
-    for result in tqdm(probes, desc=f"reading {split}", unit="clip", leave=False, disable=not progress):
+    for result in tqdm(probes, desc=f"reading {split}", unit="clip", leave=False, disable=None if progress else True):
         if isinstance(result, ClipError):
             report.broken.append(str(result))
         else:

@@ -1,0 +1,64 @@
+"""A tiny data set of frame folders, and a run on it that takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from soap_net.config import Config, from_dict
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 classes of 4 clips in each split, each clip 5 png frames of noise around its class's own colour; read only."""
+    root = tmp_path_factory.mktemp("tiny_data")
+    rng = np.random.default_rng(0)
+    (root / "splits").mkdir()
+    for split in ("train", "val", "test"):
+        lines = []
+        for label in range(3):
+            colour = rng.integers(40, 216, 3)
+            for video in range(4):
+                folder = root / f"{split} (class {label})" / f"v{video}"
+                folder.mkdir(parents=True)
+                for number in range(5):
+                    frame = np.clip(colour + rng.normal(0, 30, (10, 12, 3)), 0, 255).astype(np.uint8)
+                    Image.fromarray(frame).save(folder / f"{number}.png")
+                lines.append(f"{folder.parent.name}/{folder.name}")
+        (root / "splits" / f"{split}.txt").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture
+def tiny_run(tiny_data: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Makes configs of tiny runs: dotted keys with "__" for the dot, as in ``tiny_run(train__lr=0.1)``."""
+
+    def make(**changes: Any) -> Config:
+        settings: dict[str, Any] = {
+            "data": {"root": str(tiny_data), "frames": 3, "resize": 9, "crop": 8, "workers": 0},
+            "model": {
+                "backbone": "tiny",
+                "weights": "random",
+                "head_options": {"out_dim": 8},
+                "soap": {"tuple_sizes": [1, 2], "hidden_channels": 4},
+            },
+            "episode": {"way": 2, "shot": 1, "queries": 1},
+            "train": {"episodes": 12, "tasks_per_batch": 2, "lr": 0.01, "val_every": 4, "val_tasks": 4, "save_every": 2},
+            "eval": {"way": 2, "tasks": 20},
+            "out": str(tmp_path / "run"),
+            "device": "cpu",
+        }
+        for key, value in changes.items():
+            *groups, leaf = key.split("__")
+            place = settings
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[leaf] = value
+        return from_dict(settings)
+
+    return make

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from soap_net.config import Config, from_dict, known_keys, load_config, parse, presets, save_config, to_dict
+from soap_net.errors import UserError
+
+FIELD = {"kinetics": 10_000, "ucf101": 10_000, "hmdb51": 10_000, "ssv2_cmn": 75_000, "ssv2_otam": 75_000}
+
+
+@pytest.mark.parametrize("shot", [1, 5])
+@pytest.mark.parametrize("name", FIELD)
+def test_published_presets_hold_the_fields_settings(name: str, shot: int) -> None:
+    config = load_config(f"{name}_5way_{shot}shot")
+    drops = (2000, 6000, 8000) if FIELD[name] == 10_000 else (20_000, 40_000, 60_000)
+    assert (config.train.episodes, config.train.milestones) == (FIELD[name], drops)
+    assert (config.train.optimizer, config.train.lr, config.train.tasks_per_batch) == ("sgd", 1e-3, 16)
+    assert (config.model.backbone, config.data.frames, config.data.resize, config.data.crop) == ("resnet50", 8, 256, 224)
+    assert (config.episode.way, config.episode.shot, config.eval.way, config.eval.shot) == (5, shot, 5, shot)
+    assert (config.eval.tasks, config.eval.queries) == (10_000, 1)
+    assert config.data.flip is not name.startswith("ssv2"), "left and right tell Something-Something's classes apart"
+    assert config.out == Path(f"runs/{name}_5way_{shot}shot")
+
+
+def test_every_preset_loads() -> None:
+    for name in presets():
+        load_config(name)
+
+
+def test_options_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("train: {lr: 0.5, momentum: 0.5}\nmodel: {soap: {parts: [cwem]}}\n")
+    config = load_config(path, ["--train.lr", "0.25", "--model.head_options.out_dim=64"])
+    assert (config.train.lr, config.train.momentum, config.train.gamma) == (0.25, 0.5, 0.1)
+    assert config.model.soap.parts == ("cwem",)
+    assert config.model.head_options == {"out_dim": 64}
+
+
+def test_a_config_survives_yaml_and_dictionaries(tmp_path: Path) -> None:
+    config = parse(["--train.milestones=[3,7]", "--data.val_split=v.txt", "--model.head_options={a: 1}", "--out=größe"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--train.optimiser=sgd", "unknown option --train.optimiser; did you mean --train.optimizer?"),
+        ("--lr=1", "unknown option --lr; did you mean --train.lr?"),
+        ("--train.optimizer=sgdd", "train.optimizer is 'sgdd': it must be one of sgd, adamw; did you mean sgd?"),
+        ("--model.soap.parts=[3dm]", "model.soap.parts is '3dm': it must be one of 3dem, cwem, hmem; did you mean 3dem?"),
+        ("--train.lr=fast", "train.lr is 'fast': it must be a number"),
+        ("--train.episodes=1.5", "train.episodes is '1.5': it must be a whole number"),
+        ("--data.interval=often", "data.interval is 'often': it must be a whole number"),
+        ("--data.flip=perhaps", "data.flip is 'perhaps': it must be true or false"),
+        ("--train.tasks_per_batch=0", "train.tasks_per_batch is 0: it must be at least 1"),
+        ("--episode.way=1", "episode.way is 1: it must be at least 2"),
+        ("--train.lr=-1", "train.lr is -1.0: it must be at least 0"),
+        ("--train.lr=.nan", "train.lr is nan: it must be a finite number"),
+        ("--data.crop=300", "data.crop is 300: it must be at most data.resize, which is 256"),
+        ("--train.milestones=[5,2]", "train.milestones is [5, 2]: they must rise, as in [2, 5]"),
+        ("--model.soap.tuple_sizes=[1,8]", "with data.frames 8 a size is 1 to 7, the nearest is 7"),
+        ("--train.max_failed_share=2", "train.max_failed_share is 2.0: it must be at most 1"),
+        ("--device=gpu", "device is 'gpu': it must be one of auto, cpu, cuda, cuda:0, mps, xpu; did you mean cuda?"),
+        ("--config=kinetics_5way_1shots", "did you mean kinetics_5way_1shot?"),
+        ("--config", "argument --config: expected one argument"),
+    ],
+)
+def test_a_bad_option_is_named_in_one_line_with_the_nearest_right_one(option: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse([option])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {optimiser: sgd}", "unknown key 'train.optimiser'; did you mean train.optimizer?"),
+        ("trian: {lr: 1}", "unknown key 'trian.lr'; did you mean train.lr?"),
+        ("train: 3", "train is 3: it must hold settings"),
+        ("data: {root: null}", "data.root is null: it must be a folder"),
+        ("[1, 2]", "expected settings such as"),
+        ("{", "not a YAML file"),
+        ("train: {lr: x}", "train.lr is 'x': it must be a number"),
+    ],
+)
+def test_a_bad_file_is_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_config(path)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_comments_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such config file, nor a preset"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_tuple_sizes_count_only_where_hmem_is_on() -> None:
+    assert parse(["--model.soap.tuple_sizes=[9]", "--model.soap.parts=[cwem]"]).model.soap.tuple_sizes == (9,)
+
+
+def test_other_dataclasses_parse_alike() -> None:
+    assert parse(["--size=3"], Shape, prog="test", description="") == Shape(3)
+    with pytest.raises(UserError, match="did you mean --size"):
+        parse(["--siez=3"], Shape, prog="test", description="")
+
+
+@dataclass
+class Shape:
+    size: int = 1
+    """Its size."""
+
+
+def test_keys_are_dotted() -> None:
+    assert {"data.root", "model.soap.parts", "model.head_options", "out"} <= set(known_keys())
+
+
+def test_help_and_configs_need_no_torch() -> None:
+    code = "import sys, soap_net.config, soap_net.cli; soap_net.cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
