@@ -1,0 +1,512 @@
+// A block: 4 segments of L pixels x 4 rows, so L tiles of 4x4 pixels, one in each lane of a vector. Lane 4 q + s is tile
+// q of segment s: four row vectors, one per segment, become the tiles' four pixel positions by one 4x4 transpose.
+//
+// Segments are counted along the tile rows of a clip and blocks are 4 successive ones, so any width and height works and
+// a small image wastes at most the last block's rest. The window of a segment (6 rows, one pixel more on each side) is
+// read in place where it lies inside the image as fp32 with unit stride; otherwise it is staged: copied, converted and
+// zero-padded into a small buffer. The hot loops see four pointers and no edge.
+//
+// Two forms of the 3x3 convolution share everything else (4x4 outputs from a 6x6 window):
+//   Winograd F(4x4,3x3): 36 points, one product of weights and inputs each: 2.25 multiplies a pixel where 9 are needed
+//     direct. For frames (T C = 24) 1,296 against 5,184 a pixel. The default.
+//   direct ("strict"): the window's 36 pixels as they are; an output position sums 9 products. Four times the
+//     multiplies, and the error and the NaN of an ordinary convolution.
+#pragma once
+
+#include "simd.h"
+#include "stages.h"
+
+namespace soap::SOAP_ISA_NS {
+
+constexpr int kWindow = 6, kTile = 4, kPoints = 36, kPositions = 16;
+constexpr int kStage = 2 * L;             // a staged row: L + 2 pixels used, L + 4 read
+constexpr int kGroupOutputs = 96;         // wide layers: so many outputs share one read of the transformed inputs
+// A vector's stride between points or outputs is odd, so that the sets of the caches are used evenly.
+
+SOAP_INLINE int round_up(int n, int m) { return (n + m - 1) / m * m; }
+SOAP_INLINE int points_of(bool strict) { return strict ? kPositions : kPoints; }
+SOAP_INLINE int input_stride(int inputs) { return round_up(inputs, 12) + 1; }
+SOAP_INLINE int group_outputs(int outputs) {
+  const int padded = round_up(outputs, kOutputs);
+  return padded < kGroupOutputs ? padded : kGroupOutputs;
+}
+// Blocks that go through a product together. Two share each broadcast weight; a wide layer's weights outgrow the cache
+// and are worth reading once for more.
+SOAP_INLINE int group_blocks(int inputs) { return inputs <= 128 ? 2 : 8; }
+
+SOAP_INLINE Blocks block_grid(int height, int width) {
+  Blocks b;
+  b.tile_rows = (height + kTile - 1) / kTile;
+  b.segments_per_row = (width + L - 1) / L;
+  b.segments = static_cast<int64_t>(b.tile_rows) * b.segments_per_row;
+  b.blocks = (b.segments + 3) / 4;
+  return b;
+}
+
+struct Segment {
+  int row, col;      // of its first pixel
+  int rows, cols;    // inside the image: at most 4 and L; 0 for a segment that does not exist
+  bool inner;        // its window, and L + 4 pixels of each row, lie inside the image
+};
+
+struct Block {
+  Segment segment[4];
+};
+
+SOAP_INLINE void locate(const Blocks& grid, int64_t block, int height, int width, Block& out) {
+  for (int s = 0; s < 4; ++s) {
+    const int64_t k = block * 4 + s;
+    Segment& g = out.segment[s];
+    g.row = static_cast<int>(k / grid.segments_per_row) * kTile;
+    g.col = static_cast<int>(k % grid.segments_per_row) * L;
+    const bool exists = k < grid.segments;
+    g.rows = !exists ? 0 : height - g.row < kTile ? height - g.row : kTile;
+    g.cols = !exists ? 0 : width - g.col < L ? width - g.col : L;
+    g.inner = exists && g.row >= 1 && g.row + kTile < height && g.col >= 1 && g.col + L + 3 <= width;
+  }
+}
+
+// ---- reading and writing pixels of any type and stride ----
+
+template <class E>
+SOAP_INLINE void convert_row(const E* p, int64_t step, int n, float* out) {
+  if (step == 1) {
+    for (int j = 0; j < n; ++j) out[j] = to_float(p[j]);
+  } else {
+    for (int j = 0; j < n; ++j) out[j] = to_float(p[j * step]);
+  }
+}
+
+#if SOAP_ISA == 2
+SOAP_INLINE void convert_row(const float* p, int64_t step, int n, float* out) {
+  if (step == 1) {
+    st(out, ld_head(p, n < L ? n : L));
+    if (n > L) st(out + L, ld_head(p + L, n - L));
+  } else {
+    for (int j = 0; j < n; ++j) out[j] = p[j * step];
+  }
+}
+#endif
+
+// Rows [row, row + rows) and columns [col, col + cols) of a plane, zero outside of the image, into out (stride kStage).
+template <class E>
+SOAP_INLINE void stage_as(const Source& x, int64_t offset, int plane, int row, int rows, int col, int cols, int height,
+                          int width, float* out) {
+  const int begin = col < 0 ? -col : 0, end = col + cols > width ? width - col : cols;
+  for (int k = 0; k < rows; ++k, out += kStage) {
+    const int r = row + k;
+    if (r < 0 || r >= height || end <= begin) {
+      for (int j = 0; j < kStage; j += L) st(out + j, set1(0.f));
+      continue;
+    }
+    const E* p = static_cast<const E*>(x.data) + offset + r * x.row + (col + begin) * x.col;
+    alignas(64) float line[kStage + 2 * L];
+    float* dst = begin ? line : out;
+    convert_row(p, x.col, end - begin, dst);
+    if (x.scale) {
+      const v a = set1(x.scale[plane]), b = set1(x.shift[plane]);
+      for (int j = 0; j < end - begin; j += L) st(dst + j, fma(a, ld(dst + j), b));
+    }
+    if (begin) {
+      for (int j = 0; j < begin; ++j) out[j] = 0.f;
+      for (int j = begin; j < end; ++j) out[j] = line[j - begin];
+    }
+    for (int j = end; j < kStage; ++j) out[j] = 0.f;
+  }
+}
+
+static __attribute__((noinline)) void stage(const Source& x, int64_t clip, int plane, int row, int rows, int col,
+                                            int cols, int height, int width, float* out) {
+  const int64_t offset = clip * x.clip + x.plane[plane];
+  switch (x.dtype) {
+    case Dtype::f32: return stage_as<float>(x, offset, plane, row, rows, col, cols, height, width, out);
+    case Dtype::bf16: return stage_as<bf16>(x, offset, plane, row, rows, col, cols, height, width, out);
+    case Dtype::f16: return stage_as<f16>(x, offset, plane, row, rows, col, cols, height, width, out);
+    case Dtype::u8: return stage_as<uint8_t>(x, offset, plane, row, rows, col, cols, height, width, out);
+  }
+}
+
+template <class E>
+SOAP_INLINE void write_as(const Sink& y, int64_t offset, const Segment& g, const float* in) {
+  for (int k = 0; k < g.rows; ++k) {
+    E* p = static_cast<E*>(y.data) + offset + (g.row + k) * y.row + g.col * y.col;
+    if (y.col == 1)
+      for (int j = 0; j < g.cols; ++j) from_float(in[k * L + j], p[j]);
+    else
+      for (int j = 0; j < g.cols; ++j) from_float(in[k * L + j], p[j * y.col]);
+  }
+}
+
+// Four rows of L pixels (stride L) of one segment.
+static __attribute__((noinline)) void write(const Sink& y, int64_t clip, int plane, const Segment& g, const float* in) {
+  const int64_t offset = clip * y.clip + y.plane[plane];
+  switch (y.dtype) {
+    case Dtype::f32: return write_as<float>(y, offset, g, in);
+    case Dtype::bf16: return write_as<bf16>(y, offset, g, in);
+    case Dtype::f16: return write_as<f16>(y, offset, g, in);
+    case Dtype::u8: return;
+  }
+}
+
+SOAP_INLINE bool direct(const Source& x) { return x.dtype == Dtype::f32 && x.col == 1 && !x.scale; }
+
+// Where a segment's pixels can be read four rows by L: in place or from a buffer. Lanes past the edge are zero.
+struct Centre {
+  const float* p;
+  int64_t row;
+};
+
+SOAP_INLINE Centre centre(const Source& x, bool in_place, int64_t clip, int plane, const Segment& g, int height,
+                          int width, float* buffer) {
+  if (in_place && g.rows == kTile && g.cols == L) {
+    const float* p = static_cast<const float*>(x.data) + clip * x.clip + x.plane[plane];
+    return {p + g.row * x.row + g.col, x.row};
+  }
+  if (g.rows == 0) {
+    for (int j = 0; j < kTile * kStage; j += L) st(buffer + j, set1(0.f));
+  } else {
+    stage(x, clip, plane, g.row, kTile, g.col, L, height, width, buffer);
+  }
+  return {buffer, kStage};
+}
+
+// ---- the transforms of F(4x4,3x3), points 0, 1, -1, 2, -2, infinity (Lavin & Gray 2015) ----
+
+SOAP_INLINE void input_transform(v d0, v d1, v d2, v d3, v d4, v d5, v* t) {  // B^T d
+  const v four = set1(4.f), two = set1(2.f);
+  const v e = fnma(four, d2, d4), f = fnma(four, d1, d3), g = d4 - d2, h = d3 - d1;
+  t[0] = fma(four, d0 - d2, g);
+  t[1] = e + f;
+  t[2] = e - f;
+  t[3] = fma(two, h, g);
+  t[4] = fnma(two, h, g);
+  t[5] = fnma(four, h, d5 - d3);
+}
+
+SOAP_INLINE void output_transform(v m0, v m1, v m2, v m3, v m4, v m5, v* y) {  // A^T m
+  const v s1 = m1 + m2, d1 = m1 - m2, s2 = m3 + m4, d2 = m3 - m4;
+  y[0] = m0 + s1 + s2;
+  y[1] = fma(set1(2.f), d2, d1);
+  y[2] = fma(set1(4.f), s2, s1);
+  y[3] = fma(set1(8.f), d2, d1) + m5;
+}
+
+SOAP_INLINE void gradient_transform(v d0, v d1, v d2, v d3, v* z) {  // A d
+  const v a = d0 + d2, b = d1 + d3, c = fma(set1(4.f), d2, d0), f = fma(set1(4.f), d3, d1);
+  z[0] = d0;
+  z[1] = a + b;
+  z[2] = a - b;
+  z[3] = fma(set1(2.f), f, c);
+  z[4] = fnma(set1(2.f), f, c);
+  z[5] = d3;
+}
+
+// The weights' transform; in double, since it is done once.
+static constexpr double kG[6][3] = {{1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6}, {-1. / 6, 1. / 6, -1. / 6},
+                                    {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1}};
+
+// One plane of a block: 4 windows (pointer to row -1, column -1; row stride) to 36 vectors, `step` floats apart.
+template <bool Strict>
+SOAP_INLINE void transform_window(const float* const (&p)[4], const int64_t (&row)[4], float* out, int64_t step) {
+  v t[kWindow][kWindow];
+  SOAP_UNROLL(6)
+  for (int k = 0; k < kWindow; ++k) {
+    v a = ld(p[0] + k * row[0]), b = ld(p[1] + k * row[1]), c = ld(p[2] + k * row[2]), d = ld(p[3] + k * row[3]);
+    transpose4(a, b, c, d);
+    const v e = ld(p[0] + k * row[0] + 4), f = ld(p[1] + k * row[1] + 4), g = ld(p[2] + k * row[2] + 4),
+            h = ld(p[3] + k * row[3] + 4);
+    const v ef = lo32(e, f), gh = lo32(g, h);
+    if (Strict) {
+      t[k][0] = a, t[k][1] = b, t[k][2] = c, t[k][3] = d, t[k][4] = lo64(ef, gh), t[k][5] = hi64(ef, gh);
+    } else {
+      input_transform(a, b, c, d, lo64(ef, gh), hi64(ef, gh), t[k]);
+    }
+  }
+  SOAP_UNROLL(6)
+  for (int q = 0; q < kWindow; ++q) {
+    v o[kWindow];
+    if (Strict) {
+      SOAP_UNROLL(6)
+      for (int k = 0; k < kWindow; ++k) o[k] = t[k][q];
+    } else {
+      input_transform(t[0][q], t[1][q], t[2][q], t[3][q], t[4][q], t[5][q], o);
+    }
+    SOAP_UNROLL(6)
+    for (int k = 0; k < kWindow; ++k) st(out + (k * kWindow + q) * step, o[k]);
+  }
+}
+
+// Products of one output (36 or 16 vectors) to its 16 positions.
+template <bool Strict>
+SOAP_INLINE void positions(const float* m, v (&z)[kTile][kTile]) {
+  if (Strict) {
+    SOAP_UNROLL(16)
+    for (int k = 0; k < kPositions; ++k) z[k / 4][k % 4] = ld(m + k * L);
+    return;
+  }
+  v t[kTile][kWindow];
+  SOAP_UNROLL(6)
+  for (int q = 0; q < kWindow; ++q) {
+    v o[kTile];
+    output_transform(ld(m + q * L), ld(m + (6 + q) * L), ld(m + (12 + q) * L), ld(m + (18 + q) * L),
+                     ld(m + (24 + q) * L), ld(m + (30 + q) * L), o);
+    SOAP_UNROLL(4)
+    for (int k = 0; k < kTile; ++k) t[k][q] = o[k];
+  }
+  SOAP_UNROLL(4)
+  for (int k = 0; k < kTile; ++k) output_transform(t[k][0], t[k][1], t[k][2], t[k][3], t[k][4], t[k][5], z[k]);
+}
+
+// 16 positions to 36 points (or the positions as they are), vectors `in` and `out` floats apart.
+template <bool Strict>
+SOAP_INLINE void spread(const v (&d)[kTile][kTile], float* out, int64_t step) {
+  if (Strict) {
+    SOAP_UNROLL(16)
+    for (int k = 0; k < kPositions; ++k) st(out + k * step, d[k / 4][k % 4]);
+    return;
+  }
+  v w[kWindow][kTile];
+  SOAP_UNROLL(4)
+  for (int q = 0; q < kTile; ++q) {
+    v o[kWindow];
+    gradient_transform(d[0][q], d[1][q], d[2][q], d[3][q], o);
+    SOAP_UNROLL(6)
+    for (int k = 0; k < kWindow; ++k) w[k][q] = o[k];
+  }
+  SOAP_UNROLL(6)
+  for (int k = 0; k < kWindow; ++k) {
+    v o[kWindow];
+    gradient_transform(w[k][0], w[k][1], w[k][2], w[k][3], o);
+    SOAP_UNROLL(6)
+    for (int q = 0; q < kWindow; ++q) st(out + (k * kWindow + q) * step, o[q]);
+  }
+}
+
+// ---- what fuse and sweep have in common: inputs to products ----
+
+// The parts of the scratch of one thread. V: transformed inputs; mean: their means over channels; M: products.
+struct Plan {
+  int inputs, outputs, slots;        // planes read by conv, its outputs, slots of the stencil (0: none)
+  bool strict;
+  int points;                        // products kept per output
+  int group, blocks;                 // outputs and blocks that go through a product together
+  int64_t v_step, v_block, m_step, m_block, mean_step, mean_block;
+};
+
+SOAP_INLINE Plan plan_of(const Fuse& f) {
+  Plan p;
+  p.inputs = f.conv.outputs ? f.conv.inputs : 0;
+  p.outputs = f.conv.outputs;
+  p.slots = f.stencil.weight ? f.shape.frames : 0;
+  p.strict = f.conv.strict;
+  p.points = points_of(p.strict);
+  p.group = p.outputs ? group_outputs(p.outputs) : 0;
+  p.blocks = group_blocks(p.inputs);
+  p.v_step = p.inputs ? static_cast<int64_t>(input_stride(p.inputs)) * L : 0;
+  p.v_block = kPoints * p.v_step;
+  p.m_step = static_cast<int64_t>(p.points + 1) * L;
+  p.m_block = p.group * p.m_step;
+  p.mean_step = static_cast<int64_t>(p.slots) * L;
+  p.mean_block = kPoints * p.mean_step;
+  return p;
+}
+
+SOAP_INLINE int stencil_plane(const Fuse& f, int slot, int c) {
+  return f.stencil.interleaved ? c * f.shape.frames + slot : slot * f.shape.channels + c;
+}
+
+// The windows of plane `i` of a block, in place or staged into `buffer` (4 x 6 x kStage).
+SOAP_INLINE void windows(const Source& x, bool in_place, int64_t clip, int plane, const Block& b, int height, int width,
+                         float* buffer, const float* (&p)[4], int64_t (&row)[4]) {
+  const float* base = static_cast<const float*>(x.data) + (in_place ? clip * x.clip + x.plane[plane] : 0);
+  for (int s = 0; s < 4; ++s) {
+    const Segment& g = b.segment[s];
+    if (in_place && g.inner) {
+      p[s] = base + (g.row - 1) * x.row + (g.col - 1);
+      row[s] = x.row;
+    } else {
+      float* to = buffer + s * kWindow * kStage;
+      // A segment that does not exist takes rows below the image: all zero.
+      stage(x, clip, plane, g.rows ? g.row - 1 : height, kWindow, g.rows ? g.col - 1 : 0, L + 2, height, width, to);
+      p[s] = to;
+      row[s] = kStage;
+    }
+  }
+}
+
+// Inputs of one block: V for the conv, means for the stencil.
+template <bool Strict>
+static __attribute__((noinline)) void load_block(const Fuse& f, const Plan& plan, int64_t clip, const Block& b,
+                                                 float* V, float* mean) {
+  alignas(64) float buffer[4 * kWindow * kStage];
+  const bool in_place = direct(f.x);
+  const int H = f.shape.height, W = f.shape.width, C = f.shape.channels;
+  const float* p[4];
+  int64_t row[4];
+  for (int i = 0; i < plan.inputs; ++i) {
+    windows(f.x, in_place, clip, i, b, H, W, buffer, p, row);
+    transform_window<Strict>(p, row, V + i * L, plan.v_step);
+  }
+  if (!plan.slots) return;
+  if (plan.inputs) {  // both transforms are linear: the mean of transformed planes is the mean's transform
+    for (int point = 0; point < kPoints; ++point) {
+      for (int t = 0; t < plan.slots; ++t) {
+        const float* a = V + point * plan.v_step;
+        v m = ld(a + stencil_plane(f, t, 0) * L);
+        for (int c = 1; c < C; ++c) m = m + ld(a + stencil_plane(f, t, c) * L);
+        st(mean + point * plan.mean_step + t * L, m);
+      }
+    }
+    return;
+  }
+  alignas(64) float total[4 * kWindow * kStage];
+  for (int t = 0; t < plan.slots; ++t) {  // no conv: T planes to transform instead of T C
+    for (int c = 0; c < C; ++c) {
+      windows(f.x, in_place, clip, stencil_plane(f, t, c), b, H, W, buffer, p, row);
+      for (int s = 0; s < 4; ++s)
+        for (int k = 0; k < kWindow; ++k)
+          for (int j = 0; j < 2; ++j) {  // L + 4 pixels: two overlapping vectors
+            float* to = total + (s * kWindow + k) * kStage;
+            const v a = ld(p[s] + k * row[s] + 4 * j);
+            // The second vector's first L - 4 lanes lie in the first one; only its last 4 are new.
+            if (j == 0) {
+              st(to, c ? ld(to) + a : a);
+            } else {
+              alignas(64) float tail[L];
+              st(tail, a);
+              for (int q = 0; q < 4; ++q) to[L + q] = c ? to[L + q] + tail[L - 4 + q] : tail[L - 4 + q];
+            }
+          }
+    }
+    const float* q[4];
+    int64_t step[4];
+    for (int s = 0; s < 4; ++s) q[s] = total + s * kWindow * kStage, step[s] = kStage;
+    transform_window<Strict>(q, step, mean + t * L, plan.mean_step);
+  }
+}
+
+// The stencil's products of one slot: 36 points or 16 positions.
+template <bool Strict>
+SOAP_INLINE void stencil_products(const float* weight, const Plan& plan, const float* mean, int slot, float* m) {
+  const int first = slot > 0 ? -1 : 0, last = slot + 1 < plan.slots ? 1 : 0;
+  for (int k = 0; k < plan.points; ++k) {
+    v z = set1(0.f);
+    if (Strict) {
+      for (int tap = 0; tap < 9; ++tap) {
+        const int point = (k / 4 + tap / 3) * kWindow + k % 4 + tap % 3;
+        for (int d = first; d <= last; ++d)
+          z = fma(ld(mean + point * plan.mean_step + (slot + d) * L), set1(weight[tap * 3 + d + 1]), z);
+      }
+    } else {
+      for (int d = first; d <= last; ++d)
+        z = fma(ld(mean + k * plan.mean_step + (slot + d) * L), set1(weight[k * 3 + d + 1]), z);
+    }
+    st(m + k * L, z);
+  }
+}
+
+// Where the next group's pixels lie, to be asked for while this group's products run.
+struct Ahead {
+  const char* base[2][4];   // by block of a pair and segment: row -1 of plane 0; null: nothing to ask for
+  int64_t row;              // bytes
+  const int64_t* plane;     // elements of 4 bytes
+  int planes;
+};
+
+SOAP_INLINE Ahead look_ahead(const Source& x, int planes, int64_t clip, const Blocks& grid, int64_t next, int64_t last,
+                             int height, int width) {
+  Ahead a = {};
+  if (x.dtype != Dtype::f32 || x.col != 1) return a;
+  a.row = x.row * 4;
+  a.plane = x.plane;
+  a.planes = planes;
+  for (int h = 0; h < 2 && next + h < last; ++h) {
+    Block b;
+    locate(grid, next + h, height, width, b);
+    for (int s = 0; s < 4; ++s)
+      if (b.segment[s].inner)
+        a.base[h][s] = reinterpret_cast<const char*>(static_cast<const float*>(x.data) + clip * x.clip +
+                                                     (b.segment[s].row - 1) * x.row + b.segment[s].col);
+  }
+  return a;
+}
+
+// kOutputs outputs x `Pair` blocks: sum over inputs [first, last) of V[i] * weight[i].
+template <int Pair>
+SOAP_INLINE void product(const float* V0, const float* V1, const float* weight, int first, int last, v (&a)[kOutputs],
+                         v (&b)[kOutputs]) {
+  SOAP_UNROLL(1)
+  for (int i = first; i < last; ++i) {
+    const v x = ld(V0 + i * L);
+    const v y = Pair == 2 ? ld(V1 + i * L) : x;
+    const float* w = weight + i * kOutputs;
+    SOAP_UNROLL(12)
+    for (int o = 0; o < kOutputs; ++o) {
+      v u = set1(w[o]);
+#if SOAP_ISA >= 1
+      // Keeps the broadcast in a register, shared by both blocks, rather than folded twice into a memory operand.
+      if (Pair == 2) __asm__("" : "+v"(u));
+#endif
+      a[o] = fma(x, u, a[o]);
+      if (Pair == 2) b[o] = fma(y, u, b[o]);
+    }
+  }
+}
+
+// Products of outputs [group * plan.group, ...) for one or two blocks. M[o][point].
+template <bool Strict, int Pair>
+static __attribute__((noinline)) void products(const Conv& conv, const Plan& plan, int group, const float* V0,
+                                               const float* V1, float* M0, float* M1, const Ahead& ahead) {
+  const int I = plan.inputs, first = group * plan.group;
+  const int count = round_up(plan.outputs, kOutputs) - first < plan.group
+                        ? round_up(plan.outputs, kOutputs) - first : plan.group;
+  constexpr int kKinds = Strict ? 9 : kPoints;  // weights per pair of planes
+  const float* weight = conv.weight + static_cast<int64_t>(first) * I * kKinds;
+  for (int k = 0; k < plan.points; ++k) {
+    for (int o = 0; o < count; o += kOutputs) {
+      v a[kOutputs], b[kOutputs];
+      // F(4x4)'s point (1, 1) reaches all 16 positions with factor 1: there the bias comes in.
+      const bool biased = conv.bias && (Strict || k == 7);
+      SOAP_UNROLL(12)
+      for (int j = 0; j < kOutputs; ++j)
+        a[j] = b[j] = set1(biased && first + o + j < plan.outputs ? conv.bias[first + o + j] : 0.f);
+      const float* w = weight + static_cast<int64_t>(o) * I * kKinds;
+      if (Strict) {
+        for (int tap = 0; tap < 9; ++tap) {
+          const int64_t at = ((k / 4 + tap / 3) * kWindow + k % 4 + tap % 3) * plan.v_step;
+          product<Pair>(V0 + at, V1 + at, w + static_cast<int64_t>(tap) * I * kOutputs,
+                        tap == 4 ? 0 : conv.centre_inputs, I, a, b);
+        }
+      } else {
+        product<Pair>(V0 + k * plan.v_step, V1 + k * plan.v_step, w + static_cast<int64_t>(k) * I * kOutputs, 0, I, a,
+                      b);
+      }
+      SOAP_UNROLL(12)
+      for (int j = 0; j < kOutputs; ++j) {
+        st(M0 + (o + j) * plan.m_step + k * L, a[j]);
+        if (Pair == 2) st(M1 + (o + j) * plan.m_step + k * L, b[j]);
+      }
+    }
+    if (group == 0 && k < 24 && ahead.planes) {
+      const int row = k / 4, s = k % 4;
+      for (int h = 0; h < Pair; ++h) {
+        if (!ahead.base[h][s]) continue;
+        const char* p = ahead.base[h][s] + row * ahead.row;
+        for (int i = 0; i < ahead.planes; ++i) prefetch(p + ahead.plane[i] * 4);
+      }
+    }
+  }
+}
+
+// The stages, gathered into the table `stages` in prepare.cpp.
+size_t fuse_scratch(const Fuse& f);
+void fuse(const Fuse& f, int64_t clip, int64_t first, int64_t last, float* scratch);
+int gradient_inputs(int inputs);
+int gradient_outputs(int outputs);
+int gradient_group(int outputs);
+size_t sweep_scratch(const Sweep& w);
+void sweep_begin(const Sweep& w, float* scratch);
+void sweep(const Sweep& w, int64_t clip, int64_t first, int64_t last, float* scratch, double* gate);
+void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out);
+
+}  // namespace soap::SOAP_ISA_NS

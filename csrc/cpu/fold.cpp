@@ -1,0 +1,232 @@
+#include "fold.h"
+
+#include <cmath>
+
+namespace soap {
+namespace {
+
+// HMEM's tensors for tuple size k: motion weight and bias first for all sizes, then project's.
+struct Tuple {
+  int o, maps, first_map;
+  const double *motion, *motion_bias, *project, *project_bias;
+};
+
+std::vector<Tuple> tuples_of(const Weights& w) {
+  std::vector<Tuple> all;
+  const size_t sizes = w.tuple_sizes.size(), at = w.hmem();
+  int first_map = 0;
+  for (size_t k = 0; k < sizes; ++k) {
+    const int o = w.tuple_sizes[k];
+    all.push_back({o, w.frames - o, first_map, w.tensor[at + 2 * k].data(), w.tensor[at + 2 * k + 1].data(),
+                   w.tensor[at + 2 * sizes + 2 * k].data(), w.tensor[at + 2 * sizes + 2 * k + 1].data()});
+    first_map += w.frames - o;
+  }
+  return all;
+}
+
+int maps_of(const Weights& w) {
+  int maps = 0;
+  for (const int o : w.tuple_sizes) maps += w.frames - o;
+  return maps;
+}
+
+// One tuple's projected difference as a 3x3 conv over the o + 1 frames it spans: [c][f][c'][9]. Frames 0 .. o - 1 enter
+// as they are (the centre tap), frames 1 .. o through the conv with a minus.
+Numbers difference(const Tuple& m, int C) {
+  const int P = m.o * C, span = (m.o + 1) * C;
+  Numbers d(static_cast<size_t>(C) * span * 9, 0.);
+  for (int c = 0; c < C; ++c) {
+    double* row = d.data() + static_cast<size_t>(c) * span * 9;
+    for (int j = 0; j < P; ++j) {
+      const double p = m.project[c * P + j];
+      const double* from = m.motion + static_cast<size_t>(j) * P * 9;
+      double* to = row + C * 9;
+      for (int k = 0; k < P * 9; ++k) to[k] -= p * from[k];
+    }
+    for (int j = 0; j < P; ++j) row[j * 9 + 4] += m.project[c * P + j];
+  }
+  return d;
+}
+
+double constant(const Tuple& m, int C, int c) {
+  double s = m.project_bias[c];
+  for (int j = 0; j < m.o * C; ++j) s -= m.project[c * m.o * C + j] * m.motion_bias[j];
+  return s;
+}
+
+void fold_hmem(const Weights& w, Folded& f) {
+  const int T = w.frames, C = w.channels, P = T * C, M = maps_of(w);
+  const double *restore = w.tensor[w.tensor.size() - 2].data(), *restore_bias = w.tensor.back().data();
+  Numbers conv(static_cast<size_t>(P) * P * 9, 0.);
+  f.conv_bias.assign(P, 0.);
+  for (int t = 0; t < T; ++t)
+    for (int c = 0; c < C; ++c) f.conv_bias[t * C + c] = restore_bias[t];
+  for (const Tuple& m : tuples_of(w)) {
+    const Numbers d = difference(m, C);
+    const int span = (m.o + 1) * C;
+    for (int t = 0; t < T; ++t) {
+      const double* r = restore + t * M + m.first_map;
+      for (int c = 0; c < C; ++c) {
+        double* row = conv.data() + static_cast<size_t>(t * C + c) * P * 9;
+        const double k0 = constant(m, C, c);
+        for (int i = 0; i < m.maps; ++i) {  // the map of the tuple at frame i reads frames i .. i + o
+          const double* from = d.data() + static_cast<size_t>(c) * span * 9;
+          double* to = row + static_cast<size_t>(i) * C * 9;
+          for (int k = 0; k < span * 9; ++k) to[k] += r[i] * from[k];
+          f.conv_bias[t * C + c] += r[i] * k0;
+        }
+      }
+    }
+  }
+  f.conv.assign(conv.begin(), conv.end());
+}
+
+void unfold_hmem(const Weights& w, const FoldedGradients& g, std::vector<Numbers>& out) {
+  const int T = w.frames, C = w.channels, P = T * C, M = maps_of(w);
+  const size_t sizes = w.tuple_sizes.size(), at = w.hmem();
+  const double* restore = w.tensor[w.tensor.size() - 2].data();
+  Numbers& drestore = out[out.size() - 2];
+  Numbers& drestore_bias = out.back();
+  for (int t = 0; t < T; ++t)
+    for (int c = 0; c < C; ++c) drestore_bias[t] += g.conv_bias[t * C + c];
+  const std::vector<Tuple> tuples = tuples_of(w);
+  for (size_t k = 0; k < sizes; ++k) {
+    const Tuple& m = tuples[k];
+    const int Q = m.o * C, span = (m.o + 1) * C;
+    Numbers &dmotion = out[at + 2 * k], &dmotion_bias = out[at + 2 * k + 1];
+    Numbers &dproject = out[at + 2 * sizes + 2 * k], &dproject_bias = out[at + 2 * sizes + 2 * k + 1];
+    const Numbers d = difference(m, C);
+    Numbers dd(d.size(), 0.);
+    for (int t = 0; t < T; ++t) {
+      for (int c = 0; c < C; ++c) {
+        const double* row = g.conv.data() + static_cast<size_t>(t * C + c) * P * 9;
+        const double k0 = constant(m, C, c), db = g.conv_bias[t * C + c];
+        const double* from = d.data() + static_cast<size_t>(c) * span * 9;
+        double* to = dd.data() + static_cast<size_t>(c) * span * 9;
+        for (int i = 0; i < m.maps; ++i) {
+          const double r = restore[t * M + m.first_map + i];
+          const double* x = row + static_cast<size_t>(i) * C * 9;
+          double s = db * k0;
+          for (int q = 0; q < span * 9; ++q) {
+            s += x[q] * from[q];
+            to[q] += r * x[q];
+          }
+          drestore[t * M + m.first_map + i] += s;
+          dproject_bias[c] += r * db;
+        }
+      }
+    }
+    for (int c = 0; c < C; ++c) {
+      const double dk = dproject_bias[c];
+      const double* row = dd.data() + static_cast<size_t>(c) * span * 9;
+      for (int j = 0; j < Q; ++j) {
+        const double p = m.project[c * Q + j];
+        const double* motion = m.motion + static_cast<size_t>(j) * Q * 9;
+        double* to = dmotion.data() + static_cast<size_t>(j) * Q * 9;
+        const double* moved = row + C * 9;
+        double s = row[j * 9 + 4] - dk * m.motion_bias[j];
+        for (int q = 0; q < Q * 9; ++q) {
+          s -= moved[q] * motion[q];
+          to[q] -= p * moved[q];
+        }
+        dproject[c * Q + j] = s;
+        dmotion_bias[j] -= p * dk;
+      }
+    }
+  }
+}
+
+void fold_cwem(const Weights& w, Folded& f) {
+  const int C = w.channels, R = w.hidden;
+  const Numbers &expand = w.tensor[w.cwem()], &temporal = w.tensor[w.cwem() + 1], &bias = w.tensor[w.cwem() + 2],
+                &squeeze = w.tensor[w.cwem() + 3];
+  f.taps.assign(static_cast<size_t>(3) * C * C, 0.);
+  f.bias.assign(C, 0.);
+  for (int a = 0; a < R; ++a)
+    for (int k = 0; k < 3; ++k)
+      for (int q = 0; q < C; ++q) {
+        double s = 0;
+        for (int b = 0; b < R; ++b) s += temporal[(a * R + b) * 3 + k] * expand[b * C + q];
+        for (int p = 0; p < C; ++p) f.taps[(k * C + p) * C + q] += squeeze[p * R + a] * s;
+      }
+  for (int p = 0; p < C; ++p)
+    for (int a = 0; a < R; ++a) f.bias[p] += squeeze[p * R + a] * bias[a];
+}
+
+void unfold_cwem(const Weights& w, const FoldedGradients& g, std::vector<Numbers>& out) {
+  const int C = w.channels, R = w.hidden;
+  const size_t at = w.cwem();
+  const Numbers &expand = w.tensor[at], &temporal = w.tensor[at + 1], &bias = w.tensor[at + 2],
+                &squeeze = w.tensor[at + 3];
+  for (int a = 0; a < R; ++a) {
+    for (int p = 0; p < C; ++p) {
+      out[at + 2][a] += squeeze[p * R + a] * g.bias[p];
+      out[at + 3][p * R + a] += g.bias[p] * bias[a];
+    }
+    for (int k = 0; k < 3; ++k)
+      for (int q = 0; q < C; ++q) {
+        double moved = 0, dmoved = 0;
+        for (int b = 0; b < R; ++b) moved += temporal[(a * R + b) * 3 + k] * expand[b * C + q];
+        for (int p = 0; p < C; ++p) {
+          dmoved += squeeze[p * R + a] * g.taps[(k * C + p) * C + q];
+          out[at + 3][p * R + a] += g.taps[(k * C + p) * C + q] * moved;
+        }
+        for (int b = 0; b < R; ++b) {
+          out[at + 1][(a * R + b) * 3 + k] += dmoved * expand[b * C + q];
+          out[at][b * C + q] += dmoved * temporal[(a * R + b) * 3 + k];
+        }
+      }
+  }
+}
+
+}  // namespace
+
+Folded fold(const Weights& w) {
+  Folded f;
+  if (w.has(kThreeDem)) f.stencil = w.tensor[0];
+  if (w.has(kCwem)) fold_cwem(w, f);
+  if (w.has(kHmem)) fold_hmem(w, f);
+  return f;
+}
+
+std::vector<Numbers> unfold(const Weights& w, const FoldedGradients& d) {
+  std::vector<Numbers> out;
+  for (const Numbers& t : w.tensor) out.emplace_back(t.size(), 0.);
+  if (w.has(kThreeDem)) out[0] = d.stencil;
+  if (w.has(kCwem)) unfold_cwem(w, d, out);
+  if (w.has(kHmem)) unfold_hmem(w, d, out);
+  return out;
+}
+
+void gate_forward(const Folded& f, int T, int C, const double* means, double* gate) {
+  for (int t = 0; t < T; ++t)
+    for (int p = 0; p < C; ++p) {
+      double z = f.bias[p];
+      for (int k = 0; k < 3; ++k) {
+        const int s = t + k - 1;
+        if (s < 0 || s >= T) continue;
+        for (int q = 0; q < C; ++q) z += f.taps[(k * C + p) * C + q] * means[s * C + q];
+      }
+      gate[t * C + p] = 1 / (1 + std::exp(-z));
+    }
+}
+
+void gate_backward(const Folded& f, int T, int C, const double* means, const double* gate, const double* dgate,
+                   FoldedGradients& d, double* dmeans) {
+  for (int i = 0; i < T * C; ++i) dmeans[i] = 0;
+  for (int t = 0; t < T; ++t)
+    for (int p = 0; p < C; ++p) {
+      const double s = gate[t * C + p], dz = dgate[t * C + p] * s * (1 - s);
+      d.bias[p] += dz;
+      for (int k = 0; k < 3; ++k) {
+        const int u = t + k - 1;
+        if (u < 0 || u >= T) continue;
+        for (int q = 0; q < C; ++q) {
+          d.taps[(k * C + p) * C + q] += dz * means[u * C + q];
+          dmeans[u * C + q] += dz * f.taps[(k * C + p) * C + q];
+        }
+      }
+    }
+}
+
+}  // namespace soap

@@ -1,0 +1,50 @@
+// The exact folds and their adjoints, in double (soap_kernels/fold.py has the same in PyTorch, with the derivation).
+// A few thousand multiplies for frames: one thread, microseconds, never a thread pool.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "../soap.h"
+
+namespace soap {
+
+using Numbers = std::vector<double>;
+
+// The weights of the parts that are on, in state_dict order, each contiguous.
+struct Weights {
+  int frames = 0, channels = 0, hidden = 0;
+  int64_t parts = 0;
+  std::vector<int> tuple_sizes;
+  std::vector<Numbers> tensor;
+
+  bool has(Part part) const { return (parts & part) != 0; }
+  size_t cwem() const { return has(kThreeDem) ? 1 : 0; }               // where a part's first tensor is
+  size_t hmem() const { return cwem() + (has(kCwem) ? 4 : 0); }
+};
+
+struct Folded {
+  Numbers stencil;     // (3, 3, 3)
+  Numbers taps, bias;  // CWEM before its sigmoid: (3, C, C), (C)
+  std::vector<float> conv;
+  Numbers conv_bias;   // HMEM before its sigmoid: (TC, TC, 3, 3), (TC)
+};
+
+// Also used for gradients: the same shapes, `conv` in double.
+struct FoldedGradients {
+  Numbers stencil, taps, bias, conv, conv_bias;
+};
+
+Folded fold(const Weights& w);
+
+// The gradients of the weights, in the order and shapes of w.tensor.
+std::vector<Numbers> unfold(const Weights& w, const FoldedGradients& d);
+
+// CWEM's gate (T, C) of one clip from its means (T, C).
+void gate_forward(const Folded& f, int frames, int channels, const double* means, double* gate);
+
+// Adds to d.taps and d.bias, and gives the gradient of the means.
+void gate_backward(const Folded& f, int frames, int channels, const double* means, const double* gate,
+                   const double* dgate, FoldedGradients& d, double* dmeans);
+
+}  // namespace soap

@@ -1,0 +1,208 @@
+// Stage `prepare`: sums over planes, and the weights laid out for the products.
+#include "block.h"
+
+namespace soap::SOAP_ISA_NS {
+namespace {
+
+struct Margins {  // sums of the first and last row, the first and last column
+  double top, bottom, left, right;
+};
+
+// The sum of a row of n pixels. Eight chains of additions cover the latency; a row is short enough for fp32.
+template <class E>
+double row_sum(const E* p, int64_t step, int n) {
+  alignas(64) float line[8 * L];
+  double total = 0;
+  for (int j = 0; j < n; j += 8 * L) {
+    const int count = n - j < 8 * L ? n - j : 8 * L;
+    convert_row(p + j * step, step, count, line);
+    for (int k = count; k < 8 * L; ++k) line[k] = 0.f;
+    v s = ld(line);
+    for (int k = 1; k < 8; ++k) s = s + ld(line + k * L);
+    total += sum(s);
+  }
+  return total;
+}
+
+// fp32 in one run of memory: rows need not be told apart.
+double run_sum(const float* p, int64_t n) {
+  constexpr int64_t kRun = 64 * 8 * L;  // so many before the fp32 chains go to double
+  double total = 0;
+  int64_t j = 0;
+  while (n - j >= 8 * L) {
+    v s[8];
+    SOAP_UNROLL(8)
+    for (int k = 0; k < 8; ++k) s[k] = set1(0.f);
+    for (const int64_t end = n - j < kRun ? n : j + kRun; j + 8 * L <= end; j += 8 * L) {
+      SOAP_UNROLL(8)
+      for (int k = 0; k < 8; ++k) s[k] = s[k] + ld(p + j + k * L);
+    }
+    total += sum(((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])));
+  }
+  for (; j < n; ++j) total += p[j];
+  return total;
+}
+
+template <class E>
+double sum_as(const Source& x, int64_t offset, int height, int width, Margins* margins) {
+  const E* p = static_cast<const E*>(x.data) + offset;
+  const int64_t last_row = (height - 1) * x.row, last_col = (width - 1) * x.col;
+  double total = 0;
+  for (int r = 0; r < height; ++r) total += row_sum(p + r * x.row, x.col, width);
+  if (margins) {
+    margins->top = row_sum(p, x.col, width);
+    margins->bottom = row_sum(p + last_row, x.col, width);
+    margins->left = row_sum(p, x.row, height);
+    margins->right = row_sum(p + last_col, x.row, height);
+  }
+  return total;
+}
+
+template <>
+double sum_as<float>(const Source& x, int64_t offset, int height, int width, Margins* margins) {
+  const float* p = static_cast<const float*>(x.data) + offset;
+  const int64_t last_row = (height - 1) * x.row, last_col = (width - 1) * x.col;
+  double total = 0;
+  if (x.col == 1 && x.row == width) {
+    total = run_sum(p, static_cast<int64_t>(height) * width);
+  } else if (x.col == 1) {
+    for (int r = 0; r < height; ++r) total += run_sum(p + r * x.row, width);
+  } else {
+    for (int r = 0; r < height; ++r) total += row_sum(p + r * x.row, x.col, width);
+  }
+  if (margins) {
+    margins->top = row_sum(p, x.col, width);
+    margins->bottom = row_sum(p + last_row, x.col, width);
+    margins->left = row_sum(p, x.row, height);
+    margins->right = row_sum(p + last_col, x.row, height);
+  }
+  return total;
+}
+
+double plane_total(const Source& x, int64_t clip, int plane, int height, int width, Margins* margins) {
+  const int64_t offset = clip * x.clip + x.plane[plane];
+  switch (x.dtype) {
+    case Dtype::f32: return sum_as<float>(x, offset, height, width, margins);
+    case Dtype::bf16: return sum_as<bf16>(x, offset, height, width, margins);
+    case Dtype::f16: return sum_as<f16>(x, offset, height, width, margins);
+    case Dtype::u8: return sum_as<uint8_t>(x, offset, height, width, margins);
+  }
+  return 0;
+}
+
+double plane_sum(const Source& x, int64_t clip, int plane, int height, int width) {
+  const double total = plane_total(x, clip, plane, height, width, nullptr);
+  if (!x.scale) return total;
+  return x.scale[plane] * total + static_cast<double>(x.shift[plane]) * height * width;
+}
+
+double corner(const Source& x, int64_t clip, int plane, int row, int col, int height, int width) {
+  alignas(64) float pixel[kStage];
+  stage(x, clip, plane, row, 1, col, 1, height, width, pixel);
+  return pixel[0];
+}
+
+// What tap (i, j) of a zero-padded 3x3 conv sees: the total, less the row and the column it never reaches, plus the
+// corner that was taken away twice.
+void window_sums(const Source& x, int64_t clip, int plane, int height, int width, float* out) {
+  Margins m;
+  const double total = plane_total(x, clip, plane, height, width, &m);
+  const double rows[3] = {m.bottom, 0, m.top}, cols[3] = {m.right, 0, m.left};
+  const int row_of[3] = {height - 1, 0, 0}, col_of[3] = {width - 1, 0, 0};
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 3; ++j) {
+      const double twice = i != 1 && j != 1 ? corner(x, clip, plane, row_of[i], col_of[j], height, width) : 0;
+      out[i * 3 + j] = static_cast<float>(total - rows[i] - cols[j] + twice);
+    }
+  }
+}
+
+template <class E>
+void spread_sums(const Sink& dx, int64_t offset, int height, int width, const float* grad) {
+  for (int r = 0; r < height; ++r) {
+    float taps[3];  // by column of the taps, of those rows of taps that see row r
+    for (int j = 0; j < 3; ++j)
+      taps[j] = (r < height - 1 ? grad[j] : 0.f) + grad[3 + j] + (r > 0 ? grad[6 + j] : 0.f);
+    E* p = static_cast<E*>(dx.data) + offset + r * dx.row;
+    const float inside = taps[0] + taps[1] + taps[2];
+    for (int c = 1; c + 1 < width; ++c) from_float(inside, p[c * dx.col]);
+    from_float(taps[1] + (width > 1 ? taps[0] : 0.f), p[0]);
+    if (width > 1) from_float(taps[1] + taps[2], p[(width - 1) * dx.col]);
+  }
+}
+
+void window_sums_backward(const Sink& dx, int64_t clip, int plane, int height, int width, const float* grad) {
+  const int64_t offset = clip * dx.clip + dx.plane[plane];
+  switch (dx.dtype) {
+    case Dtype::f32: return spread_sums<float>(dx, offset, height, width, grad);
+    case Dtype::bf16: return spread_sums<bf16>(dx, offset, height, width, grad);
+    case Dtype::f16: return spread_sums<f16>(dx, offset, height, width, grad);
+    case Dtype::u8: return;
+  }
+}
+
+int conv_groups(int outputs) { return round_up(outputs, kOutputs) / kOutputs; }
+
+size_t conv_group_size(int inputs, bool strict) {
+  return static_cast<size_t>(inputs) * kOutputs * (strict ? 9 : kPoints);
+}
+
+// [point or tap][input][output of the group]; outputs past the last are zero.
+void layout_conv(const float* weight, int inputs, int outputs, bool strict, double factor, int group, float* out) {
+  const int first = group * kOutputs;
+  for (int i = 0; i < inputs; ++i) {
+    double g[9][kOutputs];
+    for (int o = 0; o < kOutputs; ++o) {
+      const float* w = weight + (static_cast<int64_t>(first + o) * inputs + i) * 9;
+      for (int k = 0; k < 9; ++k) g[k][o] = first + o < outputs ? factor * w[k] : 0.;
+    }
+    float* to = out + static_cast<int64_t>(i) * kOutputs;
+    const int64_t step = static_cast<int64_t>(inputs) * kOutputs;
+    if (strict) {
+      for (int k = 0; k < 9; ++k)
+        for (int o = 0; o < kOutputs; ++o) to[k * step + o] = static_cast<float>(g[k][o]);
+      continue;
+    }
+    double half[kWindow][3][kOutputs];  // G g
+    for (int a = 0; a < kWindow; ++a)
+      for (int j = 0; j < 3; ++j)
+        for (int o = 0; o < kOutputs; ++o)
+          half[a][j][o] = kG[a][0] * g[j][o] + kG[a][1] * g[3 + j][o] + kG[a][2] * g[6 + j][o];
+    for (int a = 0; a < kWindow; ++a)
+      for (int b = 0; b < kWindow; ++b)
+        for (int o = 0; o < kOutputs; ++o)
+          to[(a * kWindow + b) * step + o] = static_cast<float>(
+              kG[b][0] * half[a][0][o] + kG[b][1] * half[a][1][o] + kG[b][2] * half[a][2][o]);
+  }
+}
+
+// The stencil on sums over channels: the mean's 1 / C comes in here. [point or tap][tap in time].
+void layout_stencil(const double* weight, int channels, bool strict, double factor, float* out) {
+  for (int d = 0; d < 3; ++d) {
+    const double* g = weight + d * 9;
+    if (strict) {
+      for (int k = 0; k < 9; ++k) out[k * 3 + d] = static_cast<float>(factor * g[k] / channels);
+      continue;
+    }
+    for (int a = 0; a < kWindow; ++a) {
+      for (int b = 0; b < kWindow; ++b) {
+        double s = 0;
+        for (int i = 0; i < 3; ++i)
+          for (int j = 0; j < 3; ++j) s += kG[a][i] * kG[b][j] * g[i * 3 + j];
+        out[(a * kWindow + b) * 3 + d] = static_cast<float>(factor * s / channels);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Stages stages;
+const Stages stages = {
+    SOAP_STRING_OF(SOAP_ISA_NS), L, block_grid,
+    window_sums, plane_sum, window_sums_backward, conv_groups, conv_group_size, layout_conv, layout_stencil,
+    fuse_scratch, fuse,
+    gradient_inputs, gradient_outputs, gradient_group, sweep_scratch, sweep_begin, sweep, sweep_end,
+};
+
+}  // namespace soap::SOAP_ISA_NS

@@ -1,0 +1,287 @@
+// One vector type per instruction set, so that every stage is written once.
+//
+// A stage's file is compiled three times with SOAP_ISA = 0 (plain: GCC/Clang vector extensions of 4 floats, which any
+// machine has), 1 (AVX2 + FMA + F16C) and 2 (AVX-512 F/BW/DQ/VL). All that such a file defines has internal linkage or
+// lives in the namespace SOAP_ISA_NS: a function with vague linkage compiled for AVX-512 could otherwise be the one the
+// linker keeps for all three, and an older machine would die of it (tests/soap_kernels/test_cpp_build.py looks).
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "../soap.h"
+
+#ifndef SOAP_ISA
+#error "SOAP_ISA must be 0 (plain), 1 (AVX2) or 2 (AVX-512)"
+#endif
+
+#if SOAP_ISA == 2
+#define SOAP_ISA_NS avx512
+#elif SOAP_ISA == 1
+#define SOAP_ISA_NS avx2
+#else
+#define SOAP_ISA_NS plain
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SOAP_INLINE static inline __attribute__((always_inline))
+#define SOAP_UNROLL(n) _Pragma(SOAP_STRING(GCC unroll n))
+#define SOAP_STRING(x) #x
+#define SOAP_STRING_OF(x) SOAP_STRING(x)
+
+namespace soap::SOAP_ISA_NS {
+
+#if SOAP_ISA == 2
+using v = __m512;
+using vi = int32_t __attribute__((vector_size(64)));
+constexpr int L = 16;
+// Register tiles, measured. 24 accumulators of the 32 registers.
+constexpr int kOutputs = 12;     // forward product: outputs x 2 blocks of tiles, one broadcast weight for both
+constexpr int kInputs = 12;      // weight gradient: inputs x kVectors vectors of outputs
+constexpr int kVectors = 2;
+SOAP_INLINE v ld(const float* p) { return _mm512_loadu_ps(p); }
+SOAP_INLINE void st(float* p, v a) { _mm512_storeu_ps(p, a); }
+SOAP_INLINE void stream(float* p, v a) { _mm512_stream_ps(p, a); }
+SOAP_INLINE v set1(float a) { return _mm512_set1_ps(a); }
+SOAP_INLINE v fma(v a, v b, v c) { return _mm512_fmadd_ps(a, b, c); }
+SOAP_INLINE v fnma(v a, v b, v c) { return _mm512_fnmadd_ps(a, b, c); }
+SOAP_INLINE v lo32(v a, v b) { return _mm512_unpacklo_ps(a, b); }
+SOAP_INLINE v hi32(v a, v b) { return _mm512_unpackhi_ps(a, b); }
+SOAP_INLINE v lo64(v a, v b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+SOAP_INLINE v hi64(v a, v b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+// A maximum/minimum whose second operand passes when it is NaN.
+SOAP_INLINE v max_keep(v a, v b) { return _mm512_max_ps(a, b); }
+SOAP_INLINE v min_keep(v a, v b) { return _mm512_min_ps(a, b); }
+SOAP_INLINE v round(v a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SOAP_INLINE v scale2(v a, v n) { return _mm512_scalef_ps(a, n); }  // a * 2^n
+SOAP_INLINE v reciprocal(v d) {  // an estimate of 14 bits and one Newton step: a third of a division's cycles
+  const v y = _mm512_rcp14_ps(d);
+  return y * fnma(d, y, set1(2.f));
+}
+SOAP_INLINE v ld_head(const float* p, int n) {  // the first n lanes, zeros after them; reads nothing else
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+SOAP_INLINE void st_head(float* p, v a, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a);
+}
+#elif SOAP_ISA == 1
+using v = __m256;
+using vi = int32_t __attribute__((vector_size(32)));
+constexpr int L = 8;
+constexpr int kOutputs = 6;
+constexpr int kInputs = 4;
+constexpr int kVectors = 3;
+SOAP_INLINE v ld(const float* p) { return _mm256_loadu_ps(p); }
+SOAP_INLINE void st(float* p, v a) { _mm256_storeu_ps(p, a); }
+SOAP_INLINE void stream(float* p, v a) { _mm256_stream_ps(p, a); }
+SOAP_INLINE v set1(float a) { return _mm256_set1_ps(a); }
+SOAP_INLINE v fma(v a, v b, v c) { return _mm256_fmadd_ps(a, b, c); }
+SOAP_INLINE v fnma(v a, v b, v c) { return _mm256_fnmadd_ps(a, b, c); }
+SOAP_INLINE v lo32(v a, v b) { return _mm256_unpacklo_ps(a, b); }
+SOAP_INLINE v hi32(v a, v b) { return _mm256_unpackhi_ps(a, b); }
+SOAP_INLINE v lo64(v a, v b) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+SOAP_INLINE v hi64(v a, v b) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+SOAP_INLINE v max_keep(v a, v b) { return _mm256_max_ps(a, b); }
+SOAP_INLINE v min_keep(v a, v b) { return _mm256_min_ps(a, b); }
+SOAP_INLINE v round(v a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SOAP_INLINE v scale2(v a, v n) {
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+}
+SOAP_INLINE v reciprocal(v d) {
+  const v y = _mm256_rcp_ps(d);
+  return y * fnma(d, y, set1(2.f));
+}
+SOAP_INLINE __m256i head(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+SOAP_INLINE v ld_head(const float* p, int n) { return _mm256_maskload_ps(p, head(n)); }
+SOAP_INLINE void st_head(float* p, v a, int n) { _mm256_maskstore_ps(p, head(n), a); }
+#else
+using v = float __attribute__((vector_size(16)));
+using vi = int32_t __attribute__((vector_size(16)));
+constexpr int L = 4;
+constexpr int kOutputs = 6;
+constexpr int kInputs = 4;
+constexpr int kVectors = 3;
+SOAP_INLINE v ld(const float* p) {
+  v a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+SOAP_INLINE void st(float* p, v a) { memcpy(p, &a, sizeof a); }
+SOAP_INLINE void stream(float* p, v a) { st(p, a); }
+SOAP_INLINE v set1(float a) { return v{a, a, a, a}; }
+SOAP_INLINE v fma(v a, v b, v c) { return a * b + c; }
+SOAP_INLINE v fnma(v a, v b, v c) { return c - a * b; }
+SOAP_INLINE v lo32(v a, v b) { return v{a[0], b[0], a[1], b[1]}; }
+SOAP_INLINE v hi32(v a, v b) { return v{a[2], b[2], a[3], b[3]}; }
+SOAP_INLINE v lo64(v a, v b) { return v{a[0], a[1], b[0], b[1]}; }
+SOAP_INLINE v hi64(v a, v b) { return v{a[2], a[3], b[2], b[3]}; }
+SOAP_INLINE v max_keep(v a, v b) { return a > b ? a : b; }
+SOAP_INLINE v min_keep(v a, v b) { return a < b ? a : b; }
+SOAP_INLINE v round(v a) {  // |a| < 2^22
+  const v magic = set1(12582912.f);
+  return (a + magic) - magic;
+}
+SOAP_INLINE v scale2(v a, v n) {
+  // Through a comparison, since the conversion of a NaN is undefined: a NaN in n is one in a as well.
+  const v whole = n == n ? n : set1(0.f);
+  const vi shift = __builtin_convertvector(whole, vi) * (1 << 23);
+  const v scaled = reinterpret_cast<v>(reinterpret_cast<vi>(a) + shift);
+  return n == n ? scaled : n;
+}
+SOAP_INLINE v reciprocal(v d) { return set1(1.f) / d; }
+SOAP_INLINE v ld_head(const float* p, int n) {
+  v a = set1(0.f);
+  for (int j = 0; j < n; ++j) a[j] = p[j];
+  return a;
+}
+SOAP_INLINE void st_head(float* p, v a, int n) {
+  for (int j = 0; j < n; ++j) p[j] = a[j];
+}
+#endif
+
+// Within each 128-bit lane: rows a, b, c, d become columns.
+SOAP_INLINE void transpose4(v& a, v& b, v& c, v& d) {
+  const v t0 = lo32(a, b), t1 = hi32(a, b), t2 = lo32(c, d), t3 = hi32(c, d);
+  a = lo64(t0, t2);
+  b = hi64(t0, t2);
+  c = lo64(t1, t3);
+  d = hi64(t1, t3);
+}
+
+// L x L floats: row i of src (stride ss) becomes column i of dst (stride ds).
+SOAP_INLINE void transpose(const float* src, int64_t ss, float* dst, int64_t ds) {
+  v r[L];
+  SOAP_UNROLL(16)
+  for (int i = 0; i < L; ++i) r[i] = ld(src + i * ss);
+  SOAP_UNROLL(4)
+  for (int i = 0; i < L; i += 4) transpose4(r[i], r[i + 1], r[i + 2], r[i + 3]);
+  // r[4 i + j] now holds, in its lane k, rows 4 i .. 4 i + 3 of column 4 k + j.
+#if SOAP_ISA == 2
+  SOAP_UNROLL(4)
+  for (int j = 0; j < 4; ++j) {
+    const v p = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x44), q = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xee);
+    const v s = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x44), u = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xee);
+    st(dst + (0 + j) * ds, _mm512_shuffle_f32x4(p, s, 0x88));
+    st(dst + (4 + j) * ds, _mm512_shuffle_f32x4(p, s, 0xdd));
+    st(dst + (8 + j) * ds, _mm512_shuffle_f32x4(q, u, 0x88));
+    st(dst + (12 + j) * ds, _mm512_shuffle_f32x4(q, u, 0xdd));
+  }
+#elif SOAP_ISA == 1
+  SOAP_UNROLL(4)
+  for (int j = 0; j < 4; ++j) {
+    st(dst + j * ds, _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+    st(dst + (4 + j) * ds, _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+  }
+#else
+  for (int j = 0; j < 4; ++j) st(dst + j * ds, r[j]);
+#endif
+}
+
+// 1 / (1 + 2^t): the logistic sigmoid of -t / log2(e), so the factor rides in the weights. Error 2e-7; NaN stays NaN.
+SOAP_INLINE v sigmoid2(v t) {
+  t = max_keep(set1(-125.f), min_keep(set1(125.f), t));
+  const v n = round(t), r = t - n;
+  v p = fma(set1(0.00132765f), r, set1(0.00967554f));
+  p = fma(p, r, set1(0.05550713f));
+  p = fma(p, r, set1(0.2402212f));
+  p = fma(p, r, set1(0.69314697f));
+  p = fma(p, r, set1(1.f));
+  return reciprocal(scale2(p, n) + set1(1.f));
+}
+
+SOAP_INLINE float sum(v a) {  // in pairs: the same tree for a given width
+  float b[L];
+  st(b, a);
+  for (int n = L / 2; n > 0; n /= 2)
+    for (int j = 0; j < n; ++j) b[j] += b[j + n];
+  return b[0];
+}
+
+// A page of memory that is not in cache costs more than a whole tile: ask for it while the arithmetic runs.
+SOAP_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+SOAP_INLINE float to_float(float a) { return a; }
+SOAP_INLINE float to_float(uint8_t a) { return a; }
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+SOAP_INLINE float to_float(bf16 a) {
+  const uint32_t b = static_cast<uint32_t>(a.bits) << 16;
+  float f;
+  memcpy(&f, &b, sizeof f);
+  return f;
+}
+
+SOAP_INLINE float to_float(f16 a) {
+#if SOAP_ISA >= 1
+  return _cvtsh_ss(a.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(a.bits & 0x8000u) << 16, rest = a.bits & 0x7fffu;
+  float f;
+  uint32_t b;
+  if (rest >= 0x7c00u) {  // infinity, NaN
+    b = sign | 0x7f800000u | ((rest & 0x3ffu) << 13);
+    memcpy(&f, &b, sizeof f);
+  } else if (rest >= 0x400u) {
+    b = sign | ((rest << 13) + 0x38000000u);
+    memcpy(&f, &b, sizeof f);
+  } else {  // zero, subnormal: exact as an integer times 2^-24
+    f = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    f = sign ? -f : f;
+  }
+  return f;
+#endif
+}
+
+SOAP_INLINE void from_float(float a, float& out) { out = a; }
+
+SOAP_INLINE void from_float(float a, bf16& out) {
+  uint32_t b;
+  memcpy(&b, &a, sizeof b);
+  out.bits = a == a ? static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16) : uint16_t{0x7fc0};
+}
+
+SOAP_INLINE void from_float(float a, f16& out) {
+#if SOAP_ISA >= 1
+  out.bits = _cvtss_sh(a, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t b;
+  memcpy(&b, &a, sizeof b);
+  const uint32_t sign = (b >> 16) & 0x8000u, rest = b & 0x7fffffffu;
+  if (rest > 0x7f800000u) {
+    out.bits = 0x7e00;
+  } else if (rest >= 0x477ff000u) {  // rounds to more than 65504
+    out.bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (rest >= 0x38800000u) {
+    const uint32_t r = rest - 0x38000000u;
+    out.bits = static_cast<uint16_t>(sign | ((r + 0xfffu + ((r >> 13) & 1u)) >> 13));
+  } else {  // subnormal: adding 0.5 leaves the rounded value in the low bits
+    float f;
+    memcpy(&f, &rest, sizeof f);
+    f += 0.5f;
+    memcpy(&b, &f, sizeof b);
+    out.bits = static_cast<uint16_t>(sign | (b - 0x3f000000u));
+  }
+#endif
+}
+
+}  // namespace soap::SOAP_ISA_NS

@@ -1,0 +1,400 @@
+// Stage `sweep`: one pass over x and the incoming gradient. The pre-activations are computed again (that is cheaper than
+// the memory traffic of having saved them), dz = g s (1 - s), and the gradient of the weights is a product of the
+// transformed inputs with the transformed dz, summed over tiles: dU = V Z^T by point, and dW = G^T dU G once per chunk.
+#include "block.h"
+
+namespace soap::SOAP_ISA_NS {
+namespace {
+
+// Scratch of a thread beyond the plan's: the accumulators of one chunk first, then what a group of blocks needs.
+struct Buffers {
+  float *dU;            // [group of outputs][point or tap][padded input][padded output]
+  float *bias;          // [output] x L
+  float *stencil;       // [point or tap][3] x L
+  float *V, *M, *mean, *slot_products;
+  float *prior, *gathered, *spread_slots;  // by block and slot: s1, the gradient's sum over channels, its points
+  float *D;             // dz of one block by position and output, tiles in lanes
+  float *turned;        // the same, outputs in lanes
+  float *Z;             // by point, tile of the group and output
+};
+
+struct Sizes {
+  int outputs_padded;   // of a group, to whole vectors
+  int inputs_padded;
+  int kinds;            // points, or taps if strict
+  int groups;
+  int64_t dU_group;
+};
+
+Sizes sizes_of(const Plan& p) {
+  Sizes s;
+  s.outputs_padded = round_up(p.group, L);
+  s.inputs_padded = round_up(p.inputs, kInputs);
+  s.kinds = p.strict ? 9 : kPoints;
+  s.groups = p.group ? (p.outputs + p.group - 1) / p.group : 0;
+  s.dU_group = static_cast<int64_t>(s.kinds) * s.inputs_padded * s.outputs_padded;
+  return s;
+}
+
+int64_t lay(const Plan& p, const Sizes& s, float* base, Buffers* out) {
+  int64_t used = 0;
+  const auto take = [&](int64_t n) {
+    float* at = base + used;
+    used += (n + 15) / 16 * 16;
+    return at;
+  };
+  const int64_t slots = static_cast<int64_t>(p.blocks) * p.slots, tiles = static_cast<int64_t>(p.blocks) * L;
+  Buffers b;
+  b.dU = take(s.groups * s.dU_group);
+  b.bias = take(static_cast<int64_t>(p.outputs) * L);
+  b.stencil = take(static_cast<int64_t>(s.kinds) * 3 * L);
+  b.V = take(p.blocks * p.v_block);
+  b.M = take(p.blocks * p.m_block);
+  b.mean = take(p.blocks * p.mean_block);
+  b.slot_products = take(p.m_step);
+  b.prior = take(slots * kPositions * L);
+  b.gathered = take(slots * kPositions * L);
+  b.spread_slots = take(static_cast<int64_t>(p.slots) * kPoints * L);
+  b.D = take(static_cast<int64_t>(kPositions) * s.outputs_padded * L);
+  b.turned = take(static_cast<int64_t>(kPositions) * s.outputs_padded * L);
+  b.Z = take(p.points * tiles * s.outputs_padded);
+  if (out) *out = b;
+  return used;
+}
+
+// The incoming gradient of one plane of a block: 4 rows of each segment, then tiles in lanes.
+SOAP_INLINE void gradient_tiles(const Source& g, bool in_place, int64_t clip, int plane, const Block& b, int height,
+                                int width, v (&e)[kTile][kTile]) {
+  alignas(64) float buffer[4][kTile * kStage];
+  SOAP_UNROLL(4)
+  for (int s = 0; s < 4; ++s) {
+    const Centre c = centre(g, in_place, clip, plane, b.segment[s], height, width, buffer[s]);
+    SOAP_UNROLL(4)
+    for (int k = 0; k < kTile; ++k) e[k][s] = ld(c.p + k * c.row);
+  }
+}
+
+SOAP_INLINE void write_tiles(const Sink& to, int64_t clip, int plane, const Block& b, const v (&d)[kTile][kTile]) {
+  alignas(64) float rows[4][kTile * L];
+  SOAP_UNROLL(4)
+  for (int k = 0; k < kTile; ++k) {
+    v a = d[k][0], c = d[k][1], e = d[k][2], f = d[k][3];
+    transpose4(a, c, e, f);
+    st(rows[0] + k * L, a);
+    st(rows[1] + k * L, c);
+    st(rows[2] + k * L, e);
+    st(rows[3] + k * L, f);
+  }
+  for (int s = 0; s < 4; ++s) write(to, clip, plane, b.segment[s], rows[s]);
+}
+
+// dz of the outputs of one group for one block. Also what the other priors need of the gradient: its sum over pixels
+// (gate) and over channels (stencil).
+template <bool Strict>
+__attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, const Sizes& sizes, int group,
+                                             int64_t clip, const Block& b, const float* M, const float* prior,
+                                             float* gathered, float* D, float* bias, double* gate) {
+  const Fuse& f = w.forward;
+  const int H = f.shape.height, W = f.shape.width, C = f.shape.channels, planes = f.shape.planes();
+  const int first = group * plan.group;
+  const int last = plan.outputs ? (first + plan.group < planes ? first + plan.group : planes) : planes;
+  const bool multiply = f.mode == Mode::multiplicative;
+  const bool grad_in_place = direct(w.grad), x_in_place = direct(f.base);
+  const v one = set1(1.f);
+  for (int plane = first; plane < last; ++plane) {
+    v e[kTile][kTile], z[kTile][kTile] = {};
+    gradient_tiles(w.grad, grad_in_place, clip, plane, b, H, W, e);
+    v dbase[kTile][kTile] = {};
+    if (multiply) {
+      v x[kTile][kTile];
+      gradient_tiles(f.base, x_in_place, clip, plane, b, H, W, x);
+      SOAP_UNROLL(16)
+      for (int k = 0; k < kPositions; ++k) {
+        dbase[k / 4][k % 4] = e[k / 4][k % 4];
+        e[k / 4][k % 4] = e[k / 4][k % 4] * x[k / 4][k % 4];
+      }
+    }
+    v total = set1(0.f);
+    SOAP_UNROLL(4)
+    for (int k = 0; k < kTile; ++k) total = total + ((e[k][0] + e[k][1]) + (e[k][2] + e[k][3]));
+    if (gate) gate[plane] += sum(total);
+    SOAP_UNROLL(4)
+    for (int k = 0; k < kTile; ++k) transpose4(e[k][0], e[k][1], e[k][2], e[k][3]);
+    if (multiply && w.dbase.data) {
+      SOAP_UNROLL(4)
+      for (int k = 0; k < kTile; ++k) transpose4(dbase[k][0], dbase[k][1], dbase[k][2], dbase[k][3]);
+    }
+    if (plan.slots) {
+      float* to = gathered + (plane / C) * kPositions * L;
+      SOAP_UNROLL(16)
+      for (int k = 0; k < kPositions; ++k)
+        st(to + k * L, plane % C ? ld(to + k * L) + e[k / 4][k % 4] : e[k / 4][k % 4]);
+    }
+    if (plan.outputs) {
+      positions<Strict>(M + (plane - first) * plan.m_step, z);
+      v db = set1(0.f);
+      SOAP_UNROLL(16)
+      for (int k = 0; k < kPositions; ++k) {
+        const v s = sigmoid2(z[k / 4][k % 4]);
+        const v d = e[k / 4][k % 4] * (s * (one - s));
+        db = db + d;
+        st(D + (k * sizes.outputs_padded + plane - first) * L, d);
+        z[k / 4][k % 4] = s;
+        e[k / 4][k % 4] = d;
+      }
+      st(bias + plane * L, ld(bias + plane * L) + db);
+      if (w.dz.data) write_tiles(w.dz, clip, plane, b, e);
+    }
+    if (multiply && w.dbase.data) {  // g (offset + gate + s1 + s3)
+      const v rest = set1(f.offset + (f.gate ? f.gate[clip * planes + plane] : 0.f));
+      SOAP_UNROLL(16)
+      for (int k = 0; k < kPositions; ++k) {
+        v s = plan.outputs ? z[k / 4][k % 4] + rest : rest;
+        if (plan.slots) s = s + ld(prior + ((plane / C) * kPositions + k) * L);
+        dbase[k / 4][k % 4] = dbase[k / 4][k % 4] * s;
+      }
+      write_tiles(w.dbase, clip, plane, b, dbase);
+    }
+  }
+}
+
+// dz of the stencil's slots, and the products with the means around them.
+template <bool Strict>
+__attribute__((noinline)) void differentiate_stencil(const Sweep& w, const Plan& plan, int64_t clip, const Block& b,
+                                                     const float* mean, const float* prior, const float* gathered,
+                                                     float* spread_slots, float* acc) {
+  const v one = set1(1.f);
+  for (int t = 0; t < plan.slots; ++t) {
+    v d[kTile][kTile];
+    SOAP_UNROLL(16)
+    for (int k = 0; k < kPositions; ++k) {
+      const v s = ld(prior + (t * kPositions + k) * L);
+      d[k / 4][k % 4] = ld(gathered + (t * kPositions + k) * L) * (s * (one - s));
+    }
+    if (w.dz.data) write_tiles(w.dz, clip, plan.outputs + t, b, d);
+    spread<Strict>(d, spread_slots + t * L, plan.mean_step);
+  }
+  const int kinds = Strict ? 9 : kPoints;
+  for (int k = 0; k < kinds; ++k) {
+    v a[3] = {ld(acc + (k * 3) * L), ld(acc + (k * 3 + 1) * L), ld(acc + (k * 3 + 2) * L)};
+    for (int q = 0; q < (Strict ? kPositions : 1); ++q) {
+      const int from = Strict ? q : k;
+      const int point = Strict ? (q / 4 + k / 3) * kWindow + q % 4 + k % 3 : k;
+      for (int t = 0; t < plan.slots; ++t) {
+        const v z = ld(spread_slots + from * plan.mean_step + t * L);
+        const float* m = mean + point * plan.mean_step + t * L;
+        if (t > 0) a[0] = fma(z, ld(m - L), a[0]);
+        a[1] = fma(z, ld(m), a[1]);
+        if (t + 1 < plan.slots) a[2] = fma(z, ld(m + L), a[2]);
+      }
+    }
+    for (int d = 0; d < 3; ++d) st(acc + (k * 3 + d) * L, a[d]);
+  }
+}
+
+// D (tiles in lanes) to Z (outputs in lanes, by point and tile).
+template <bool Strict>
+__attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* turned, float* Z, int64_t tiles) {
+  const int P = sizes.outputs_padded;
+  const int64_t step = static_cast<int64_t>(L) * P;  // of a position
+  for (int k = 0; k < kPositions; ++k) {
+    float* to = Strict ? Z + k * tiles * P : turned + k * step;
+    for (int o = 0; o < P; o += L) transpose(D + (k * P + o) * L, L, to + o, P);
+  }
+  if (Strict) return;
+  for (int64_t j = 0; j < step; j += L) {
+    v d[kTile][kTile];
+    SOAP_UNROLL(16)
+    for (int k = 0; k < kPositions; ++k) d[k / 4][k % 4] = ld(turned + k * step + j);
+    spread<false>(d, Z + j, tiles * P);
+  }
+}
+
+// kInputs inputs x N vectors of outputs: sum over tiles of V[input][tile] Z[tile][output]. `pairs` (strict: 16) windows
+// of V meet positions of Z.
+template <int N, bool Strict>
+SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind, int input,
+                            int output, int blocks, float* dU) {
+  const int P = sizes.outputs_padded;
+  const int64_t tiles = static_cast<int64_t>(plan.blocks) * L;
+  v a[kInputs][N];
+  SOAP_UNROLL(12)
+  for (int i = 0; i < kInputs; ++i) {
+    SOAP_UNROLL(3)
+    for (int n = 0; n < N; ++n) a[i][n] = ld(dU + i * P + n * L);
+  }
+  for (int q = 0; q < (Strict ? kPositions : 1); ++q) {
+    const int point = Strict ? (q / 4 + kind / 3) * kWindow + q % 4 + kind % 3 : kind;
+    const float* z = Z + (Strict ? q : kind) * tiles * P + output;
+    for (int h = 0; h < blocks; ++h) {
+      const float* x = V + h * plan.v_block + point * plan.v_step + input * L;
+      SOAP_UNROLL(1)
+      for (int j = 0; j < L; ++j, z += P, ++x) {
+        v b[N];
+        SOAP_UNROLL(3)
+        for (int n = 0; n < N; ++n) b[n] = ld(z + n * L);
+        SOAP_UNROLL(12)
+        for (int i = 0; i < kInputs; ++i) {
+          const v u = set1(x[i * L]);
+          SOAP_UNROLL(3)
+          for (int n = 0; n < N; ++n) a[i][n] = fma(u, b[n], a[i][n]);
+        }
+      }
+    }
+  }
+  SOAP_UNROLL(12)
+  for (int i = 0; i < kInputs; ++i) {
+    SOAP_UNROLL(3)
+    for (int n = 0; n < N; ++n) st(dU + i * P + n * L, a[i][n]);
+  }
+}
+
+template <bool Strict>
+__attribute__((noinline)) void weight_products(const Plan& plan, const Sizes& sizes, const float* V, const float* Z,
+                                               int blocks, float* dU) {
+  const int P = sizes.outputs_padded;
+  for (int kind = 0; kind < sizes.kinds; ++kind) {
+    for (int i = 0; i < sizes.inputs_padded; i += kInputs) {
+      float* at = dU + (static_cast<int64_t>(kind) * sizes.inputs_padded + i) * P;
+      int o = 0;
+      for (; o + kVectors * L <= P; o += kVectors * L)
+        accumulate<kVectors, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
+      for (; o < P; o += L) accumulate<1, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
+    }
+  }
+}
+
+template <bool Strict>
+void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, float* scratch, double* gate) {
+  const Fuse& f = w.forward;
+  const Plan plan = plan_of(f);
+  const Sizes sizes = sizes_of(plan);
+  Buffers buf;
+  lay(plan, sizes, scratch, &buf);
+  const int H = f.shape.height, W = f.shape.width;
+  const Blocks grid = block_grid(H, W);
+  const int groups = plan.outputs ? sizes.groups : 1;
+  const int64_t slots_block = static_cast<int64_t>(plan.slots) * kPositions * L;
+  const int64_t tiles = static_cast<int64_t>(plan.blocks) * L;
+  Block block[8];
+  for (int64_t q = first; q < last; q += plan.blocks) {
+    const int n = static_cast<int>(last - q < plan.blocks ? last - q : plan.blocks);
+    for (int k = 0; k < n; ++k) {
+      locate(grid, q + k, H, W, block[k]);
+      float* mean = buf.mean + k * plan.mean_block;
+      load_block<Strict>(f, plan, clip, block[k], buf.V + k * plan.v_block, mean);
+      for (int t = 0; t < plan.slots; ++t) {
+        v z[kTile][kTile];
+        stencil_products<Strict>(f.stencil.weight, plan, mean, t, buf.slot_products);
+        positions<Strict>(buf.slot_products, z);
+        for (int p = 0; p < kPositions; ++p)
+          st(buf.prior + k * slots_block + (t * kPositions + p) * L, sigmoid2(z[p / 4][p % 4]));
+      }
+    }
+    const Ahead ahead = plan.outputs ? look_ahead(f.x, plan.inputs, clip, grid, q + n, last, H, W) : Ahead{};
+    for (int g = 0; g < groups; ++g) {
+      if (plan.outputs) {
+        for (int k = 0; k < n; k += 2) {
+          const float* V = buf.V + k * plan.v_block;
+          float* M = buf.M + k * plan.m_block;
+          if (k + 1 < n)
+            products<Strict, 2>(f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k ? Ahead{} : ahead);
+          else
+            products<Strict, 1>(f.conv, plan, g, V, V, M, M, k ? Ahead{} : ahead);
+        }
+      }
+      for (int k = 0; k < n; ++k) {
+        differentiate<Strict>(w, plan, sizes, g, clip, block[k], buf.M + k * plan.m_block, buf.prior + k * slots_block,
+                              buf.gathered + k * slots_block, buf.D, buf.bias, gate);
+        if (plan.outputs)
+          turn<Strict>(sizes, buf.D, buf.turned, buf.Z + static_cast<int64_t>(k) * L * sizes.outputs_padded, tiles);
+      }
+      if (plan.outputs) weight_products<Strict>(plan, sizes, buf.V, buf.Z, n, buf.dU + g * sizes.dU_group);
+    }
+    if (plan.slots)
+      for (int k = 0; k < n; ++k)
+        differentiate_stencil<Strict>(w, plan, clip, block[k], buf.mean + k * plan.mean_block,
+                                      buf.prior + k * slots_block, buf.gathered + k * slots_block, buf.spread_slots,
+                                      buf.stencil);
+  }
+}
+
+}  // namespace
+
+int gradient_inputs(int inputs) { return round_up(inputs, kInputs); }
+
+int gradient_outputs(int outputs) {  // whole groups, each padded
+  if (!outputs) return 0;
+  const int group = group_outputs(outputs);
+  return (outputs + group - 1) / group * round_up(group, L);
+}
+
+int gradient_group(int outputs) { return group_outputs(outputs); }
+
+size_t sweep_scratch(const Sweep& w) {
+  const Plan plan = plan_of(w.forward);
+  return static_cast<size_t>(lay(plan, sizes_of(plan), nullptr, nullptr));
+}
+
+void sweep_begin(const Sweep& w, float* scratch) {
+  // All of it: padded inputs and outputs take part in the products and must stay finite.
+  memset(scratch, 0, sweep_scratch(w) * sizeof(float));
+}
+
+void sweep(const Sweep& w, int64_t clip, int64_t first, int64_t last, float* scratch, double* gate) {
+  w.forward.conv.strict ? sweep_blocks<true>(w, clip, first, last, scratch, gate)
+                        : sweep_blocks<false>(w, clip, first, last, scratch, gate);
+}
+
+void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out) {
+  const Plan plan = plan_of(w.forward);
+  const Sizes sizes = sizes_of(plan);
+  Buffers buf;
+  lay(plan, sizes, scratch, &buf);
+  const int P = sizes.outputs_padded;
+  const int64_t all = static_cast<int64_t>(sizes.groups) * P, plane = sizes.inputs_padded * all;
+  const int64_t from = static_cast<int64_t>(sizes.inputs_padded) * P;  // between points of dU
+  for (int g = 0; g < sizes.groups; ++g) {
+    for (int i = 0; i < sizes.inputs_padded; ++i) {
+      for (int o = 0; o < P; o += L) {
+        const float* u = buf.dU + g * sizes.dU_group + static_cast<int64_t>(i) * P + o;
+        float* to = out.conv + i * all + g * P + o;
+        if (plan.strict) {
+          for (int k = 0; k < 9; ++k) st(to + k * plane, ld(u + k * from));
+          continue;
+        }
+        v half[3][kWindow];  // G^T dU
+        for (int b = 0; b < kWindow; ++b)
+          for (int r = 0; r < 3; ++r) {
+            v s = set1(0.f);
+            for (int a = 0; a < kWindow; ++a)
+              if (kG[a][r] != 0) s = fma(ld(u + (a * kWindow + b) * from), set1(static_cast<float>(kG[a][r])), s);
+            half[r][b] = s;
+          }
+        for (int r = 0; r < 3; ++r)
+          for (int c = 0; c < 3; ++c) {
+            v s = set1(0.f);
+            for (int b = 0; b < kWindow; ++b)
+              if (kG[b][c] != 0) s = fma(half[r][b], set1(static_cast<float>(kG[b][c])), s);
+            st(to + (r * 3 + c) * plane, s);
+          }
+      }
+    }
+  }
+  for (int o = 0; o < plan.outputs; ++o) out.bias[o] = sum(ld(buf.bias + o * L));
+  if (!plan.slots) return;
+  for (int d = 0; d < 3; ++d)
+    for (int k = 0; k < 9; ++k) {
+      double s = 0;
+      if (plan.strict) {
+        s = sum(ld(buf.stencil + (k * 3 + d) * L));
+      } else {
+        for (int a = 0; a < kWindow; ++a)
+          for (int b = 0; b < kWindow; ++b)
+            s += kG[a][k / 3] * kG[b][k % 3] * sum(ld(buf.stencil + ((a * kWindow + b) * 3 + d) * L));
+      }
+      out.stencil[d * 9 + k] = s / w.forward.shape.channels;
+    }
+}
+
+}  // namespace soap::SOAP_ISA_NS
