@@ -99,7 +99,7 @@ class Clip:
         return self._source().num_frames()
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The frames ``indices`` (any order, repeats allowed) as uint8 RGB ``(len(indices), 3, H, W)``.
+        """The frames ``indices`` (any order, repeats allowed) as uint8 RGB ``(len(indices), 3, H, W)``, channels last.
 
         Videos with rotation metadata are turned upright, alpha is dropped, grey becomes RGB. Raises ClipError where
         the file is missing or broken, a frame does not exist, or frames differ in size.
@@ -118,7 +118,8 @@ class Clip:
             found = " and ".join(f"{width}x{height}" for _, height, width in sorted(sizes))
             raise ClipError(self._shown(), f"its frames differ in size: {found}")
         place = {number: position for position, number in enumerate(wanted)}
-        return torch.stack([frames[place[number]] for number in indices])
+        # Decoders give pixels with their channels together; resizing is fastest so, and cropping leaves less to turn.
+        return torch.stack([frames[place[number]].permute(1, 2, 0) for number in indices]).permute(0, 3, 1, 2)
 
     def probe(self) -> ClipInfo:
         """Frame count, size and rate; decodes the first frame. Raises ClipError."""
@@ -300,7 +301,7 @@ def _decode_image(data: bytes, path: Path, number: int | None = None) -> Tensor:
         # A format that torchvision does not know (bmp), or a broken image: Pillow says in words what is wrong.
         try:
             with Image.open(io.BytesIO(data)) as opened:
-                return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).contiguous()
+                return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
         except (OSError, ValueError, SyntaxError) as error:
             reason = "not an image" if "cannot identify" in str(error) else str(error)
             raise ClipError(path, f"{frame}the image cannot be decoded ({reason})") from error
@@ -348,6 +349,8 @@ _FRAME_PER_PACKET = frozenset(
         "wmv2",
     }
 )
+# Decoders that leave out frames no other frame is predicted from, where that is asked packet by packet.
+_SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
 # A seek empties the decoder's pipeline, and costs about as much as decoding this many frames in vain.
 _SEEK_COST = 8
 
@@ -395,8 +398,10 @@ class _Video:
         keys: list[tuple[int, int]] = []
         packets = 0
         regular = True
+        self._check_length()
         with self._opened() as (container, stream):
             formats = container.format.name.split(",")
+            sought_by_pts = not {"mov", "matroska"}.isdisjoint(formats)
             for packet in container.demux(stream):
                 if packet.size == 0:
                     # The packet at the end, which has no time, flushes the decoder; others are frames an AVI dropped.
@@ -410,8 +415,7 @@ class _Video:
                     continue
                 pts.append(packet.pts)
                 if packet.is_keyframe:
-                    decoded = packet.pts if packet.dts is None or "matroska" in formats else packet.dts
-                    keys.append((packet.pts, decoded))
+                    keys.append((packet.pts, packet.pts if sought_by_pts or packet.dts is None else packet.dts))
             if packets == 0:
                 raise ClipError(self.path, "the video stream holds no frames")
             if "mov" in formats and regular and packets < stream.frames:
@@ -425,6 +429,14 @@ class _Video:
             return _Layout(self._count(), fps, None)
         key_pts, key_times = np.array(sorted(keys), dtype=np.int64).T
         return _Layout(packets, fps, _Timeline(shown, np.searchsorted(shown, key_pts), key_times))
+
+    def _check_length(self) -> None:
+        # FFmpeg reads a Matroska or WebM file that is cut short without a word, as a shorter clip.
+        with open(self.path, "rb") as file:
+            end = _matroska_end(file.read(4096))
+            size = file.seek(0, os.SEEK_END)
+        if end is not None and size < end:
+            raise ClipError(self.path, f"the file is cut short: {size} of its {end} bytes are there")
 
     def _count(self) -> int:
         with self._opened() as (container, stream):
@@ -455,12 +467,14 @@ class _Video:
 
     def _decode_times(self, container: InputContainer, stream: VideoStream, times: list[int]) -> list[Tensor] | None:
         found: list[Tensor] = []
-        missing = set(times)
+        wanted = set(times)
+        codec = stream.codec_context
+        skipping = codec.name in _SKIPPING
         for packet in container.demux(stream):
-            # Frames that no other frame is predicted from need no decoding unless they are wanted.
-            stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in missing else "NONREF"
+            if skipping:
+                codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
             for frame in packet.decode():
-                if frame.pts is None or frame.pts > times[len(found)] or (frame.is_corrupt and frame.pts in missing):
+                if frame.pts is None or frame.pts > times[len(found)] or (frame.is_corrupt and frame.pts in wanted):
                     return None
                 if frame.pts == times[len(found)]:
                     found.append(_upright(frame))
@@ -499,11 +513,33 @@ class _Video:
                 raise ClipError(self.path, f"the video cannot be decoded ({_said(error)})") from error
 
 
+def _matroska_end(head: bytes) -> int | None:
+    """Where a Matroska or WebM file says that it ends; None where it does not say, or is something else."""
+
+    def size(at: int) -> tuple[int, int]:
+        length = 9 - head[at].bit_length()
+        unknown = (1 << 7 * length) - 1
+        value = int.from_bytes(head[at : at + length], "big") & unknown
+        return (-1 if value == unknown else value), at + length
+
+    try:
+        if head[:4] != b"\x1aE\xdf\xa3":
+            return None
+        header, at = size(4)
+        at += header
+        if head[at : at + 4] != b"\x18\x53\x80\x67":
+            return None
+        segment, at = size(at + 4)
+    except IndexError:
+        return None
+    return None if segment < 0 else at + segment
+
+
 def _upright(frame: av.VideoFrame) -> Tensor:
     pixels = frame.to_ndarray(format="rgb24")
     # The metadata's angle is counter-clockwise, as is rot90's.
     turns = round(frame.rotation / 90) % 4
-    return torch.from_numpy(np.rot90(pixels, turns) if turns else pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.rot90(pixels, turns).copy() if turns else pixels).permute(2, 0, 1)
 
 
 def _said(error: av.FFmpegError) -> str:
