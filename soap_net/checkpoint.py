@@ -11,7 +11,7 @@ import os
 import pickle
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            _write({"format": FORMAT, **content}, file)
+            torch.save({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -47,17 +47,6 @@ def save(path: Path, content: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
-
-
-def _write(content: dict[str, Any], file: BinaryIO) -> None:
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        # PyTorch's zip writer reports a failed write as its own RuntimeError; the cause is the OSError behind it.
-        cause = error.__context__
-        if isinstance(cause, OSError):
-            raise cause from None
-        raise
 
 
 def _sync_folder(folder: Path) -> None:

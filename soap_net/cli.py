@@ -243,6 +243,37 @@ def _leading_path(args: list[str]) -> tuple[str | None, list[str]]:
     return (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
 
 
+def _experiment(args: list[str]) -> int:
+    from soap_net.experiments.command import EXPERIMENTS, PRESETS, SEEDS, build
+
+    own = _Options("experiment", "Put one of the paper's claims to the test: a table, a CSV file and a plot.", SETTINGS)
+    own.add_argument("name", help=", ".join(EXPERIMENTS))
+    own.add_argument("--preset", default="quick", help=f"{' or '.join(PRESETS)} (default: quick)")
+    own.add_argument("--out", type=Path, help="folder; one left unfinished goes on (default: runs/experiments/NAME)")
+    own.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each setting (default: {SEEDS})")
+    own.add_argument("--jobs", type=int, default=0, help="trainings at a time (default: one per GPU or core)")
+    options, settings = own.parse_known_args(args)
+    if options.seeds < 1 or options.jobs < 0:
+        raise UserError(f"--seeds is {options.seeds} and --jobs {options.jobs}: they must be at least 1")
+    experiment = build(options.name, options.preset, settings)
+
+    import torch
+
+    from soap_net.experiments.runner import ExperimentStopped, run_experiment
+
+    folder = options.out or Path("runs/experiments") / options.name
+    jobs = options.jobs or torch.cuda.device_count() or os.cpu_count() or 1
+    try:
+        run_experiment(
+            experiment, folder, seeds=range(options.seeds), jobs=jobs, command=["soap-net", "experiment", *args]
+        )
+    except ExperimentStopped as stopped:
+        print(f"soap-net: {stopped}", file=sys.stderr)
+        return 130
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
 def _info(args: list[str]) -> int:
     _Options("info", "Print versions, devices and the kernels' backends.").parse_exactly(args)
     import torch
@@ -266,5 +297,6 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "classify": (_classify, "classify your own clips from a few examples per class"),
     "data check": (_data_check, "read a data set; report missing and broken files"),
     "data motion": (_data_motion, "write the embedded motion data set as video files"),
+    "experiment": (_experiment, "put the paper's claims to the test"),
     "info": (_info, "versions, devices, and which kernels are present"),
 }

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -317,7 +318,12 @@ def _run_tasks(
     predicted = torch.zeros(len(episodes), len(truth), dtype=torch.int64, device=device)
     batched = torch.vmap(store.model.head, in_dims=(0, None, 0, None))
     mine = range(ranks.rank, len(episodes), ranks.size)
-    with tqdm(total=len(mine), desc="tasks", unit="task", leave=False, disable=None if progress else True) as bar:
+    with (
+        warnings.catch_warnings(),
+        tqdm(total=len(mine), desc="tasks", unit="task", leave=False, disable=None if progress else True) as bar,
+    ):
+        # Some heads hold an operation that vmap runs task by task; the rest of them still gains.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
         for start in range(0, len(mine), TASKS_PER_CALL):
             if stop():
                 raise Interrupted

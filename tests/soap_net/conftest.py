@@ -22,12 +22,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val", "test"):
         lines = []
         for label in range(3):
-            colour = rng.integers(40, 216, 3)
+            colour = rng.integers(110, 146, 3)
             for video in range(4):
                 folder = root / f"{split} (class {label})" / f"v{video}"
                 folder.mkdir(parents=True)
                 for number in range(5):
-                    frame = np.clip(colour + rng.normal(0, 30, (10, 12, 3)), 0, 255).astype(np.uint8)
+                    frame = np.clip(colour + rng.normal(0, 70, (10, 12, 3)), 0, 255).astype(np.uint8)
                     Image.fromarray(frame).save(folder / f"{number}.png")
                 lines.append(f"{folder.parent.name}/{folder.name}")
         (root / "splits" / f"{split}.txt").write_text("\n".join(lines))
@@ -48,7 +48,14 @@ def tiny_run(tiny_data: Path, tmp_path: Path) -> Callable[..., Config]:
                 "soap": {"tuple_sizes": [1, 2], "hidden_channels": 4},
             },
             "episode": {"way": 2, "shot": 1, "queries": 1},
-            "train": {"episodes": 12, "tasks_per_batch": 2, "lr": 0.01, "val_every": 4, "val_tasks": 4, "save_every": 2},
+            "train": {
+                "episodes": 12,
+                "tasks_per_batch": 2,
+                "lr": 0.01,
+                "val_every": 4,
+                "val_tasks": 4,
+                "save_every": 2,
+            },
             "eval": {"way": 2, "tasks": 20},
             "out": str(tmp_path / "run"),
             "device": "cpu",

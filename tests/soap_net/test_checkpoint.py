@@ -55,7 +55,7 @@ def test_a_full_disk_leaves_the_old_file_whole(
 
     monkeypatch.setattr(checkpoint.tempfile, "mkstemp", on_a_full_disk)
     with pytest.raises(OSError, match="No space left") as raised:
-        checkpoint.save(path, content)
+        checkpoint.save(path, {**content, "large": torch.zeros(1_000_000)})
     assert raised.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.pt"]

@@ -20,7 +20,12 @@ def test_published_presets_hold_the_fields_settings(name: str, shot: int) -> Non
     drops = (2000, 6000, 8000) if FIELD[name] == 10_000 else (20_000, 40_000, 60_000)
     assert (config.train.episodes, config.train.milestones) == (FIELD[name], drops)
     assert (config.train.optimizer, config.train.lr, config.train.tasks_per_batch) == ("sgd", 1e-3, 16)
-    assert (config.model.backbone, config.data.frames, config.data.resize, config.data.crop) == ("resnet50", 8, 256, 224)
+    assert (config.model.backbone, config.data.frames, config.data.resize, config.data.crop) == (
+        "resnet50",
+        8,
+        256,
+        224,
+    )
     assert (config.episode.way, config.episode.shot, config.eval.way, config.eval.shot) == (5, shot, 5, shot)
     assert (config.eval.tasks, config.eval.queries) == (10_000, 1)
     assert config.data.flip is not name.startswith("ssv2"), "left and right tell Something-Something's classes apart"
@@ -54,7 +59,10 @@ def test_a_config_survives_yaml_and_dictionaries(tmp_path: Path) -> None:
         ("--train.optimiser=sgd", "unknown option --train.optimiser; did you mean --train.optimizer?"),
         ("--lr=1", "unknown option --lr; did you mean --train.lr?"),
         ("--train.optimizer=sgdd", "train.optimizer is 'sgdd': it must be one of sgd, adamw; did you mean sgd?"),
-        ("--model.soap.parts=[3dm]", "model.soap.parts is '3dm': it must be one of 3dem, cwem, hmem; did you mean 3dem?"),
+        (
+            "--model.soap.parts=[3dm]",
+            "model.soap.parts is '3dm': it must be one of 3dem, cwem, hmem; did you mean 3dem?",
+        ),
         ("--train.lr=fast", "train.lr is 'fast': it must be a number"),
         ("--train.episodes=1.5", "train.episodes is '1.5': it must be a whole number"),
         ("--data.interval=often", "data.interval is 'often': it must be a whole number"),

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from soap_net.classify import Classifier, clips_by_class, find_clips
+from soap_net.config import Config
+from soap_net.data.clips import Clip
+from soap_net.errors import UserError
+from soap_net.models import build_model
+
+
+@pytest.fixture
+def classifier(tiny_run: Callable[..., Config]) -> Classifier:
+    config = tiny_run()
+    torch.manual_seed(0)
+    return Classifier(build_model(config.model, config.data.frames), config.data)
+
+
+def support(root: Path, shots: dict[int, int]) -> dict[str, list[Clip]]:
+    return {f"c{i}": [Clip(root / f"test (class {i})" / f"v{k}") for k in range(n)] for i, n in shots.items()}
+
+
+def test_probabilities_are_the_softmax_of_the_models_scores(classifier: Classifier, tiny_data: Path) -> None:
+    clips = support(tiny_data, {0: 2, 1: 1, 2: 3})  # unequal shots
+    assert classifier.learn(clips) == []
+    query = Clip(tiny_data / "test (class 1)" / "v3")
+    [prediction] = classifier.classify([query])
+    frames = torch.stack([classifier_frames(classifier, clip) for members in clips.values() for clip in members])
+    with torch.no_grad():
+        labels = torch.tensor([0, 0, 1, 2, 2, 2])
+        logits = classifier.model(frames, labels, classifier_frames(classifier, query)[None], 3)[0]
+    expected = dict(zip(clips, logits.softmax(0).tolist(), strict=True))
+    assert prediction.probabilities == pytest.approx(expected, rel=1e-4)
+    assert prediction.label == max(expected, key=expected.__getitem__)
+    assert list(prediction.probabilities.values()) == sorted(prediction.probabilities.values(), reverse=True)
+
+
+def classifier_frames(classifier: Classifier, clip: Clip) -> torch.Tensor:
+    from soap_net.evaluate import clip_loader
+
+    return clip_loader(classifier.data, train=False)(clip, None)
+
+
+def test_broken_clips_are_left_out_and_told(classifier: Classifier, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_text("no video")
+    clips = support(tiny_data, {0: 1, 1: 1})
+    clips["c0"].append(Clip(tmp_path / "broken.mp4"))
+    [told] = classifier.learn(clips)
+    assert "broken.mp4" in told
+    good, bad = classifier.classify([clips["c1"][0], clips["c0"][1]])
+    assert (good.label, good.error) == ("c1", None)
+    assert (bad.label, bad.probabilities) == (None, {})
+    assert "broken.mp4" in str(bad.error)
+
+
+def test_what_makes_no_classifier_is_refused(classifier: Classifier, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"call learn\(\) first"):
+        classifier.classify([])
+    with pytest.raises(UserError, match="at least 2 classes, found 1: c0"):
+        classifier.learn(support(tiny_data, {0: 1}))
+    (tmp_path / "broken.mp4").write_text("no video")
+    with pytest.raises(UserError, match=r"class 'b' has no readable clip: .*broken\.mp4"):
+        classifier.learn({**support(tiny_data, {0: 1}), "b": [Clip(tmp_path / "broken.mp4")]})
+    with pytest.raises(UserError, match="class 'b' has no readable clip"):
+        classifier.learn({**support(tiny_data, {0: 1}), "b": []})
+
+
+def test_clips_are_found_in_files_and_folders(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("deep/er/b.mp4", "deep/a.avi", "deep/note.txt", "z.zip", ".hidden.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    assert [str(clip.path.relative_to(tmp_path)) for clip in find_clips(tmp_path)] == [
+        "deep/a.avi",
+        "deep/er/b.mp4",
+        "z.zip",
+    ]
+    assert find_clips(tmp_path / "z.zip") == [Clip(tmp_path / "z.zip")]
+    folder = tiny_data / "test (class 0)"
+    assert len(find_clips(folder)) == 4
+    assert find_clips(folder / "v1") == [Clip(folder / "v1")]
+    assert set(clips_by_class(tiny_data)) >= {"test (class 0)", "train (class 2)"}
+    with pytest.raises(UserError, match="no such clip or folder"):
+        find_clips(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no clips in this folder"):
+        find_clips(tmp_path / "empty")

@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from soap_net import checkpoint, train
+from soap_net.config import Config, TrainConfig, load_config, save_config
+from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
+from soap_net.data.splits import load_split
+from soap_net.errors import UserError
+from soap_net.evaluate import clip_loader
+from soap_net.models import build_model
+from soap_net.train import NonFiniteLoss, TrainingStopped, learning_rate, versions
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(config: Config, resume: bool = False) -> dict[str, Any]:
+    """Trains and returns the last checkpoint, less its config."""
+    content = checkpoint.load(train.train(config, resume=resume, progress=False) / "last.pt")
+    del content["config"]
+    return content
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("episodes_per_second", None)
+    return lines
+
+
+def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.fixture
+def thorough(tiny_run: Callable[..., Config], tmp_path: Path) -> Callable[[str], Config]:
+    """Runs with everything that has a state: AdamW's moments, BatchNorm, dropout, a schedule, validation."""
+
+    def make(name: str) -> Config:
+        return tiny_run(train__optimizer="adamw", train__milestones=[6], train__save_every=4, out=str(tmp_path / name))
+
+    return make
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, count: int, action: Callable[[], None]) -> None:
+    """Runs `action` as the `count`-th episode is fetched."""
+    fetch, fetched = train._next, iter(range(1, 10**6))
+
+    def fetch_or_act(episodes: Any) -> Any:
+        if next(fetched) == count:
+            action()
+        return fetch(episodes)
+
+    monkeypatch.setattr(train, "_next", fetch_or_act)
+
+
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+def test_accumulation_equals_one_big_batch(tiny_run: Callable[..., Config], clip_norm: float) -> None:
+    config = tiny_run(
+        train__episodes=4, train__tasks_per_batch=4, train__clip_norm=clip_norm, train__val_every=0,
+        episode__way=3, episode__queries=2, model__head_options={"out_dim": 8, "dropout": 0.0},
+    )  # fmt: skip
+    trained = run(config)["model"]
+
+    torch.manual_seed(config.episode.seed)
+    model = build_model(config.model, config.data.frames)
+    sampler = EpisodeSampler(load_split(config.data.root, "train"), 3, 1, 2, config.episode.seed)
+    tasks = EpisodeDataset(sampler, clip_loader(config.data, train=True), range(4))
+    losses = [
+        -F.log_softmax(model(t.support, t.support_labels, t.query, 3), dim=1)[range(6), t.query_labels].sum()
+        for t in (tasks[i] for i in range(4))
+    ]
+    torch.stack(losses).mean().backward()
+    if clip_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= config.train.lr * parameter.grad
+    torch.testing.assert_close(trained, model.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_incomplete_last_batch_is_averaged_over_its_own_episodes(tiny_run: Callable[..., Config]) -> None:
+    apart = run(tiny_run(train__episodes=3, train__tasks_per_batch=3, train__val_every=0))
+    larger = tiny_run(train__episodes=3, train__tasks_per_batch=8, train__val_every=0)
+    larger.out = larger.out.with_name("larger")
+    torch.testing.assert_close(run(larger)["model"], apart["model"], rtol=0, atol=0)
+
+
+def test_the_schedules_are_torchs_own_advanced_once_per_episode() -> None:
+    cases: list[tuple[TrainConfig, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]]] = [
+        (
+            TrainConfig(episodes=40, lr=0.3, gamma=0.5, milestones=(7, 8, 30)),
+            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [7, 8, 30], gamma=0.5),
+        ),
+        (
+            TrainConfig(episodes=40, lr=0.3, schedule="cosine"),
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=40),
+        ),
+    ]
+    for cfg, build in cases:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.lr)
+        schedule = build(optimizer)
+        for episode in range(cfg.episodes):
+            assert learning_rate(cfg, episode) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12)
+            optimizer.step()
+            schedule.step()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains(tiny_run: Callable[..., Config], amp: str) -> None:
+    content = run(tiny_run(train__amp=amp, train__episodes=4, train__val_every=4))
+    assert all(torch.isfinite(weight).all() for weight in content["model"].values())
+    assert ("scale" in content["scaler"]) == (amp == "fp16")
+
+
+# ---------------------------------------------------------------------------------------------- stop and resume
+
+
+@pytest.mark.parametrize(("number", "count"), [(signal.SIGINT, 6), (signal.SIGTERM, 9), (signal.SIGINT, 1)])
+def test_an_interrupted_run_resumes_to_the_weights_of_one_never_stopped(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, count: int
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("stopped")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, count, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(TrainingStopped) as stopped:
+            train.train(config, progress=False)
+    assert stopped.value.episode == (count - 1) // 2 * 2, "the batch under way counts for nothing"
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == stopped.value.episode
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "handlers are put back"
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+
+
+@pytest.mark.parametrize("count", [4, 7, 12])
+def test_a_killed_run_resumes_to_the_weights_of_one_never_stopped(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("killed")
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, count, kill)
+        with pytest.raises(Killed):
+            train.train(config, progress=False)
+    with (config.out / "metrics.jsonl").open("a") as file:
+        file.write('{"episode": 1')  # the line that was being written
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+    best = [checkpoint.load(folder.out / "best.pt") for folder in (config, thorough("whole"))]
+    assert_equal(best[0]["model"], best[1]["model"])
+
+
+def test_an_interrupted_validation_is_made_up_for(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("stopped")
+    with monkeypatch.context() as patched:
+        evaluate = train.evaluate
+
+        def evaluate_interrupted(*args: Any, **kwargs: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return evaluate(*args, **kwargs)
+
+        patched.setattr(train, "evaluate", evaluate_interrupted)
+        with pytest.raises(TrainingStopped):
+            train.train(config, progress=False)
+    progress = checkpoint.load(config.out / "last.pt")["progress"]
+    assert (progress["episode"], progress["validated"]) == (4, 0)
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(train__episodes=4)
+    assert_equal(run(config), run(config, resume=True))
+
+
+def test_decoding_processes_change_nothing(tiny_run: Callable[..., Config], tmp_path: Path) -> None:
+    here = run(tiny_run(train__episodes=4))
+    assert_equal(run(tiny_run(train__episodes=4, data__workers=2, out=str(tmp_path / "workers"))), here)
+
+
+def test_the_callers_random_state_is_left_alone(tiny_run: Callable[..., Config]) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(tiny_run(train__episodes=2, train__val_every=0))
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- run folder
+
+
+def test_a_run_folder_holds_config_versions_metrics_and_checkpoints(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run()
+    folder = train.train(config, progress=False)
+    assert load_config(folder / "config.yaml") == config
+    assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
+    assert list((folder / "tensorboard").iterdir())
+    lines = metrics(folder)
+    steps = [line for line in lines if "loss" in line]
+    validations = [line for line in lines if "val_accuracy" in line]
+    assert [line["episode"] for line in steps] == [2, 4, 6, 8, 10, 12]
+    assert [line["episode"] for line in validations] == [4, 8, 12]
+    assert {*steps[0]} == {"episode", "loss", "accuracy", "lr"}
+    assert all(0 < line["loss"] < 10 and 0 <= line["accuracy"] <= 100 for line in steps)
+    best = checkpoint.load(folder / "best.pt")["progress"]
+    assert best["best_accuracy"] == max(line["val_accuracy"] for line in validations)
+    assert best["episode"] == best["best_episode"] == max(validations, key=lambda v: v["val_accuracy"])["episode"]
+
+
+def test_without_validation_the_last_weights_are_the_best(tiny_run: Callable[..., Config]) -> None:
+    folder = train.train(tiny_run(train__val_every=0, train__episodes=2), progress=False)
+    assert_equal(checkpoint.load(folder / "best.pt")["model"], checkpoint.load(folder / "last.pt")["model"])
+
+
+def test_a_folder_of_another_run_is_not_overwritten(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(train__episodes=2)
+    train.train(config, progress=False)
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"another config: train\.lr is 0\.01 there and 0\.5 here; choose another"):
+            train.train(tiny_run(train__episodes=2, train__lr=0.5), resume=resume, progress=False)
+    with pytest.raises(UserError, match="holds this run already: add --resume"):
+        train.train(config, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
+
+
+def test_what_changes_no_result_may_change_on_resuming(tiny_run: Callable[..., Config], tiny_data: Path) -> None:
+    train.train(tiny_run(train__episodes=2), progress=False)
+    train.train(tiny_run(train__episodes=2, data__workers=1, eval__tasks=7), resume=True, progress=False)
+
+
+def test_versions_name_the_commit_in_a_checkout() -> None:
+    commit = versions()["git"]
+    if not (REPOSITORY / ".git").exists():
+        assert commit is None
+    else:
+        assert commit is not None
+        assert len(commit.removesuffix("+changes")) == 40
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+
+def test_a_loss_that_is_not_finite_names_the_episode_and_its_clips(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(train__lr=1e30, train__val_every=0)
+    with pytest.raises(
+        NonFiniteLoss, match=r"loss is \S+ in episode [23]; .*clips: train \(class \d\)/v\d, "
+    ) as raised:
+        train.train(config, progress=False)
+    assert "\n" not in str(raised.value)
+
+
+def test_too_few_classes_are_refused_before_the_run_folder_is_made(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(episode__way=4)
+    with pytest.raises(UserError, match="4-way episodes need 4 classes, and the train split has 3"):
+        train.train(config, progress=False)
+    assert not config.out.exists()
+
+
+@pytest.fixture
+def damaged_data(tiny_data: Path, tmp_path: Path) -> Path:
+    """The tiny data set with one training clip whose frames are no images."""
+    root = tmp_path / "damaged"
+    shutil.copytree(tiny_data, root)
+    for frame in (root / "train (class 1)" / "v2").iterdir():
+        frame.write_text("not an image")
+    return root
+
+
+def test_broken_clips_are_named_counted_and_replaced(
+    tiny_run: Callable[..., Config], damaged_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run(data__root=str(damaged_data), train__max_failed_share=0.5, train__val_every=0)
+    progress = run(config)["progress"]
+    assert progress["clips_failed"] > 0
+    assert progress["clips_read"] == 12 * 4 + progress["clips_failed"]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "train (class 1)/v2" in line]
+    assert warnings
+    assert len(set(warnings)) == len(warnings), "each is named once"
+
+
+def test_training_stops_when_too_many_clips_are_broken(tiny_run: Callable[..., Config], damaged_data: Path) -> None:
+    config = tiny_run(data__root=str(damaged_data), train__max_failed_share=0.01, train__val_every=0)
+    with pytest.raises(UserError, match=r"\d+ of \d+ clips read .* could not be decoded, more than train.max_failed"):
+        train.train(config, progress=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_class_without_readable_clips_is_one_line(
+    tiny_run: Callable[..., Config], damaged_data: Path, workers: int
+) -> None:
+    for frame in (damaged_data / "train (class 1)").rglob("*.png"):
+        frame.write_bytes(b"")
+    config = tiny_run(data__root=str(damaged_data), data__workers=workers, train__val_every=0, episode__way=3)
+    with pytest.raises(UserError, match=r"class 'train \(class 1\)' has no readable clip left") as raised:
+        train.train(config, progress=False)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_full_disk_stops_training_with_the_old_checkpoint_whole(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(train__val_every=0)
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    interrupt_at(monkeypatch, 6, lambda: monkeypatch.setattr(checkpoint.os, "fsync", full))
+    with pytest.raises(OSError, match="No space left"):
+        train.train(config, progress=False)
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 4
+
+
+# ------------------------------------------------------------------------------------------------ whole processes
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_process_group_ends_training_cleanly(
+    tiny_run: Callable[..., Config], tmp_path: Path, number: signal.Signals
+) -> None:
+    config = tiny_run(train__episodes=100_000, train__val_every=0, data__workers=2)
+    save_config(config, tmp_path / "c.yaml")
+    command = [sys.executable, "-m", "soap_net", "train", "--config", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 120
+    while not (config.out / "last.pt").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"go on with: soap-net train --resume {config.out}" in errors
+    assert "Traceback" not in errors
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny_run: Callable[..., Config], tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "train__tasks_per_batch": 4, "train__optimizer": "sgd", "train__momentum": 0.9, "train__episodes": 10,
+        "episode__way": 3, "train__val_every": 4, "train__clip_norm": 1.0,
+    }  # fmt: skip
+    alone = run(tiny_run(**common))
+    config = tiny_run(**common, out=str(tmp_path / "two"))
+    save_config(config, tmp_path / "two.yaml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "soap_net", "train", "--config", str(tmp_path / "two.yaml")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    together = checkpoint.load(config.out / "last.pt")
+    weights = {n: w for n, w in alone["model"].items() if "running" not in n and "num_batches" not in n}
+    for name, weight in weights.items():
+        torch.testing.assert_close(together["model"][name], weight, rtol=1e-3, atol=1e-5)
+    assert together["progress"]["clips_read"] == alone["progress"]["clips_read"]
+    pairs = zip(metrics(config.out), metrics(tiny_run(**common).out), strict=True)
+    for two, one in pairs:
+        assert two.keys() == one.keys()
+        if "loss" in one:
+            assert math.isclose(two["loss"], one["loss"], rel_tol=1e-3)
