@@ -1,0 +1,267 @@
+// finish: from the gradient of the folded weights back through the folds to every weight. One launch of independent
+// blocks, each the owner of what it writes; the adjoint of prepare.cu. A few thousand multiply-adds: bound by latency.
+#include "device.cuh"
+
+namespace soap {
+namespace {
+
+constexpr int THREADS = 256;
+
+struct Finish {
+  Shape shape;
+  Options options;
+  Layout layout;
+  Weights w, d;
+  const float *prepared, *sums, *gates;
+  float* dmeans;
+  int64_t numel;
+  int motion_blocks, project_blocks, frame_blocks, direct_blocks, mean_blocks;
+
+  // Gradient of the folded weight from plane (f, c) to row (t, j), and of the row's bias.
+  __device__ __forceinline__ float weight(int t, int j, int f, int c, int tap) const {
+    const int CP = layout.padded_channels, pair = t / 8 * layout.octets + f / 8;
+    return sums[pair * numel + (tap * (CP + 1) * 8 + j * 8 + t % 8) * CP * 8 + c * 8 + f % 8];
+  }
+  __device__ __forceinline__ float bias(int t, int j) const {
+    const int CP = layout.padded_channels;
+    return sums[t / 8 * layout.octets * numel + numel - (CP + 1) * 8 + j * 8 + t % 8];
+  }
+  __device__ __forceinline__ float restore(int t, int map) const { return load_any(w.restore, t * w.num_maps + map); }
+  __device__ __forceinline__ float project(int k, int c, int q) const { return load_any(w.project[k], c * w.tuple_sizes[k] * shape.channels + q); }
+  __device__ __forceinline__ int first_map(int k) const {
+    int first = 0;
+    for (int i = 0; i < k; ++i) first += shape.frames - w.tuple_sizes[i];
+    return first;
+  }
+  // Gradient of project * motion, channel c, tuple plane j, but for the sign.
+  __device__ __forceinline__ float moved(int k, int first, int c, int j, int tap) const {
+    const int maps = shape.frames - w.tuple_sizes[k], jf = j / shape.channels, jc = j % shape.channels;
+    float v = 0.f;
+    for (int t = 0; t < shape.frames; ++t)
+      for (int i = 0; i < maps; ++i) v = fmaf(restore(t, first + i), weight(t, c, i + 1 + jf, jc, tap), v);
+    return v;
+  }
+  // Gradient of what the maps of tuple size k add to the bias, channel c.
+  __device__ __forceinline__ float constant(int k, int first, int c) const {
+    const int maps = shape.frames - w.tuple_sizes[k];
+    float v = 0.f;
+    for (int t = 0; t < shape.frames; ++t) {
+      float reach = 0.f;
+      for (int i = 0; i < maps; ++i) reach += restore(t, first + i);
+      v = fmaf(reach, bias(t, c), v);
+    }
+    return v;
+  }
+};
+
+// Motion weights from plane j of the tuple, for every output plane and tap; with j = 0 the biases too.
+__device__ __forceinline__ void finish_motion(const Finish& p, int k, int j, float* shared) {
+  const int C = p.shape.channels, planes = p.w.tuple_sizes[k] * C, first = p.first_map(k);
+  for (int i = threadIdx.x; i < C * 9; i += THREADS) shared[i] = p.moved(k, first, i / 9, j, i % 9);
+  if (j == 0)
+    for (int c = threadIdx.x; c < C; c += THREADS) shared[C * 9 + c] = p.constant(k, first, c);
+  __syncthreads();
+  for (int i = threadIdx.x; i < planes * 9; i += THREADS) {
+    const int q = i / 9, tap = i % 9;
+    float v = 0.f;
+    for (int c = 0; c < C; ++c) v = fmaf(-p.project(k, c, q), shared[c * 9 + tap], v);
+    store_any(p.d.motion[k], (int64_t(q) * planes + j) * 9 + tap, v);
+  }
+  if (j > 0) return;
+  for (int q = threadIdx.x; q < planes; q += THREADS) {
+    float v = 0.f;
+    for (int c = 0; c < C; ++c) v = fmaf(-p.project(k, c, q), shared[C * 9 + c], v);
+    store_any(p.d.motion_bias[k], q, v);
+  }
+  for (int c = threadIdx.x; c < C; c += THREADS) store_any(p.d.project_bias[k], c, shared[C * 9 + c]);
+}
+
+// Projection weights of channel c.
+__device__ __forceinline__ void finish_project(const Finish& p, int k, int c, float* shared) {
+  const int C = p.shape.channels, o = p.w.tuple_sizes[k], planes = o * C, first = p.first_map(k), maps = p.shape.frames - o;
+  for (int i = threadIdx.x; i < planes * 9; i += THREADS) shared[i] = p.moved(k, first, c, i / 9, i % 9);
+  if (threadIdx.x == THREADS - 1) shared[planes * 9] = p.constant(k, first, c);
+  __syncthreads();
+  const int lane = threadIdx.x & 31;
+  for (int q = threadIdx.x >> 5; q < planes; q += THREADS / 32) {
+    float v = 0.f;
+    for (int i = lane; i < planes * 9; i += 32) v = fmaf(-load_any(p.w.motion[k], int64_t(q) * planes * 9 + i), shared[i], v);
+    for (int i = lane; i < p.shape.frames * maps; i += 32) {
+      const int t = i / maps, m = i % maps;
+      v = fmaf(p.restore(t, first + m), p.weight(t, c, m + q / C, q % C, 4), v);
+    }
+    v = warp_sum(v);
+    if (lane == 0) store_any(p.d.project[k], c * planes + q, fmaf(-load_any(p.w.motion_bias[k], q), shared[planes * 9], v));
+  }
+}
+
+// Row t of the map over the maps.
+__device__ __forceinline__ void finish_restore(const Finish& p, int t, float* shared) {
+  const int C = p.shape.channels, lane = threadIdx.x & 31;
+  int first = 0;
+  for (int k = 0; k < p.w.num_sizes; ++k) {
+    const int o = p.w.tuple_sizes[k], planes = o * C, maps = p.shape.frames - o;
+    __syncthreads();
+    for (int i = threadIdx.x; i < C * planes * 9; i += THREADS) {
+      const int c = i / 9 / planes, at = i % (planes * 9);
+      float v = 0.f;
+      for (int q = 0; q < planes; ++q) v = fmaf(p.project(k, c, q), load_any(p.w.motion[k], int64_t(q) * planes * 9 + at), v);
+      shared[i] = v;
+    }
+    __syncthreads();
+    for (int m = threadIdx.x >> 5; m < maps; m += THREADS / 32) {
+      float v = 0.f;
+      for (int i = lane; i < C * planes * 9; i += 32) {
+        const int c = i / 9 / planes, j = i / 9 % planes, tap = i % 9;
+        v = fmaf(-shared[i], p.weight(t, c, m + 1 + j / C, j % C, tap), v);
+      }
+      for (int i = lane; i < C * planes; i += 32) {
+        const int c = i / planes, q = i % planes;
+        v = fmaf(p.project(k, c, q), p.weight(t, c, m + q / C, q % C, 4), v);
+        v = fmaf(-p.project(k, c, q) * load_any(p.w.motion_bias[k], q), p.bias(t, c), v);
+      }
+      for (int c = lane; c < C; c += 32) v = fmaf(load_any(p.w.project_bias[k], c), p.bias(t, c), v);
+      v = warp_sum(v);
+      if (lane == 0) store_any(p.d.restore, t * p.w.num_maps + first + m, v);
+    }
+    first += maps;
+  }
+  if (threadIdx.x == 0) {
+    float v = 0.f;
+    for (int c = 0; c < C; ++c) v += p.bias(t, c);
+    store_any(p.d.restore_bias, t, v);
+  }
+}
+
+__device__ __forceinline__ void finish_stencil(const Finish& p) {
+  const int C = p.shape.channels, T = p.shape.frames, CP = p.layout.padded_channels, lane = threadIdx.x & 31;
+  for (int e = threadIdx.x >> 5; e < 27; e += THREADS / 32) {
+    const int dt = e / 9, tap = e % 9;
+    float v = 0.f;
+    for (int i = lane; i < T * C; i += 32) {  // plane i of slot t + dt - 1, over t
+      const int slot = i / C, t = slot - dt + 1;
+      if (t < 0 || t >= T) continue;
+      const int plane = p.options.interleaved ? i % C * T + slot : i;
+      v += p.weight(t, CP, plane / C, plane % C, tap);
+    }
+    v = warp_sum(v);
+    if (lane == 0) store_any(p.d.stencil, e, v / C);
+  }
+}
+
+__device__ __forceinline__ void finish_cwem(const Finish& p, float* shared) {
+  const int C = p.shape.channels, T = p.shape.frames, R = p.w.hidden, planes = T * C, lane = threadIdx.x & 31;
+  const int64_t all = p.shape.clips * planes;
+  const float *dz = p.gates, *means = p.gates + all;
+  float* dbias = shared + 3 * C * C;  // of the folded map; shared[(c * 3 + dt) * C + from] of its taps
+  for (int e = threadIdx.x >> 5; e < 3 * C * C + C; e += THREADS / 32) {
+    const bool tap = e < 3 * C * C;
+    const int c = tap ? e / (3 * C) : e - 3 * C * C, dt = tap ? e / C % 3 : 1, from = e % C;
+    float v = 0.f;
+    for (int64_t i = lane; i < p.shape.clips * T; i += 32) {
+      const int t = int(i % T) + dt - 1;
+      if (t >= 0 && t < T) v = fmaf(dz[i * C + c], tap ? means[(i + dt - 1) * C + from] : 1.f, v);
+    }
+    v = warp_sum(v);
+    if (lane == 0) shared[e] = v;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < R * R * 3; i += THREADS) {
+    const int out = i / 3 / R, in = i / 3 % R, dt = i % 3;
+    float v = 0.f;
+    for (int c = 0; c < C; ++c)
+      for (int from = 0; from < C; ++from) v += load_any(p.w.squeeze, c * R + out) * shared[(c * 3 + dt) * C + from] * load_any(p.w.expand, in * C + from);
+    store_any(p.d.temporal, i, v);
+  }
+  for (int i = threadIdx.x; i < R; i += THREADS) {
+    float v = 0.f;
+    for (int c = 0; c < C; ++c) v = fmaf(load_any(p.w.squeeze, c * R + i), dbias[c], v);
+    store_any(p.d.temporal_bias, i, v);
+  }
+  // A warp an element of squeeze (c, out) and of expand (in, from): sums over the other hidden index.
+  for (int i = threadIdx.x >> 5; i < 2 * C * R; i += THREADS / 32) {
+    const bool squeeze = i < C * R;
+    const int e = squeeze ? i : i - C * R;
+    float v = 0.f;
+    for (int k = lane; k < 3 * R; k += 32) {
+      const int dt = k / R, other = k % R;
+      for (int m = 0; m < C; ++m) {
+        if (squeeze) v += shared[(e / R * 3 + dt) * C + m] * load_any(p.w.temporal, (e % R * R + other) * 3 + dt) * load_any(p.w.expand, other * C + m);
+        else v += shared[(m * 3 + dt) * C + e % C] * load_any(p.w.temporal, (other * R + e / C) * 3 + dt) * load_any(p.w.squeeze, m * R + other);
+      }
+    }
+    v = warp_sum(v);
+    if (lane > 0) continue;
+    if (squeeze) store_any(p.d.squeeze, e, fmaf(dbias[e / R], load_any(p.w.temporal_bias, e % R), v));
+    else store_any(p.d.expand, e, v);
+  }
+}
+
+__global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ Finish p) {
+  SOAP_SHARED(float, shared);
+  const int C = p.shape.channels, T = p.shape.frames;
+  int block = blockIdx.x;
+  if (block < p.motion_blocks) {
+    for (int k = 0; k < p.w.num_sizes; ++k) {
+      if (block < p.w.tuple_sizes[k] * C) return finish_motion(p, k, block, shared);
+      block -= p.w.tuple_sizes[k] * C;
+    }
+  }
+  block -= p.motion_blocks;
+  if (block < p.project_blocks) return finish_project(p, block / C, block % C, shared);
+  block -= p.project_blocks;
+  if (block < p.frame_blocks) return finish_restore(p, block, shared);
+  block -= p.frame_blocks;
+  if (p.options.stencil && p.d.stencil.data && block-- == 0) return finish_stencil(p);
+  if (p.options.cwem && p.d.squeeze.data && block-- == 0) return finish_cwem(p, shared);
+  if (block < p.direct_blocks) {  // a weight given as it is
+    const int64_t i = int64_t(block) * THREADS + threadIdx.x, planes = T * C;
+    if (i < planes * planes * 9) {
+      const int row = int(i / 9 / planes), column = int(i / 9 % planes);
+      if (p.d.conv.data) store_any(p.d.conv, i, p.weight(row / C, row % C, column / C, column % C, int(i % 9)));
+    }
+    if (i < planes && p.d.conv_bias.data) store_any(p.d.conv_bias, i, p.bias(int(i) / C, int(i) % C));
+    return;
+  }
+  block -= p.direct_blocks;
+  const int64_t i = int64_t(block) * THREADS + threadIdx.x;  // plane means (CWEM), or the gate itself
+  if (i >= p.shape.clips * T * C) return;
+  if (p.d.gate.data) store_any(p.d.gate, i, p.gates[i]);
+  if (!p.dmeans) return;
+  const float* taps = p.prepared + p.layout.taps;
+  const int t = int(i / C % T), from = int(i % C);
+  float v = 0.f;
+  for (int dt = 0; dt < 3; ++dt)
+    if (t - dt + 1 >= 0 && t - dt + 1 < T)
+      for (int c = 0; c < C; ++c) v = fmaf(taps[(c * 3 + dt) * C + from], p.gates[(i / C - dt + 1) * C + c], v);
+  p.dmeans[i] = v;
+}
+
+}  // namespace
+
+void finish(const Shape& shape, const Options& options, const Weights& weights, const float* prepared, const float* sums, const float* gates,
+            const Weights& dweights, float* dmeans, void* stream) {
+  Finish p{shape, options, layout(shape, options), weights, dweights, prepared, sums, gates, dmeans, plan_sweep(shape, options).numel, 0, 0, 0, 0, 0};
+  const int C = shape.channels;
+  int largest = 32;
+  if (options.hmem && dweights.restore.data) {
+    for (int k = 0; k < weights.num_sizes; ++k) {
+      p.motion_blocks += weights.tuple_sizes[k] * C;
+      largest = weights.tuple_sizes[k] * C * C * 9 > largest ? weights.tuple_sizes[k] * C * C * 9 : largest;
+    }
+    p.project_blocks = weights.num_sizes * C;
+    p.frame_blocks = shape.frames;
+  }
+  const int64_t planes = int64_t(shape.frames) * C;
+  if (dweights.conv.data || dweights.conv_bias.data) p.direct_blocks = int((planes * planes * 9 + THREADS - 1) / THREADS);
+  if (dmeans || dweights.gate.data) p.mean_blocks = int((shape.clips * planes + THREADS - 1) / THREADS);
+  const int blocks = p.motion_blocks + p.project_blocks + p.frame_blocks + p.direct_blocks + p.mean_blocks +
+                     (options.stencil && dweights.stencil.data ? 1 : 0) + (options.cwem && dweights.squeeze.data ? 1 : 0);
+  if (blocks == 0) return;
+  const size_t shared = sizeof(float) * size_t(largest + C * 9 + C + 3 * C * C + 1);
+  allow_shared(finish_kernel, shared);
+  SOAP_LAUNCH(finish_kernel, unsigned(blocks), THREADS, shared, stream, p);
+  launched("finish");
+}
+
+}  // namespace soap

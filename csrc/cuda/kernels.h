@@ -1,0 +1,126 @@
+// The CUDA kernels of SOAP as plain host functions: no torch, no CUDA types in the arguments but the stream.
+//
+// Frames are clips (B, T, C, H, W). A plane is one channel of one frame. Frames are worked on in blocks of 8 ("octets"):
+// plane (t, c) is column ((t / 8) * CP + c) * 8 + t % 8 of the folded 3x3 convolution, and output (t, j) is row
+// ((t / 8) * (CP + 1) + j) * 8 + t % 8, where j < C is HMEM's prior of channel j and j = CP is 3DEM's of the frame.
+// CP is C rounded up to 1 or 3. A group of 8 lanes of an MMA fragment then holds one octet of one channel.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SOAP_BOTH __host__ __device__
+#else
+#define SOAP_BOTH
+#endif
+
+namespace soap {
+
+constexpr int MAX_CHANNELS = 3;    // more go to a library convolution
+constexpr int MAX_TUPLE_SIZES = 8;
+constexpr int SEGMENTS = 8;        // a plane's mean is the sum of so many partial sums
+constexpr float LOG2E = 1.4426950408889634f;
+
+enum Dtype : int { F32 = 0, F16 = 1, BF16 = 2, U8 = 3 };
+
+// How the convolution is multiplied out. BF16X3: hi*hi + lo*hi + hi*lo. EXACT: fp32 FMA, no tensor cores.
+enum Mode : int { BF16X1 = 0, BF16X3 = 1, F16X1 = 2, EXACT = 3 };
+
+struct Array {  // contiguous
+  void* data;
+  int dtype;
+};
+
+struct Frames {  // strides in elements, of (B, T, C, H, W)
+  void* data;
+  int64_t clip, frame, channel, row, column;
+  int dtype;
+};
+
+struct Shape {
+  int64_t clips;
+  int frames, channels, height, width;
+};
+
+// Weights of the parts that are on. Folded: SOAP's own (motion .. restore, cwem). Direct: conv weight and bias as given.
+struct Weights {
+  Array stencil;  // (3, 3, 3)
+  Array expand, temporal, temporal_bias, squeeze;
+  Array motion[MAX_TUPLE_SIZES], motion_bias[MAX_TUPLE_SIZES];
+  Array project[MAX_TUPLE_SIZES], project_bias[MAX_TUPLE_SIZES];
+  Array restore, restore_bias;
+  Array conv, conv_bias;  // (TC, TC, 3, 3), (TC) or null
+  Array gate;             // (B, T, C), after its sigmoid
+  int tuple_sizes[MAX_TUPLE_SIZES];
+  int num_sizes, num_maps, hidden;
+};
+
+struct Options {
+  bool stencil, cwem, hmem;   // parts of SOAP
+  bool direct, given_gate;    // fuse_priors: weights given as they are
+  bool multiplicative, interleaved;
+  float offset;
+  int mode;
+  float scale[MAX_CHANNELS], shift[MAX_CHANNELS];  // uint8 input: value * scale + shift
+
+  SOAP_BOTH bool conv() const { return hmem || direct; }
+  SOAP_BOTH bool gate() const { return cwem || given_gate; }
+  SOAP_BOTH bool rows() const { return conv() || stencil; }  // anything for the convolution to do
+};
+
+// Where things lie in `prepared`, in floats, each at a multiple of 4.
+struct Layout {
+  int octets, padded_channels;  // FB, CP
+  int rows, columns;            // of the folded convolution, padding included
+  int words;                    // 32-bit words of one term of the packed weights: bf16 or fp16 pairs
+  int64_t means, taps, bias, scale, packed, total;
+};
+
+inline int64_t align4(int64_t n) { return (n + 3) / 4 * 4; }
+
+inline int packed_terms(int mode) { return mode == BF16X1 ? 1 : mode == BF16X3 ? 2 : mode == F16X1 ? 3 : 2; }
+
+// F16X1 keeps two bf16 terms for the backward, then the fp16 one. EXACT keeps fp32: twice the words of a term.
+inline Layout layout(const Shape& s, const Options& o) {
+  Layout l;
+  l.octets = (s.frames + 7) / 8;
+  l.padded_channels = s.channels <= 1 ? 1 : 3;
+  l.rows = l.octets * (l.padded_channels + 1) * 8;
+  l.columns = l.octets * l.padded_channels * 8;
+  l.words = o.rows() ? 9 * l.rows * l.columns / 2 : 0;
+  int64_t planes = s.clips * s.frames * s.channels;
+  l.taps = 0;
+  l.bias = l.taps + align4(o.cwem ? 3 * s.channels * s.channels + s.channels : 0);
+  l.scale = l.bias + l.rows;
+  l.packed = l.scale + l.rows;
+  l.means = l.packed + int64_t(l.words) * packed_terms(o.mode);
+  l.total = l.means + align4(o.cwem ? planes * SEGMENTS : 0);
+  return l;
+}
+
+// Rows of partial sums that a sweep leaves: `parts` a clip, each `numel` floats a pair of octets; `gates` beside them.
+struct SweepPlan {
+  int parts;          // blocks a clip
+  int64_t numel;      // 9 * rows of an octet * columns of an octet + rows of an octet
+  int64_t partial, gate_partial;  // floats in all
+  int64_t sums, gates;            // floats after `reduce`
+};
+
+SweepPlan plan_sweep(const Shape&, const Options&);
+
+void prepare(const Shape&, const Options&, const Frames& x, const Weights&, float* prepared, float* dense, void* stream);
+void fuse(const Shape&, const Options&, const Frames& x, const Weights&, const float* prepared, const Frames& y, void* stream);
+// dz: (B, (C + 1) * T, H, W) fp32 of rows j * T + t, and through: (B, T, C, H, W) fp32, what reaches x past the priors
+// of the multiplicative form; both null unless x needs a gradient.
+void sweep(const Shape&, const Options&, const Frames& x, const Frames& grad, const Weights&, const float* prepared,
+           float* partial, float* gate_partial, float* dz, float* through, void* stream);
+void reduce(const Shape&, const Options&, const float* prepared, const float* partial, const float* gate_partial, float* sums, float* gates, void* stream);
+// dweights: an Array per member of Weights that is on. dmeans: (B, T, C) gradient of the plane means, or null.
+void finish(const Shape&, const Options&, const Weights&, const float* prepared, const float* sums, const float* gates,
+            const Weights& dweights, float* dmeans, void* stream);
+
+// x: (N, C, H, W) as Frames with clip = image, frame = unused (1), channel.
+void window_sums(int64_t images, int channels, int height, int width, const Frames& x, float* sums, void* stream);
+void window_sums_backward(int64_t planes, int height, int width, const float* grad, void* dx, int dtype, void* stream);
+
+int64_t launches();  // kernels launched so far by this library
+}  // namespace soap

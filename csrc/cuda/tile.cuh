@@ -1,0 +1,244 @@
+// A tile of frames in shared memory, and the folded convolution over it on tensor cores. Shared by fuse and sweep.
+//
+// Pixel-major: a pixel holds CP chunks of 16 bytes, a chunk the 8 frames of an octet of one channel as 16-bit numbers, so
+// that a chunk is one row of an 8x8 matrix of `ldmatrix`. Chunk (row, column) sits at row * STRIDE + column * CP +
+// (column / 8) * 2: any 8 pixels that one `ldmatrix` reads lie in different banks, and so do the stores of 8 lanes.
+// An n-tile of the MMA takes columns 8a + 2i + {0, 1}, a = 0..3: a thread then ends up with 8 consecutive pixels.
+#pragma once
+#include "device.cuh"
+
+namespace soap {
+
+constexpr int TILE_WIDTH = 32, HALO_WIDTH = TILE_WIDTH + 2;
+
+template <int CP> struct Tile {
+  static constexpr int STRIDE = HALO_WIDTH * CP + 9;  // odd
+  static constexpr int MT = (CP + 1) / 2;                // 16-row MMA tiles of an octet's rows
+  static constexpr int LANE_WORDS = CP == 3 ? 12 : 2;
+  static constexpr int ROWS = (CP + 1) * 8, COLUMNS = CP * 8;
+  static __device__ __forceinline__ int chunk(int r, int c) { return r * STRIDE + c * CP + (c >> 3) * 2; }
+};
+
+template <int MODE> struct Terms { static constexpr int N = MODE == BF16X3 ? 2 : 1; };
+
+// One clip's frames as the kernels see them.
+template <class X> struct Clip {
+  const X* x;
+  int64_t frame, channel, row, column;
+  int frames, channels, height, width;
+  bool vector;  // rows of whole aligned vectors
+};
+
+__device__ __forceinline__ float of_channel(const float* three, int c) { return c == 0 ? three[0] : c == 1 ? three[1] : three[2]; }
+
+template <class X> __device__ __forceinline__ float load_one(const X* p, float scale, float shift) {
+  const float v = to_float(*p);
+  return TypeOf<X>::dtype == U8 ? fmaf(v, scale, shift) : v;
+}
+
+template <class X> __device__ __forceinline__ Clip<X> clip_of(const Frames& x, const Shape& s, int64_t b, bool vector) {
+  return {static_cast<const X*>(x.data) + b * x.clip, x.frame, x.channel, x.row, x.column, s.frames, s.channels, s.height, s.width, vector};
+}
+
+// `bytes` consecutive pixels as 32-bit words.
+template <int WORDS> struct Words { uint32_t v[WORDS]; };
+template <int WORDS, class X> __device__ __forceinline__ Words<WORDS> load_words(const X* p) {
+  Words<WORDS> w;
+  if constexpr (WORDS == 4) {
+    const uint4 u = *reinterpret_cast<const uint4*>(p);
+    w.v[0] = u.x; w.v[1] = u.y; w.v[2] = u.z; w.v[3] = u.w;
+  } else {
+    const uint2 u = *reinterpret_cast<const uint2*>(p);
+    w.v[0] = u.x; w.v[1] = u.y;
+  }
+  return w;
+}
+
+// Pixel e of a vector of them.
+template <class X, int WORDS> __device__ __forceinline__ float unpack(const Words<WORDS>& w, int e) {
+  if constexpr (TypeOf<X>::dtype == F32) return __uint_as_float(w.v[e]);
+  else if constexpr (TypeOf<X>::dtype == BF16) return e & 1 ? high_bf16(w.v[e / 2]) : low_bf16(w.v[e / 2]);
+  else if constexpr (TypeOf<X>::dtype == F16) return __half2float(__ushort_as_half(uint16_t(e & 1 ? w.v[e / 2] >> 16 : w.v[e / 2] & 0xffffu)));
+  else return __uint_as_float(__byte_perm(w.v[e / 4], 0x4b000000u, 0x7540 + e % 4)) - 8388608.f;  // 2^23 + byte, less 2^23: quicker than a conversion
+}
+
+template <int MODE> __device__ __forceinline__ void put(uint4* s, int terms_apart, const float* v) {
+  constexpr bool HALF = MODE == F16X1;
+  uint32_t h[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) h[k] = pack<HALF>(v[2 * k], v[2 * k + 1]);
+  s[0] = make_uint4(h[0], h[1], h[2], h[3]);
+  if constexpr (Terms<MODE>::N == 2)
+    s[terms_apart] = make_uint4(pack_rest(v[0], v[1], h[0]), pack_rest(v[2], v[3], h[1]), pack_rest(v[4], v[5], h[2]), pack_rest(v[6], v[7], h[3]));
+}
+
+// Rows [first, first + rows) of the tile's halo, whose row 0 is image row h0 and column 0 image column w0 - 1, of one
+// octet; row r goes to slot r & mask. Outside the image zeros. `terms_apart` chunks lie between hi and lo.
+template <class X, int MODE, int CP, int THREADS>
+__device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& x, const Options& o, int octet, int h0, int w0, int first, int rows, int mask) {
+  constexpr int V = TypeOf<X>::vector, GROUPS = TILE_WIDTH / V, WORDS = V * sizeof(X) / 4;
+  constexpr bool RAW = (MODE == BF16X1 && TypeOf<X>::dtype == BF16) || (MODE == F16X1 && TypeOf<X>::dtype == F16);
+  const int frames = min(8, x.frames - octet * 8);
+  for (int i = threadIdx.x; i < CP * GROUPS * rows; i += THREADS) {
+    const int group = i % GROUPS, c = i / GROUPS % CP, r = first + i / GROUPS / CP, h = h0 + r, w = w0 + group * V;
+    const bool in = h >= 0 && h < x.height && c < x.channels && w < x.width;
+    const X* p = x.x + int64_t(octet) * 8 * x.frame + c * x.channel + h * x.row + w * x.column;
+    const float scale = of_channel(o.scale, c), shift = of_channel(o.shift, c);
+    uint4* out = s + Tile<CP>::chunk(r & mask, 1 + group * V) + c;
+    const int skip = V == 8 || group & 1 ? 2 : 0;  // the last column of the vector is a multiple of 8, where chunk() leaps
+    if (in && x.vector) {
+      Words<WORDS> v[8];
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        if (t < frames) v[t] = load_words<WORDS>(p);
+        else v[t] = {};
+        p += x.frame;
+      }
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        uint4* at = out + e * CP + (e == V - 1 ? skip : 0);
+        if constexpr (RAW) {
+          uint32_t h2[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) h2[k] = __byte_perm(v[2 * k].v[e / 2], v[2 * k + 1].v[e / 2], e & 1 ? 0x7632 : 0x5410);
+          *at = make_uint4(h2[0], h2[1], h2[2], h2[3]);
+        } else {
+          float u[8];
+#pragma unroll
+          for (int t = 0; t < 8; ++t) {
+            u[t] = unpack<X>(v[t], e);
+            if (TypeOf<X>::dtype == U8) u[t] = fmaf(u[t], scale, shift);
+          }
+          put<MODE>(at, terms_apart, u);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < V; ++e) {
+        float u[8];
+#pragma unroll
+        for (int t = 0; t < 8; ++t) u[t] = in && t < frames && w + e < x.width ? load_one(p + t * x.frame + e * x.column, scale, shift) : 0.f;
+        put<MODE>(out + e * CP + (e == V - 1 ? skip : 0), terms_apart, u);
+      }
+    }
+  }
+  for (int i = threadIdx.x; i < CP * 2 * rows; i += THREADS) {  // the columns left and right
+    const int side = i & 1, c = i / 2 % CP, r = first + i / 2 / CP, h = h0 + r, w = side ? w0 + TILE_WIDTH : w0 - 1;
+    const bool in = h >= 0 && h < x.height && w >= 0 && w < x.width && c < x.channels;
+    const X* p = x.x + int64_t(octet) * 8 * x.frame + c * x.channel + h * x.row + w * x.column;
+    const float scale = of_channel(o.scale, c), shift = of_channel(o.shift, c);
+    float u[8];
+#pragma unroll
+    for (int t = 0; t < 8; ++t) u[t] = in && t < frames ? load_one(p + t * x.frame, scale, shift) : 0.f;
+    put<MODE>(s + Tile<CP>::chunk(r & mask, side ? HALO_WIDTH - 1 : 0) + c, terms_apart, u);
+  }
+}
+
+// acc[tile][n-tile][fragment] += folded convolution of one octet, for a row of 32 pixels. `row` is the halo row above it;
+// rows wrap at MASK. `packed`: the octet pair's fragments. One loop over the taps, not unrolled: ptxas would keep many
+// fragments in flight and spill.
+template <int MODE, int CP, int MASK>
+__device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const uint4* s, int terms_apart, const uint32_t* packed, int words, int row) {
+  constexpr int XT = Terms<MODE>::N, LW = Tile<CP>::LANE_WORDS;
+  constexpr bool HALF = MODE == F16X1;
+  const int lane = threadIdx.x & 31, n = lane & 7, matrix = lane >> 3, column = 8 * (n >> 1) + (n & 1);
+  // Which pixel this lane points ldmatrix at. A tap to the right crosses a multiple of 8, where chunk() leaps, only from
+  // the last n-tile (of CP = 3: the second of a pair).
+  const int far4 = 2 * (CP == 3 ? matrix >> 1 : matrix), far2 = 2 * (matrix & 1);
+  const uint4* at4 = s + Tile<CP>::chunk(0, column + far4) + (CP == 3 ? matrix & 1 : 0);
+  const uint4* at2 = s + Tile<CP>::chunk(0, column + far2) + 2;
+  packed += lane * (CP == 3 ? 4 : 2);
+#pragma unroll 1
+  for (int tap = 0; tap < 9; ++tap) {
+    const int dr = tap / 3, dc = tap % 3, line = ((row + dr) & MASK) * Tile<CP>::STRIDE + dc * CP;
+    uint32_t a[XT][LW];
+#pragma unroll
+    for (int k = 0; k < XT; ++k) {
+      if constexpr (CP == 3) {
+#pragma unroll
+        for (int e = 0; e < 3; ++e) {
+          const uint4 v = *reinterpret_cast<const uint4*>(packed + k * words + e * 128);
+          a[k][4 * e] = v.x; a[k][4 * e + 1] = v.y; a[k][4 * e + 2] = v.z; a[k][4 * e + 3] = v.w;
+        }
+      } else {
+        const uint2 v = *reinterpret_cast<const uint2*>(packed + k * words);
+        a[k][0] = v.x; a[k][1] = v.y;
+      }
+    }
+    if constexpr (CP == 3) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {  // n-tiles 2 * pair, 2 * pair + 1
+        const int leap4 = pair && (n & 1) + 4 + far4 + dc >= 8 ? 2 : 0, leap2 = pair && (n & 1) + 4 + far2 + dc >= 8 ? 2 : 0;
+#pragma unroll
+        for (int xt = 0; xt < XT; ++xt) {
+          Fragment b;
+          uint32_t b0, b1;
+          ldmatrix_x4(b, at4 + line + leap4 + xt * terms_apart + pair * 4 * CP);
+          ldmatrix_x2(b0, b1, at2 + line + leap2 + xt * terms_apart + pair * 4 * CP);
+#pragma unroll
+          for (int k = 0; k < XT - xt; ++k)
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              mma_k16<HALF>(acc[m][2 * pair], a[k] + 4 * m, b.v[0], b.v[1]);
+              mma_k16<HALF>(acc[m][2 * pair + 1], a[k] + 4 * m, b.v[2], b.v[3]);
+              mma_k8<HALF>(acc[m][2 * pair], a[k] + 8 + 2 * m, b0);
+              mma_k8<HALF>(acc[m][2 * pair + 1], a[k] + 8 + 2 * m, b1);
+            }
+        }
+      }
+    } else {
+      const int leap = (n & 1) + far4 + dc >= 8 ? 2 : 0;
+#pragma unroll
+      for (int xt = 0; xt < XT; ++xt) {
+        Fragment b;
+        ldmatrix_x4(b, at4 + line + leap + xt * terms_apart);
+#pragma unroll
+        for (int k = 0; k < XT - xt; ++k)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) mma_k8<HALF>(acc[0][i], a[k], b.v[i]);
+      }
+    }
+    packed += LW * 32;
+  }
+}
+
+// The gate of each plane of the clip, (T, C) in `gates`, plus `offset`: the work of one warp, while others load frames.
+__device__ __forceinline__ void gate_prologue(float* gates, float* means, const Shape& s, const Options& o, const Layout& l,
+                                              const float* prepared, const Array& given, int64_t b) {
+  const int C = s.channels, planes = s.frames * C, lane = threadIdx.x & 31;
+  const float offset = o.multiplicative ? o.offset : 0.f;
+  if (!o.cwem) {
+    for (int i = lane; i < planes; i += 32) gates[i] = offset + (o.given_gate ? load_any(given, b * planes + i) : 0.f);
+    return;
+  }
+  const float area = 1.f / (float(s.height) * float(s.width));
+#pragma unroll 1
+  for (int i = lane; i < planes; i += 32) {
+    const float4* part = reinterpret_cast<const float4*>(prepared + l.means + (b * planes + i) * SEGMENTS);
+    float sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < SEGMENTS / 4; ++k) sum += (part[k].x + part[k].y) + (part[k].z + part[k].w);
+    means[i] = fmaf(sum * area, of_channel(o.scale, i % C), of_channel(o.shift, i % C));
+  }
+  __syncwarp();
+  const float* taps = prepared + l.taps;
+#pragma unroll 1
+  for (int i = lane; i < planes; i += 32) {
+    const int t = i / C, c = i % C;
+    float z = taps[3 * C * C + c];
+#pragma unroll
+    for (int dt = 0; dt < 3; ++dt)
+#pragma unroll
+      for (int from = 0; from < MAX_CHANNELS; ++from)
+        if (from < C && t + dt >= 1 && t + dt <= s.frames) z = fmaf(taps[(c * 3 + dt) * C + from], means[(t + dt - 1) * C + from], z);
+    gates[i] = offset + logistic2(-LOG2E * z);
+  }
+}
+
+inline bool vector_rows(const Frames& x, const Shape& s) {
+  const int64_t v = x.dtype == F32 ? 4 : 8, bytes = x.dtype == F32 ? 16 : x.dtype == U8 ? 8 : 16;
+  return x.column == 1 && s.width % v == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.clip % v == 0 && x.frame % v == 0 &&
+         x.channel % v == 0 && x.row % v == 0;
+}
+
+}  // namespace soap

@@ -1,0 +1,84 @@
+"""Builds csrc/cuda with g++ and the shim into a library whose ops serve CPU tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "csrc" / "cuda"
+SHIM = Path(__file__).resolve().parent / "cuda_shim.h"
+KERNELS = ("prepare", "fuse", "sweep", "reduce", "finish", "exact", "window_sums")
+
+
+def cuda_include() -> Path | None:
+    """Where cuda_runtime.h and cuda_bf16.h are: a toolkit's, or the one that comes with PyTorch's own CUDA."""
+    site = Path(sysconfig.get_path("purelib"))
+    roots = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    folders = [*(Path(r) / "include" for r in roots if r), *sorted(site.glob("nvidia/*/include"))]
+    return next((f for f in folders if (f / "cuda_runtime.h").exists() and (f / "cuda_bf16.h").exists()), None)
+
+
+def _torch_flags() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    return [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+
+def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[str, str, str] | None = None) -> Path:
+    """The library, built once a set of sources and flags.
+
+    Args:
+        folder: where products go.
+        flags: for g++, e.g. ``-fsanitize=address``.
+        replace: (file, text, other text): a mutation of the sources, to see that the tests notice it.
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile; the compiler's messages are in ``stderr``.
+    """
+    include = cuda_include()
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    assert include is not None
+    assert compiler is not None
+    sources = {p.name: p.read_text() for p in sorted(SOURCE.iterdir()) if p.suffix in (".cu", ".cuh", ".h", ".cpp")}
+    if replace:
+        name, text, other = replace
+        assert sources[name].count(text) >= 1, f"{name} holds no {text!r}"
+        sources[name] = sources[name].replace(text, other)
+    key = hashlib.sha256(repr((sources, SHIM.read_text(), flags, torch.__version__)).encode()).hexdigest()[:16]
+    library = folder / f"libsoap_shim_{key}.so"
+    if library.exists():
+        return library
+    work = folder / key
+    work.mkdir(parents=True, exist_ok=True)
+    for name, text in sources.items():
+        (work / name).write_text(text)
+    common = [compiler, "-std=c++17", "-O1", "-fPIC", "-w", "-DSOAP_CUDA_SHIM", f"-isystem{include}", f"-I{work}", *flags]
+
+    def compile_one(name: str) -> Path:
+        product = work / f"{name}.o"
+        if name == "ops":
+            command = [*common, *_torch_flags(), "-c", str(work / "ops.cpp"), "-o", str(product)]
+        else:
+            command = [*common, "-x", "c++", "-include", str(SHIM), "-c", str(work / f"{name}.cu"), "-o", str(product)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return product
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        products = list(pool.map(compile_one, ("ops", "sweep", "fuse", *(k for k in KERNELS if k not in ("sweep", "fuse")))))
+    torch_lib = Path(torch.__file__).parent / "lib"
+    part = work / "library.so"
+    subprocess.run(
+        [compiler, "-shared", *flags, *map(str, products), f"-L{torch_lib}", "-ltorch_cpu", "-o", str(part)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    part.replace(library)
+    return library
