@@ -4,6 +4,8 @@ What cannot be built is left out with one plain warning: the package works witho
 
 Environment:
     SOAP_KERNELS_CPU = 0 | 1 | auto    the CPU library; 1: a failure to build it is an error (default auto)
+    SOAP_KERNELS_CUDA = 0 | 1 | auto   the CUDA library, which needs nvcc and a PyTorch with CUDA but no GPU
+    TORCH_CUDA_ARCH_LIST               what to build it for (default "8.0;9.0;10.0;12.0+PTX", as far as nvcc knows them)
     CXX                                the C++ compiler (default g++, else c++)
     SOAP_KERNELS_SANITIZE              e.g. address,undefined
 """
@@ -37,6 +39,8 @@ ISA_FLAGS = {
     2: ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"],
 }
 STAGES = ("prepare", "fuse", "sweep")
+CUDA_KERNELS = ("sweep", "fuse", "prepare", "finish", "reduce", "exact", "window_sums")
+CUDA_ARCHITECTURES = (80, 90, 100, 120)
 
 
 class CannotBuild(Exception):
@@ -104,8 +108,61 @@ def cpu_library() -> Library:
     return library
 
 
-# A further library is one more function here, e.g. for GPUs.
-LIBRARIES = {"soap_kernels._cpp": ("SOAP_KERNELS_CPU", cpu_library)}
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Flags of nvcc for the architectures to build for: machine code for each, and PTX for the last, for later ones."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        wanted = [a for a in asked.replace(",", ";").replace(" ", ";").split(";") if a]
+    else:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+        wanted = [f"{n // 10}.{n % 10}" for n in CUDA_ARCHITECTURES if f"sm_{n}" in known]
+        if wanted:
+            wanted[-1] += "+PTX"
+    flags = []
+    for name in wanted:
+        number = name.removesuffix("+PTX").replace(".", "")
+        if not number.rstrip("af").isdigit() or int(number.rstrip("af")) < 80:
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST names {name!r}, expected numbers like 9.0 of at least 8.0")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise CannotBuild("this nvcc knows none of the architectures from sm_80 on")
+    return flags
+
+
+def cuda_library() -> Library:
+    """SOAP on NVIDIA GPUs. Needs nvcc and a PyTorch with CUDA, no GPU."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise CannotBuild("this PyTorch is built without CUDA")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        raise CannotBuild("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
+    cxx = compiler()
+    toolkit = Path(nvcc).resolve().parents[1]
+    device = [nvcc, "-std=c++17", "-O3", "-ccbin", cxx.split()[0], *cuda_architectures(nvcc)]
+    device += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=2"]
+    library = Library("soap_kernels._cuda", "SOAP_KERNELS_CUDA")
+    for kernel in CUDA_KERNELS:
+        library.objects.append((f"{kernel}.o", f"csrc/cuda/{kernel}.cu", device))
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_MACRO}", "-DUSE_CUDA"]
+    includes = [*python_includes(), f"-isystem{toolkit / 'include'}"]
+    library.objects.append(("ops.o", "csrc/cuda/ops.cpp", [cxx, *OPTIMIZE, *WARNINGS, *defines, *includes]))
+    torch_lib = Path(torch.__file__).parent / "lib"
+    # libtorch and the CUDA runtime are loaded by `import torch` before this library.
+    paths = [f"-L{torch_lib}", *(f"-L{toolkit / d}" for d in ("lib64", "lib") if (toolkit / d).is_dir())]
+    library.link = [cxx, "-shared", *paths, "-ltorch_cuda", "-ltorch_cpu", "-lcudart"]
+    return library
+
+
+# A further library is one more function here.
+LIBRARIES = {
+    "soap_kernels._cpp": ("SOAP_KERNELS_CPU", cpu_library),
+    "soap_kernels._cuda": ("SOAP_KERNELS_CUDA", cuda_library),
+}
 
 
 def write_ninja(library: Library, folder: Path, output: Path) -> Path:

@@ -23,9 +23,7 @@ _library = torch.library.Library("soap_kernels", "FRAGMENT")
 _library.define(
     "cuda_forward(Tensor x, Tensor[] weights, int[] settings, float[] numbers, Tensor(a!) y, Tensor(b!) prepared) -> ()"
 )
-_library.define(
-    "cuda_prepare(Tensor x, Tensor[] weights, int[] settings, float[] numbers, Tensor(a!) prepared) -> ()"
-)
+_library.define("cuda_prepare(Tensor x, Tensor[] weights, int[] settings, float[] numbers, Tensor(a!) prepared) -> ()")
 _library.define(
     "cuda_backward(Tensor grad, Tensor x, Tensor prepared, Tensor[] weights, int[] settings, float[] numbers,"
     " Tensor(a!)[] dweights, Tensor(b!)? dz, Tensor(c!)? through, Tensor(d!)? dense, Tensor(e!)? dmeans) -> ()"
@@ -115,6 +113,14 @@ def _numbers(offset: float, mean: Sequence[float] | None = None, std: Sequence[f
     return [offset, *scale, *shift]
 
 
+def _any_double(dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
+    return dtype == torch.float64 or any(w.dtype == torch.float64 for w in weights)
+
+
+def _like(w: Tensor) -> Tensor:
+    return torch.empty_like(w, memory_format=torch.contiguous_format)
+
+
 def _exact_convolutions(precision: str) -> AbstractContextManager[None]:
     """cuDNN computes fp32 convolutions in TF32 unless told not to."""
     cudnn = torch.backends.cudnn
@@ -154,7 +160,7 @@ class CudaBackend:
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
-        if not self._fits(x, mode, options.tuple_sizes) or torch.float64 in (options.out_dtype, *(w.dtype for w in weights)):
+        if not self._fits(x, mode, options.tuple_sizes) or _any_double(options.out_dtype, weights):
             with _exact_convolutions(options.precision):
                 y, _ = LIBRARY.soap_forward(x, weights, options)
             return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
@@ -186,10 +192,10 @@ class CudaBackend:
         needs_weights: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
-        if not self._fits(x, mode, options.tuple_sizes) or torch.float64 in (grad.dtype, *(w.dtype for w in weights)):
+        if not self._fits(x, mode, options.tuple_sizes) or _any_double(grad.dtype, weights):
             with _exact_convolutions(options.precision):
                 return LIBRARY.soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
-        dweights = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights] if needs_weights else []
+        dweights = [_like(w) for w in weights] if needs_weights else []
         settings = [flags, mode, *options.tuple_sizes] if flags & HMEM else [flags, mode]
         numbers = _numbers(0.0, options.mean, options.std)
         if x.numel() == 0:
@@ -264,7 +270,7 @@ class CudaBackend:
         fusion: Fusion,
     ) -> Tensor:
         given, settings = self._given(x, stencil, gate, weight, bias, fusion)
-        if not self._fits(x, settings[1]) or torch.float64 in (w.dtype for w in given):
+        if not self._fits(x, settings[1]) or _any_double(x.dtype, given):
             with _exact_convolutions(fusion.precision):
                 return LIBRARY.fuse_priors(x, stencil, gate, weight, bias, fusion)
         y = x.new_empty(x.shape)
@@ -286,10 +292,10 @@ class CudaBackend:
         needs: Sequence[bool],
     ) -> list[Tensor]:
         given, settings = self._given(x, stencil, gate, weight, bias, fusion)
-        if not self._fits(x, settings[1]) or torch.float64 in (w.dtype for w in given):
+        if not self._fits(x, settings[1]) or _any_double(x.dtype, given):
             with _exact_convolutions(fusion.precision):
                 return LIBRARY.fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
-        dgiven = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in given]
+        dgiven = [_like(w) for w in given]
         dx: Tensor | None = x.new_empty(x.shape)
         if x.numel():
             numbers = _numbers(fusion.offset)
@@ -301,9 +307,7 @@ class CudaBackend:
                 d.zero_()
         rest = iter(dgiven)
         found = [dx, *(None if w is None else next(rest) for w in (stencil, gate, weight, bias))]
-        return [
-            g if need and g is not None else x.new_empty(0) for g, need in zip(found, needs, strict=True)
-        ]
+        return [g if need and g is not None else x.new_empty(0) for g, need in zip(found, needs, strict=True)]
 
     @staticmethod
     def _given(

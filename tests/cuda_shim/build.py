@@ -28,7 +28,11 @@ def cuda_include() -> Path | None:
 
 def _torch_flags() -> list[str]:
     include = Path(torch.__file__).parent / "include"
-    return [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    return [
+        f"-isystem{include}",
+        f"-isystem{include / 'torch/csrc/api/include'}",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
 
 
 def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[str, str, str] | None = None) -> Path:
@@ -59,7 +63,17 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[str, str, st
     work.mkdir(parents=True, exist_ok=True)
     for name, text in sources.items():
         (work / name).write_text(text)
-    common = [compiler, "-std=c++17", "-O1", "-fPIC", "-w", "-DSOAP_CUDA_SHIM", f"-isystem{include}", f"-I{work}", *flags]
+    common = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-w",
+        "-DSOAP_CUDA_SHIM",
+        f"-isystem{include}",
+        f"-I{work}",
+        *flags,
+    ]
 
     def compile_one(name: str) -> Path:
         product = work / f"{name}.o"
@@ -71,7 +85,9 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[str, str, st
         return product
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        products = list(pool.map(compile_one, ("ops", "sweep", "fuse", *(k for k in KERNELS if k not in ("sweep", "fuse")))))
+        products = list(
+            pool.map(compile_one, ("ops", "sweep", "fuse", *(k for k in KERNELS if k not in ("sweep", "fuse"))))
+        )
     torch_lib = Path(torch.__file__).parent / "lib"
     part = work / "library.so"
     subprocess.run(
