@@ -106,6 +106,18 @@ def _overview(prefix: str = "") -> str:
     return "\n".join(lines)
 
 
+def _demo(args: list[str]) -> int:
+    from soap_net.config import parse, presets, read_settings
+
+    text = "Train and evaluate on the embedded videos, with and without SOAP, and write report.html and summary.json."
+    config = parse(args, base=read_settings(presets()["demo"]), prog="soap-net demo", description=text)
+
+    from soap_net.demo import run_demo
+
+    run_demo(config)
+    return 0
+
+
 def _train(args: list[str]) -> int:
     from soap_net.config import parse, read_settings
 
@@ -202,6 +214,20 @@ def _classify(args: list[str]) -> int:
     return 2 if any(prediction.error for prediction in predictions) else 0
 
 
+def _report(args: list[str]) -> int:
+    own = _Options("report", "Write one HTML page on runs: curves, accuracies, confusion, and what SOAP does to clips.")
+    own.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    own.add_argument("--out", type=Path, help="the page (by default report.html in the first run's folder)")
+    options = own.parse_exactly(args)
+
+    from soap_net.report import write_report
+
+    path = options.out or options.runs[0] / "report.html"
+    write_report(path, {str(run): run for run in options.runs})
+    print(path)
+    return 0
+
+
 def _data_check(args: list[str]) -> int:
     root, args = _leading_path(args)
     own = _Options("data check", "Read every clip of a data set; report what is missing or broken.", SETTINGS)
@@ -292,9 +318,11 @@ def _info(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Command, str]] = {
+    "demo": (_demo, "the whole way on the embedded videos, with and without SOAP"),
     "train": (_train, "train on the clips of a data set"),
     "eval": (_eval, "evaluate a checkpoint on unseen classes"),
     "classify": (_classify, "classify your own clips from a few examples per class"),
+    "report": (_report, "write an HTML page on runs"),
     "data check": (_data_check, "read a data set; report missing and broken files"),
     "data motion": (_data_motion, "write the embedded motion data set as video files"),
     "experiment": (_experiment, "put the paper's claims to the test"),

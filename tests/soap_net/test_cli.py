@@ -28,7 +28,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ssv2_otam_5way_5shot" in shown
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "classify", "data check", "data motion", "info"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "eval", "classify", "report", "data check", "data motion", "info"]
+)
 def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), "--help"])
