@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from soap_net.data.clips import Clip
+from soap_net.data.memory import decoded
 from soap_net.errors import UserError
 
 
@@ -51,10 +52,12 @@ class FrameSampling:
 
 
 def _segments(num_frames: int, count: int, rng: np.random.Generator | None) -> list[int]:
-    # Below one frame per segment there is nothing to draw, and centres repeat the frames evenly.
-    offsets = np.full(count, 0.5) if rng is None or num_frames <= count else rng.random(count)
-    positions = np.floor((np.arange(count) + offsets) * num_frames / count).astype(int)
-    return [int(p) for p in np.minimum(positions, num_frames - 1)]
+    if rng is None or num_frames <= count:  # below one frame per segment, centres repeat the frames evenly
+        return [(2 * segment + 1) * num_frames // (2 * count) for segment in range(count)]
+    # Segments end between frames, so that no frame is drawn twice.
+    bounds = [segment * num_frames // count for segment in range(count + 1)]
+    draws = rng.random(count)
+    return [low + int(draw * (high - low)) for low, high, draw in zip(bounds, bounds[1:], draws, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class ClipLoader:
         if self.train and rng is None:
             raise UserError("loading a clip for training needs a random generator")
         draw = rng if self.train else None
-        frames = clip.read(self.sampling.indices(clip.num_frames(), draw))
+        frames = decoded.read(clip, self.sampling.indices(clip.num_frames(), draw))
         frames = self.transform(frames, draw)
         if self.order == "reversed":
             return frames.flip(0)
