@@ -1,7 +1,8 @@
 """2-D backbones: frames in, one feature vector per frame out.
 
 Names: ``tiny``, ``resnet18``, ``resnet34``, ``resnet50``, ``vit_b_16``, ``efficientnet_lite0`` and, with timm
-installed, ``timm:<any of its models>``. Weights: random, ImageNet's, or a local ``.pth``/``.safetensors`` file.
+installed, ``timm:<any of its models>``; to compare with, ``tiny3d`` and ``r3d_18``, which convolve over time too.
+Weights: random, ImageNet's, or a local ``.pth``/``.safetensors`` file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Backbone(nn.Module):
     """A 2-D net without its classifier.
 
     ``forward`` takes float images ``(N, 3, H, W)``, normalised by ``mean`` and ``std`` (in units of 0..1), and returns
-    ``(N, dim)``. ``image_size`` is set for nets that take one size only (vision transformers).
+    ``(N, dim)``. ``image_size`` is set for nets that take one size only (vision transformers). Where ``takes_clips`` is
+    set, the net sees whole clips: ``(B, T, 3, H, W)`` in, ``(B, T, dim)`` out.
 
     Raises:
         UserError: images of another size than ``image_size``.
@@ -43,6 +45,7 @@ class Backbone(nn.Module):
         mean: Statistics = IMAGENET_MEAN,
         std: Statistics = IMAGENET_STD,
         image_size: tuple[int, int] | None = None,
+        takes_clips: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -51,6 +54,7 @@ class Backbone(nn.Module):
         self.mean = mean
         self.std = std
         self.image_size = image_size
+        self.takes_clips = takes_clips
 
     def forward(self, images: Tensor) -> Tensor:
         size = (images.shape[-2], images.shape[-1])
@@ -393,6 +397,69 @@ def _tiny(name: str, weights: str | None) -> Backbone:
     return Backbone(name, net, net.dim)
 
 
+# --------------------------------------------------------------------------------------------------------- in 3-D
+
+
+class TinyConvNet3D(nn.Module):
+    """`TinyConvNet` with 3x3x3 convolutions, which see motion by themselves: ``(B, T, 3, H, W)`` to ``(B, T, dim)``."""
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64), grid: int = 3) -> None:
+        super().__init__()
+        stages = [
+            nn.Sequential(
+                nn.Conv3d(channels, out, 3, (1, 2, 2), 1, bias=False), nn.BatchNorm3d(out), nn.ReLU(inplace=True)
+            )
+            for channels, out in zip((3, *widths[:-1]), widths, strict=True)
+        ]
+        self.stages = nn.Sequential(*stages, nn.AdaptiveAvgPool3d((None, grid, grid)))
+        self.dim = widths[-1] * grid * grid
+
+    def forward(self, clips: Tensor) -> Tensor:
+        features: Tensor = self.stages(clips.transpose(1, 2))
+        return features.transpose(1, 2).flatten(2)
+
+
+class ResNet3D(nn.Module):
+    """torchvision's R3D-18 (Tran et al., arXiv 1711.11248) without its strides in time: features for each frame."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        for module in net.modules():
+            if isinstance(module, nn.Conv3d):
+                module.stride = (1, *module.stride[1:])
+        self.net = net
+
+    def forward(self, clips: Tensor) -> Tensor:
+        net: Any = self.net
+        x = net.stem(clips.transpose(1, 2))
+        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        return x.mean(dim=(3, 4)).transpose(1, 2)
+
+
+def _tiny3d(name: str, weights: str | None) -> Backbone:
+    if not _is_random(weights):
+        raise UserError(f"backbone {name} has random weights only, got {weights!r}: set model.weights to random")
+    net = TinyConvNet3D()
+    return Backbone(name, net, net.dim, takes_clips=True)
+
+
+def _r3d(name: str, weights: str | None) -> Backbone:
+    from torchvision.models import video
+
+    net = video.r3d_18(weights=None)
+    dim = net.fc.in_features
+    net.fc = nn.Identity()
+    if weights is not None and _wants_file(weights):
+        _load(name, net, _read_file(Path(weights)), ("fc.",), weights)
+    elif weights == "kinetics":
+        entry = video.R3D_18_Weights.KINETICS400_V1
+        _load(name, net, _from_hub(entry), ("fc.",), f"torchvision's {entry}")
+    elif not _is_random(weights):
+        raise UserError(f"unknown weights {weights!r} for {name} (random, kinetics, or a .pth or .safetensors file)")
+    mean, std = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # what its weights were trained with
+    return Backbone(name, ResNet3D(net), dim, mean, std, takes_clips=True)
+
+
 BACKBONES: dict[str, Callable[[str, str | None], Backbone]] = {
     "tiny": _tiny,
     "resnet18": _torchvision,
@@ -400,4 +467,6 @@ BACKBONES: dict[str, Callable[[str, str | None], Backbone]] = {
     "resnet50": _torchvision,
     "vit_b_16": _torchvision,
     "efficientnet_lite0": _efficientnet_lite0,
+    "tiny3d": _tiny3d,
+    "r3d_18": _r3d,
 }

@@ -60,6 +60,8 @@ class SOAPNet(nn.Module):
             raise UserError(f"chunk_frames is {chunk_frames}, expected 0 (all at once) or more")
         if head.dim != backbone.dim:
             raise UserError(f"the head takes {head.dim} features a frame, backbone {backbone.name} has {backbone.dim}")
+        if backbone.takes_clips and (chunk_frames or channels_last):
+            raise UserError(f"backbone {backbone.name} takes whole clips: leave out chunk_frames and channels_last")
         self.soap = soap
         self.backbone = backbone.to(memory_format=torch.channels_last) if channels_last else backbone
         self.head = head
@@ -108,6 +110,9 @@ class SOAPNet(nn.Module):
         x = (clips.to(self.mean.dtype) / 255 - self.mean) / self.std if self._normalizes else clips
         if self.soap is not None:
             x = self.soap(x)
+        if self.backbone.takes_clips:
+            features: Tensor = self.backbone(x)
+            return features
         return self._embed(x.flatten(0, 1)).unflatten(0, clips.shape[:2])
 
     def _embed(self, images: Tensor) -> Tensor:

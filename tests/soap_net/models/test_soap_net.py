@@ -207,3 +207,21 @@ def test_settings_that_do_not_fit_are_refused_in_one_line() -> None:
         net(chunk_frames=-1)
     with pytest.raises(UserError, match="the head takes 5 features a frame, backbone tiny has 576"):
         SOAPNet(None, build_backbone("tiny"), build_head("soap", 5, FRAMES), IMAGENET_MEAN, IMAGENET_STD)
+
+
+@pytest.mark.parametrize("name", ["tiny3d", pytest.param("r3d_18", marks=pytest.mark.slow)])
+def test_a_3d_backbone_sees_whole_clips_and_gives_a_vector_per_frame(name: str) -> None:
+    model = net(name).eval()
+    x = clips(2)
+    with torch.no_grad():
+        features = model.features(x)
+        x[0, 0] = 0
+        changed = model.features(x)
+    assert features.shape == (2, FRAMES, model.backbone.dim)
+    assert not torch.equal(changed[0, 1], features[0, 1])
+    torch.testing.assert_close(changed[1], features[1])
+
+
+def test_a_3d_backbone_refuses_chunks_of_frames() -> None:
+    with pytest.raises(UserError, match="tiny3d takes whole clips"):
+        net("tiny3d", chunk_frames=4)

@@ -1,0 +1,64 @@
+"""The command ``soap-net experiment``: which experiment, on which settings, into which folder."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from soap_net.config import parse, presets
+from soap_net.errors import UserError
+
+if TYPE_CHECKING:
+    from soap_net.experiments.runner import Experiment
+
+EXPERIMENTS = {
+    "parts": ("parts", "Parts"),
+    "tuples": ("tuples", "Tuples"),
+    "order": ("order", "Order"),
+    "frame-rate": ("frame_rate", "FrameRate"),
+    "sensitivity": ("sensitivity", "Sensitivity"),
+    "heads": ("heads", "Heads"),
+    "overhead": ("overhead", "Overhead"),
+}
+PRESETS = ("quick", "paper")
+SEEDS = 3
+MOTION = Path("runs/experiments/motion")
+# On the demo's settings: fewer episodes, and no validation, as the last weights are the ones tested.
+QUICK: dict[str, dict[str, Any]] = {"train": {"episodes": 60, "val_every": 0}, "eval": {"tasks": 1000}}
+
+
+def settings(preset: str) -> dict[str, Any]:
+    """A preset's settings over the defaults: the demo's, shortened, or the field's, which are the defaults."""
+    if preset == "paper":
+        return {"train": {"milestones": [2000, 6000, 8000]}, "data": {"workers": 8}}
+    values: dict[str, Any] = yaml.safe_load(presets()["demo"].read_text(encoding="utf-8"))
+    for group, changes in QUICK.items():
+        values[group] = {**values[group], **changes}
+    values["data"]["root"] = str(MOTION / "quick")
+    return values
+
+
+def build(name: str, preset: str, args: Sequence[str]) -> Experiment:
+    """The experiment of that name on the preset's settings, changed by options such as ``--data.root``.
+
+    Raises:
+        UserError: no such experiment, preset or setting, or an impossible value.
+    """
+    if name not in EXPERIMENTS:
+        close = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+        raise UserError(
+            f"unknown experiment {name!r}; "
+            + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(EXPERIMENTS)}")
+        )
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    config = parse(args, base=settings(preset), prog=f"soap-net experiment {name}", source=f"preset {preset}")
+    module, kind = EXPERIMENTS[name]
+    motion = MOTION if config.data.root == MOTION / "quick" else None
+    experiment: Experiment = getattr(import_module(f"soap_net.experiments.{module}"), kind)(config, preset, motion)
+    return experiment

@@ -1,0 +1,263 @@
+"""What SOAP costs: time, memory and parameters beside each backbone, and what it does to training."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from soap_net.config import Config
+from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
+from soap_net.data.splits import load_split
+from soap_net.evaluate import Interrupted, clip_loader
+from soap_net.experiments.runner import Experiment, Result, Results, Row, Run, changed, new_figure, save_figure
+from soap_net.models import build_model
+from soap_net.ranks import pick_device
+from soap_net.train import build_optimizer, learning_rate
+
+BACKBONES = {
+    "quick": ("tiny", "resnet18", "resnet50", "efficientnet_lite0"),
+    "paper": ("resnet18", "resnet34", "resnet50", "vit_b_16", "efficientnet_lite0"),
+}
+CLIPS = 3
+REPEATS = {"quick": 5, "paper": 15}
+SIZE = 224
+PART_NAMES = {"three_dem": "3DEM", "cwem": "CWEM", "hmem": "HMEM"}
+SMOOTHED = 10
+
+
+class Overhead(Experiment):
+    """Times each backbone with and without SOAP, turn by turn in one process; then traces training with and without."""
+
+    name = "overhead"
+    title = "What SOAP costs"
+    columns = ("backbone",)
+    difference = ""
+    alone = True
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """Those that are timed."""
+        return BACKBONES[self.preset]
+
+    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
+        costs = [
+            Run(_cost(name), seeds[0], {"model.backbone": name, "model.weights": "random"}) for name in self.backbones
+        ]
+        curves = [Run(_curve(soap), seed, {"model.soap.enabled": soap}) for seed in seeds for soap in (True, False)]
+        return costs + curves
+
+    def rows(self, results: Results) -> list[Row]:
+        return [Row((name,), _cost(name)) for name in self.backbones]
+
+    def work(self, run: Run, config: Config, stop: Callable[[], bool]) -> Result:
+        if run.cell.startswith("cost-"):
+            return {"tests": {}, **measure(config, REPEATS[self.preset], stop)}
+        return {"tests": {}, **trace(config, stop)}
+
+    def write(self, folder: Path, results: Results, about: str) -> None:
+        lines = [self._line(row, results) for row in self.rows(results) if results.seeds(row.cell)]
+        heads = [
+            "backbone", "parameters", "SOAP adds", "forward without, ms", "with, ms", "SOAP adds, %",
+            "training step without, ms", "with, ms ", "SOAP adds, % ", "kept for backward without, MiB", "with, MiB",
+        ]  # fmt: skip
+        table = "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
+        (folder / "table.md").write_text(
+            f"# {self.title}\n\n{table}\n\n"
+            f"{CLIPS} clips of {self.config.data.frames} frames of {SIZE} x {SIZE} from uint8, fp32, random weights, "
+            f"head {self.config.model.head}; {torch.get_num_threads()} threads. Times are medians; a percentage is the "
+            "median of the ratios of neighbouring turns, with their quartiles. Kept for backward: the bytes of all "
+            "tensors that autograd holds at the end of a training forward, parameters left out.\n\n"
+            f"plot.svg and curves.csv: training on {self.config.train.episodes} episodes "
+            f"({self.config.model.backbone}), losses and gradient norms averaged over {SMOOTHED} of them; the bands "
+            f"reach from the lowest to the highest seed.\n\n{about}",
+            encoding="utf-8",
+        )
+        with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([head.strip() for head in heads])
+            writer.writerows(lines)
+        curves = {
+            (soap, seed): results.finished[_curve(soap), seed]["curves"]
+            for soap in (True, False)
+            for seed in results.seeds(_curve(soap))
+        }
+        if curves:
+            _write_curves(folder / "curves.csv", curves)
+            _plot_curves(folder / "plot.svg", curves)
+
+    def _line(self, row: Row, results: Results) -> list[str]:
+        one = results.finished[row.cell, results.seeds(row.cell)[0]]
+        line = [row.labels[0], f"{one['parameters']:,}", f"{one['soap_parameters']:,}"]
+        for kind in ("forward", "step"):
+            without, with_soap = (one[f"{kind}_{name}"] for name in ("without", "with"))
+            ratios = [100.0 * (b / a - 1.0) for a, b in zip(without, with_soap, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            line += [f"{1e3 * statistics.median(times):.1f}" for times in (without, with_soap)]
+            line.append(f"{middle:+.1f} ({low:+.1f} to {high:+.1f})")
+        return line + [f"{one[f'kept_{name}'] / 2**20:.1f}" for name in ("without", "with")]
+
+
+def _cost(backbone: str) -> str:
+    return f"cost-{backbone}"
+
+
+def _curve(soap: bool) -> str:
+    return f"curve-{'soap' if soap else 'plain'}"
+
+
+def measure(config: Config, repeats: int, stop: Callable[[], bool], size: int = SIZE) -> dict[str, Any]:
+    """Seconds of forward and of a training step, with and without SOAP, taken in turns; bytes kept; parameters."""
+    device = pick_device(config.device)
+    torch.manual_seed(0)
+    models = {
+        name: build_model(changed(config, {"model.soap.enabled": name == "with"}).model, config.data.frames).to(device)
+        for name in ("without", "with")
+    }
+    clips = torch.randint(0, 256, (CLIPS, config.data.frames, 3, size, size), dtype=torch.uint8, device=device)
+    labels = torch.arange(CLIPS - 1, device=device)
+
+    def forward(model: nn.Module) -> Tensor:
+        logits: Tensor = model(clips[:-1], labels, clips[-1:], len(labels))
+        return logits
+
+    def step(model: nn.Module) -> None:
+        F.cross_entropy(forward(model), labels[:1]).backward()
+        model.zero_grad(set_to_none=True)
+
+    def infer(model: nn.Module) -> None:
+        with torch.inference_mode():
+            forward(model)
+
+    found: dict[str, Any] = {f"{kind}_{name}": [] for kind in ("forward", "step") for name in models}
+    for turn in range(repeats + 1):
+        for kind, act, training in (("forward", infer, False), ("step", step, True)):
+            for name in ("without", "with") if turn % 2 else ("with", "without"):
+                if stop():
+                    raise Interrupted
+                models[name].train(training)
+                _wait(device)
+                began = time.perf_counter()
+                act(models[name])
+                _wait(device)
+                if turn:  # the first is for warming up
+                    found[f"{kind}_{name}"].append(time.perf_counter() - began)
+    for name, model in models.items():
+        found[f"kept_{name}"] = kept_bytes(model.train(), lambda model=model: forward(model))
+    soap = models["with"].soap
+    assert soap is not None
+    found["soap_parameters"] = sum(p.numel() for p in soap.parameters())
+    found["parameters"] = sum(p.numel() for p in models["without"].parameters())
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the memory blocks that `forward` leaves with autograd for backward, `model`'s parameters left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()  # alive until the sum is taken, and with it all that it keeps
+    total = sum(kept.values())
+    del output
+    return total
+
+
+def trace(config: Config, stop: Callable[[], bool]) -> dict[str, Any]:
+    """Trains as `soap_net.train` does, on the same episodes, and notes loss, accuracy and gradient norms of each."""
+    device, cfg, episode = pick_device(config.device), config.train, config.episode
+    clips = load_split(config.data.root, "train", config.data.split_file("train"))
+    sampler = EpisodeSampler(clips, episode.way, episode.shot, episode.queries, episode.seed)
+    tasks = EpisodeDataset(sampler, clip_loader(config.data, train=True), range(cfg.episodes))
+    torch.manual_seed(episode.seed)
+    model = build_model(config.model, config.data.frames).to(device).train()
+    optimizer = build_optimizer(cfg, model)
+    modules: dict[str, nn.Module] = {"backbone": model.backbone, "head": model.head}
+    for name, shown in PART_NAMES.items():
+        if model.soap is not None and hasattr(model.soap, name):
+            modules[shown] = getattr(model.soap, name)
+    curves: dict[str, list[float]] = {"loss": [], "accuracy": [], **{name: [] for name in modules}}
+    for index in range(cfg.episodes):
+        if stop():
+            raise Interrupted
+        task = tasks[index]
+        labels = task.query_labels.to(device)
+        logits = model(task.support.to(device), task.support_labels.to(device), task.query.to(device), episode.way)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        (loss / cfg.tasks_per_batch).backward()
+        curves["loss"].append(float(loss.detach()) / len(labels))
+        curves["accuracy"].append(100.0 * float((logits.argmax(1) == labels).float().mean()))
+        if (index + 1) % cfg.tasks_per_batch == 0 or index + 1 == cfg.episodes:
+            for name, module in modules.items():
+                gradients = [p.grad for p in module.parameters() if p.grad is not None]
+                curves[name].append(float(nn.utils.get_total_norm(gradients)) if gradients else 0.0)
+            if cfg.clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, index)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return {"curves": curves}
+
+
+Curves = dict[tuple[bool, int], dict[str, list[float]]]
+
+
+def _write_curves(path: Path, curves: Curves) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["soap", "seed", "what", "step", "value"])
+        for (soap, seed), found in curves.items():
+            for what, values in found.items():
+                for end in range(SMOOTHED, len(values) + 1, SMOOTHED):
+                    mean = statistics.fmean(values[end - SMOOTHED : end])
+                    writer.writerow(["with" if soap else "without", seed, what, end, f"{mean:.5g}"])
+
+
+def _plot_curves(path: Path, curves: Curves) -> None:
+    figure, (left, right) = new_figure(10.0, 4.2, 2)
+    for soap in (True, False):
+        name, style = ("with SOAP", "-") if soap else ("without SOAP", "--")
+        found = [one for (on, _), one in curves.items() if on == soap]
+        if not found:
+            continue
+        _band(left, [one["loss"] for one in found], name, f"C{0 if soap else 1}", "-")
+        for number, what in enumerate(("backbone", "head", *PART_NAMES.values())):
+            if what in found[0]:
+                _band(right, [one[what] for one in found], f"{what}, {name}", f"C{number}", style)
+    left.set(xlabel="episode", ylabel="loss per query", title="Training loss")
+    right.set(xlabel="optimizer step", ylabel="norm of the gradient", title="Gradients", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    save_figure(figure, path)
+
+
+def _band(axes: Any, lines: Sequence[Sequence[float]], label: str, color: str, style: str) -> None:
+    """The mean of the seeds, and what lies between the lowest and the highest, both smoothed."""
+    steps = min(map(len, lines)) // SMOOTHED
+    if not steps:
+        return
+    values = np.array([np.reshape(line[: steps * SMOOTHED], (steps, SMOOTHED)).mean(axis=1) for line in lines])
+    places = SMOOTHED * (np.arange(steps) + 0.5)
+    axes.plot(places, values.mean(axis=0), style, color=color, label=label)
+    axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0)

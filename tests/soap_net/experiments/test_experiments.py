@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from soap_kernels import SOAP
+from soap_net.cli import main
+from soap_net.errors import UserError
+from soap_net.experiments.command import EXPERIMENTS, build
+from soap_net.experiments.overhead import kept_bytes
+from soap_net.experiments.runner import Experiment, Results, run_experiment
+from soap_net.models.heads import HEADS
+
+PARTS = ("3dem", "cwem", "hmem")
+
+
+def tiny(data: Path) -> list[str]:
+    """The options that take the quick preset to the tiny data set, and to runs of a moment."""
+    settings = {
+        "data.root": data, "data.resize": 9, "data.crop": 8, "data.interval": "null", "episode.way": 2, "eval.way": 2,
+        "episode.queries": 1, "train.episodes": 2, "eval.tasks": 10, "model.head_options": '{"out_dim": 8}',
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def run(name: str, data: Path, folder: Path) -> tuple[Experiment, Results]:
+    experiment = build(name, "quick", tiny(data))
+    return experiment, run_experiment(experiment, folder, seeds=[0], jobs=1, progress=False)
+
+
+def test_parts_trains_each_subset_of_the_parts(tiny_data: Path) -> None:
+    runs = build("parts", "quick", tiny(tiny_data)).runs([0], Results({}))
+    assert len({run.cell for run in runs}) == 8
+    assert {run.cell: run.changes for run in runs}["cwem+hmem"]["model.soap.parts"] == ["cwem", "hmem"]
+    assert {run.cell: run.changes for run in runs}["none"]["model.soap.enabled"] is False
+
+
+def test_order_tests_every_net_on_every_order(tiny_data: Path, tmp_path: Path) -> None:
+    experiment, results = run("order", tiny_data, tmp_path)
+    assert len(experiment.rows(results)) == 18
+    tests = results.finished["soap-forward", 0]["tests"]
+    assert set(tests) == {"forward", "reversed", "shuffled"}
+    assert (tmp_path / "plot.svg").exists()
+
+
+def test_sensitivity_shows_the_test_classes_to_the_best_choice_and_the_papers_alone(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from soap_net.experiments import sensitivity
+
+    monkeypatch.setattr(sensitivity, "SETS", ((1,), (1, 2, 3)))
+    monkeypatch.setattr(sensitivity, "HIDDEN", (4, 16))
+    experiment, results = run("sensitivity", tiny_data, tmp_path)
+    assert isinstance(experiment, sensitivity.Sensitivity)
+    seen = {cell for (cell, _), result in results.finished.items() if "test" in result["tests"]}
+    assert seen == {"test-O1-2-3-C16", sensitivity._tested(experiment.best(results))}
+    assert len(results.finished) == 4 + len(seen)
+
+
+def test_frame_rate_takes_each_interval_and_native_rates_on_the_motion_set_alone(tiny_data: Path) -> None:
+    elsewhere = build("frame-rate", "quick", tiny(tiny_data)).runs([0], Results({}))
+    assert sorted({run.changes["data.interval"] for run in elsewhere}) == list(range(1, 9))
+    motion = build("frame-rate", "quick", []).runs([0], Results({}))
+    assert len(motion) == len(elsewhere) + 10
+    roots = {run.cell: run.changes["data.root"] for run in motion}
+    assert roots["soap-240fps"].endswith("240fps")
+
+
+def test_heads_trains_every_head_with_and_without_soap(tiny_data: Path) -> None:
+    runs = build("heads", "quick", tiny(tiny_data)).runs([0], Results({}))
+    assert {run.changes["model.head"] for run in runs} == set(HEADS)
+    for cell in ("otam", "prototype-euclidean", "soap-3d"):
+        on = [run.changes["model.soap.enabled"] for run in runs if run.cell.rpartition("-")[0] == cell]
+        assert on == [True, False]
+
+
+def test_overhead_counts_parameters_and_bytes_kept_and_traces_gradients(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from soap_net.experiments import overhead
+
+    monkeypatch.setattr(overhead, "BACKBONES", {"quick": ("tiny",)})
+    monkeypatch.setattr(overhead, "REPEATS", {"quick": 1})
+    monkeypatch.setattr(overhead, "SIZE", 16)
+    monkeypatch.setattr(overhead.measure, "__defaults__", (16,))
+    _, results = run("overhead", tiny_data, tmp_path)
+    cost = results.finished["cost-tiny", 0]
+    assert cost["soap_parameters"] == 2274
+    assert 0 < cost["kept_without"] < cost["kept_with"]
+    curves = results.finished["curve-soap", 0]["curves"]
+    assert set(curves) == {"loss", "accuracy", "backbone", "head", "3DEM", "CWEM", "HMEM"}
+    assert all(len(values) == 2 and min(values) >= 0 for values in curves.values())
+    assert (tmp_path / "table.md").read_text().count("| tiny |") == 1
+
+
+def test_kept_bytes_counts_each_block_once_and_no_parameters() -> None:
+    soap = SOAP(frames=4, tuple_sizes=(1,), backend="reference")
+    x = torch.randn(1, 4, 3, 8, 8, requires_grad=True)
+    plain = kept_bytes(torch.nn.Identity(), lambda: (x * 2).sin().sum())
+    assert plain == x.numel() * 4
+    assert kept_bytes(soap, lambda: soap(x).sum()) >= x.numel() * 4
+
+
+def test_unknown_experiment_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment", "framerate"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'frame-rate'?" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_runs_of_possible_settings_in_both_presets(name: str) -> None:
+    from soap_net.experiments.runner import run_config
+
+    for preset in ("quick", "paper"):
+        experiment = build(name, preset, [])
+        runs = experiment.runs([0], Results({}))
+        assert len({run.folder for run in runs}) == len(runs)
+        run_config(experiment.config, runs[-1], Path("out"))
+
+
+def test_unknown_preset_and_setting_are_refused() -> None:
+    with pytest.raises(UserError, match="unknown preset 'slow'"):
+        build("parts", "slow", [])
+    with pytest.raises(UserError, match=r"unknown option --train.lrr; did you mean --train.lr\?"):
+        build("parts", "quick", ["--train.lrr=1"])
+
+
+def test_command_prints_the_table(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "tuples"
+    assert main(["experiment", "tuples", "--seeds=1", "--jobs=1", f"--out={folder}", *tiny(tiny_data)]) == 0
+    assert "| {1,2,3} | " in capsys.readouterr().out
+    assert json.loads((folder / "experiment.json").read_text())["experiment"] == "tuples"

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from soap_net.config import Config, from_dict
+from soap_net.errors import UserError
+from soap_net.evaluate import Interrupted
+from soap_net.experiments.command import build
+from soap_net.experiments.runner import (
+    Estimate,
+    Experiment,
+    ExperimentStopped,
+    Result,
+    Results,
+    Row,
+    Run,
+    estimate,
+    run_experiment,
+    seeded,
+    student_t,
+)
+
+TASKS = 50
+
+
+def tiny(data: Path) -> list[str]:
+    """The options that take the quick preset to the tiny data set, and to runs of a second."""
+    settings = {
+        "data.root": data, "data.resize": 9, "data.crop": 8, "data.interval": "null", "episode.way": 2, "eval.way": 2,
+        "episode.queries": 1, "train.episodes": 2, "eval.tasks": 10, "model.head_options": '{"out_dim": 8}',
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+class Toy(Experiment):
+    """Two settings whose accuracies are made up."""
+
+    name = "toy"
+    title = "Toy"
+    columns = ("setting",)
+    difference = "less plain"
+    paper = "paper"
+
+    def __init__(self, config: Config, preset: str = "quick") -> None:
+        super().__init__(config, preset)
+        self.done: list[str] = []
+        self.stop_before = ""
+        self.fail = ""
+
+    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
+        return seeded([("plain", {}), ("better", {"train.lr": 0.5})], seeds)
+
+    def rows(self, results: Results) -> list[Row]:
+        return [Row(("plain",), "plain", x="plain"), Row(("better",), "better", "test", ("plain", "test"), 81.1, x="b")]
+
+    def work(self, run: Run, config: Config, stop: Callable[[], bool]) -> Result:
+        if run.folder == self.stop_before:
+            raise Interrupted
+        if run.folder == self.fail:
+            raise UserError("no such clip")
+        self.done.append(run.folder)
+        assert config.episode.seed == run.seed
+        correct = [(3 if config.train.lr == 0.5 else 2) + (run.seed + i) % 2 for i in range(TASKS)]
+        test = {"accuracy": 20 * np.mean(correct), "ci95": 1.0, "tasks": TASKS, "answers": 5, "correct": correct}
+        times = {"train_seconds": 1.0, "test_seconds": 1.0, "parameters": 10, "soap_parameters": 2}
+        return {"tests": {"test": test}, **times}
+
+
+@pytest.fixture
+def toy() -> Toy:
+    return Toy(Config())
+
+
+def run(experiment: Experiment, folder: Path, seeds: int = 2) -> Results:
+    return run_experiment(experiment, folder, seeds=range(seeds), jobs=1, command=["soap-net", "toy"], progress=False)
+
+
+def test_table_shows_accuracies_paired_differences_and_the_papers_figures(toy: Toy, tmp_path: Path) -> None:
+    run(toy, tmp_path / "toy")
+    lines = (tmp_path / "toy/table.md").read_text().splitlines()
+    assert lines[2] == "| setting | accuracy, % | less plain | paper |"
+    assert lines[5].startswith("| better | 70.0 ± ")
+    assert lines[5].endswith("| +20.0 ± 0.0 | 81.1 |")
+    assert any(line.startswith("Made by `soap-net toy` on ") for line in lines)
+    assert (tmp_path / "toy/plot.svg").read_text().startswith("<?xml")
+
+
+def test_csv_has_a_line_for_each_test_of_each_run(toy: Toy, tmp_path: Path) -> None:
+    run(toy, tmp_path)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4
+    assert lines[1].startswith("plain,0,test,50.000,1.000,50,")
+
+
+def test_stopped_experiment_goes_on_where_it_was(toy: Toy, tmp_path: Path) -> None:
+    toy.stop_before = "plain-seed1"
+    with pytest.raises(ExperimentStopped, match="2 of 4 runs finished"):
+        run(toy, tmp_path)
+    assert toy.done == ["plain-seed0", "better-seed0"]
+    assert "1 seeds" in (tmp_path / "table.md").read_text()
+    again = Toy(Config())
+    run(again, tmp_path)
+    assert again.done == ["plain-seed1", "better-seed1"]
+
+
+def test_finished_runs_are_neither_repeated_nor_touched(toy: Toy, tmp_path: Path) -> None:
+    run(toy, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    again = Toy(Config())
+    run(again, tmp_path)
+    assert again.done == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_more_seeds_may_be_asked_for_later(toy: Toy, tmp_path: Path) -> None:
+    run(toy, tmp_path, seeds=1)
+    assert toy.done == ["plain-seed0", "better-seed0"]
+    run(toy, tmp_path, seeds=2)
+    assert toy.done[2:] == ["plain-seed1", "better-seed1"]
+
+
+def test_folder_of_another_config_is_refused_in_one_line(toy: Toy, tmp_path: Path) -> None:
+    run(toy, tmp_path, seeds=1)
+    before = (tmp_path / "table.md").read_bytes()
+    with pytest.raises(UserError, match=r"another experiment: train\.lr is 0\.001 there and 0\.25 here") as caught:
+        run(Toy(from_dict({"train": {"lr": 0.25}})), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "table.md").read_bytes() == before
+
+
+def test_folder_of_something_else_is_refused(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no experiment"):
+        run(toy, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_run_that_fails_is_named_and_the_finished_ones_kept(toy: Toy, tmp_path: Path) -> None:
+    toy.fail = "better-seed0"
+    with pytest.raises(UserError, match="run better-seed0: no such clip"):
+        run(toy, tmp_path)
+    assert (tmp_path / "runs/plain-seed0/result.json").exists()
+    assert not (tmp_path / "runs/better-seed0/result.json").exists()
+
+
+def test_impossible_setting_is_found_before_any_run(tmp_path: Path) -> None:
+    class Impossible(Toy):
+        def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
+            return [*super().runs(seeds, results), Run("bad", 0, {"model.soap.tuple_sizes": [9]})]
+
+    experiment = Impossible(Config())
+    with pytest.raises(UserError, match=r"model\.soap\.tuple_sizes holds 9"):
+        run(experiment, tmp_path)
+    assert experiment.done == []
+
+
+def test_estimate_of_one_seed_is_the_usual_interval_over_tasks() -> None:
+    values = np.random.default_rng(0).normal(50, 10, (1, 400))
+    found = estimate(values)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.half == pytest.approx(1.96 * values.std(ddof=1) / 20)
+
+
+def test_estimate_counts_the_spread_of_seeds_with_students_t() -> None:
+    found = estimate(np.array([[40.0] * 100, [50.0] * 100, [60.0] * 100]))
+    assert found == Estimate(50.0, pytest.approx(4.303 * 10 / math.sqrt(3), rel=1e-3), 3, 100)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        values = 60 + rng.normal(0, 3, (4, 1)) + rng.normal(0, 20, (1, 200)) + rng.normal(0, 15, (4, 200))
+        found = estimate(values)
+        hits += abs(found.mean - 60) <= found.half
+    assert 0.92 <= hits / 200 <= 0.995
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706), (2, 4.303), (5, 2.571), (30, 2.042), (1e9, 1.96)])
+def test_student_t_agrees_with_the_tables(freedom: float, expected: float) -> None:
+    assert student_t(freedom) == pytest.approx(expected, abs=2e-3)
+
+
+def test_difference_pairs_the_seeds_both_have() -> None:
+    def one(correct: list[int]) -> Result:
+        return {"tests": {"test": {"correct": correct, "answers": 5}}}
+
+    results = Results({("a", 0): one([5, 4]), ("b", 0): one([4, 3]), ("a", 1): one([0, 0])})
+    assert results.difference(("a", "test"), ("b", "test")) == Estimate(20.0, 0.0, 1, 2)
+    assert results.difference(("a", "test"), ("c", "test")) is None
+
+
+@pytest.mark.slow
+def test_runs_in_parallel_processes_give_the_same_results(tiny_data: Path, tmp_path: Path) -> None:
+    tables = {}
+    for jobs in (1, 2):
+        folder = tmp_path / f"jobs{jobs}"
+        run_experiment(build("order", "quick", tiny(tiny_data)), folder, seeds=[0], jobs=jobs, progress=False)
+        found = sorted((folder / "runs").glob("*/result.json"))
+        tables[jobs] = {path.parent.name: json.loads(path.read_text())["tests"] for path in found}
+    assert len(tables[1]) == 6
+    assert tables[1] == tables[2]
+    assert not multiprocessing.active_children()
