@@ -80,8 +80,7 @@ SOAP_INLINE void convert_row(const E* p, int64_t step, int n, float* out) {
 #if SOAP_ISA == 2
 SOAP_INLINE void convert_row(const float* p, int64_t step, int n, float* out) {
   if (step == 1) {
-    st(out, ld_head(p, n < L ? n : L));
-    if (n > L) st(out + L, ld_head(p + L, n - L));
+    for (int j = 0; j < n; j += L) st(out + j, ld_head(p + j, n - j < L ? n - j : L));
   } else {
     for (int j = 0; j < n; ++j) out[j] = p[j * step];
   }
