@@ -2,5 +2,6 @@
 
 from soap_kernels.modules import CWEM, HMEM, SOAP, ThreeDEM
 from soap_kernels.op import fuse_priors, soap, window_sums
+from soap_kernels.plug import plug
 
-__all__ = ["CWEM", "HMEM", "SOAP", "ThreeDEM", "fuse_priors", "soap", "window_sums"]
+__all__ = ["CWEM", "HMEM", "SOAP", "ThreeDEM", "fuse_priors", "plug", "soap", "window_sums"]

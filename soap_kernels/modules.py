@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from soap_kernels import backends, equations, op, reference
+from soap_kernels import backends, compat, equations, op, reference
 from soap_kernels.equations import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights
 
 BACKENDS = (*backends.NAMES, "equations")
@@ -127,7 +127,8 @@ class SOAP(nn.Module):
         tuple_sizes: O, HMEM's tuple sizes, each below T.
         hidden_channels: C_r of CWEM.
         parts: which of ``("3dem", "cwem", "hmem")`` are on; ``()`` is the identity.
-        variant: ``"paper"``, the equations of the paper.
+        variant: ``"paper"``, the equations of the paper; ``"release"``, those of the authors' published code under its
+            own names, its unsaved convolutions made parameters (:mod:`soap_kernels.compat`).
         backend: ``"auto"`` takes the best present for the input's device; else the name of one (``"equations"``, the
             unfolded oracle, included).
         precision: ``"default"``, ``"strict"`` or ``"fast"``, see :func:`soap_kernels.op.soap`.
@@ -157,8 +158,8 @@ class SOAP(nn.Module):
         chosen = tuple(parts)
         if unknown := sorted(set(chosen) - set(PARTS)):
             raise ValueError(f"parts holds {unknown[0]!r}, expected some of {', '.join(PARTS)}")
-        if variant != "paper":
-            raise ValueError(f"variant is {variant!r}, expected 'paper'")
+        if variant not in ("paper", "release"):
+            raise ValueError(f"variant is {variant!r}, expected 'paper' or 'release'")
         if precision not in backends.PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(backends.PRECISIONS)}")
         _check_backend(backend)
@@ -167,6 +168,12 @@ class SOAP(nn.Module):
         self.parts = tuple(p for p in PARTS if p in chosen)
         self.variant, self.backend, self.precision = variant, backend, precision
         self.normalize, self.out_dtype, self.out_channels_last = normalize, out_dtype, out_channels_last
+        if variant == "release":
+            convs = compat.release_convs(frames, channels, hidden_channels, self.tuple_sizes, self.parts)
+            for name, conv in convs.items():
+                self.add_module(name, conv)
+            self.register_load_state_dict_pre_hook(compat.keep_unsaved)
+            return
         if "3dem" in self.parts:
             self.three_dem = ThreeDEM(backend)
         if "cwem" in self.parts:
@@ -175,6 +182,9 @@ class SOAP(nn.Module):
             self.hmem = HMEM(frames, channels, self.tuple_sizes, backend)
 
     def weights(self) -> Weights:
+        """The paper's weights; the release's, of other shapes, are given by :func:`compat.release_weights`."""
+        if self.variant == "release":
+            raise ValueError("SOAP: variant 'release' has no weights of the paper's shapes")
         return Weights(
             self.three_dem.weights().three_dem if "3dem" in self.parts else None,
             self.cwem.weights().cwem if "cwem" in self.parts else None,
@@ -192,11 +202,21 @@ class SOAP(nn.Module):
         """The prior of each part that is on, by its name, broadcastable to x; differentiable. For plots and study."""
         self._check(x)
         mean, std = self.normalize or (None, None)
-        return _priors(equations.as_float(x, mean, std), self.weights(), self.tuple_sizes, self.backend)
+        frames = equations.as_float(x, mean, std)
+        if self.variant == "release":
+            w = compat.release_weights(self, self.parts).to(frames.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                return compat.equations(frames, w, self.tuple_sizes)
+        return _priors(frames, self.weights(), self.tuple_sizes, self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, T, C, H, W)`` in, the same out: x (normalised if uint8) plus the priors."""
+        """``(B, T, C, H, W)`` in, the same out: x (normalised if uint8) plus the priors.
+
+        For the release x times their sum and n + 1, n the number of parts that are on.
+        """
         self._check(x)
+        if self.variant == "release":
+            return self._release(x)
         if self.backend == "equations":
             mean, std = self.normalize or (None, None)
             frames = x if self.normalize is None else equations.as_float(x, mean, std)
@@ -215,6 +235,13 @@ class SOAP(nn.Module):
             self.out_channels_last,
             self.backend,
         )
+
+    def _release(self, x: Tensor) -> Tensor:
+        mean, std = self.normalize or (None, None)
+        frames = x if self.normalize is None else equations.as_float(x, mean, std)
+        w = compat.release_weights(self, self.parts)
+        y = compat.release(frames, w, self.tuple_sizes, self.precision, self.backend)
+        return equations.as_output(y, self.out_dtype or frames.dtype, self.out_channels_last)
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,259 @@
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from soap_kernels import SOAP, plug
+
+
+class Frames(nn.Module):
+    """An image model small enough to see through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, pixels: Tensor, scale: float = 1.0) -> Tensor:
+        out: Tensor = scale * self.norm(self.conv(pixels)).mean(dim=(2, 3))
+        return out
+
+
+class Clips(nn.Module):
+    """A video model on ``(B, C, T, H, W)``, or on frames first."""
+
+    def __init__(self, frames_first: bool) -> None:
+        super().__init__()
+        self.frames_first = frames_first
+        self.conv = nn.Conv3d(3, 4, 3, padding=1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = pixel_values.transpose(1, 2) if self.frames_first else pixel_values
+        out: Tensor = self.conv(x).mean(dim=(2, 3, 4))
+        return out
+
+
+def test_an_image_model_sees_enhanced_frames() -> None:
+    torch.manual_seed(0)
+    model = plug(Frames(), frames=4, tuple_sizes=(1, 2)).eval()
+    x = torch.randn(8, 3, 6, 7)
+    expected = model.model(model.soap(x.view(2, 4, 3, 6, 7)).flatten(0, 1))
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(pixels=x, scale=2.0), 2 * expected)
+    torch.testing.assert_close(model(x, 2.0), 2 * expected)
+
+
+@pytest.mark.parametrize("frames_first", [False, True])
+def test_a_video_model_sees_enhanced_clips_in_its_own_layout(frames_first: bool) -> None:
+    torch.manual_seed(0)
+    model = plug(Clips(frames_first), frames=5)
+    clips = torch.randn(2, 5, 3, 6, 7)
+    seen = model.soap(clips) if frames_first else model.soap(clips).transpose(1, 2)
+    expected = model.model(seen)
+    x = clips if frames_first else clips.transpose(1, 2).contiguous()
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(pixel_values=x), expected)
+    model.layout = "BTCHW" if frames_first else "BCTHW"
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_as_many_frames_as_channels_need_a_layout() -> None:
+    x = torch.randn(2, 3, 3, 6, 7)
+    with pytest.raises(ValueError, match="3 frames of 3 channels don't tell BCTHW from BTCHW: name one as layout="):
+        plug(Clips(False), frames=3, tuple_sizes=(1, 2))(x)
+    torch.manual_seed(0)
+    model = plug(Clips(False), frames=3, tuple_sizes=(1, 2), layout="BCTHW")
+    torch.testing.assert_close(model(x), model.model(model.soap(x.transpose(1, 2)).transpose(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "message"),
+    [
+        ((9, 3, 6, 6), "auto", r"shape \(9, 3, 6, 6\), expected \(clips \* 4, channels, height, width\)"),
+        ((2, 3, 5, 6, 6), "auto", r"shape \(2, 3, 5, 6, 6\), expected \(clips \* 4, 3, H, W\), \(clips, 3, 4, H, W\)"),
+        ((2, 4, 3, 6, 6), "BCTHW", r"expected BCTHW with T = 4 frames and C = 3 channels"),
+        ((2, 3, 4, 6, 6), "NCHW", r"shape \(2, 3, 4, 6, 6\)"),
+        ((4, 6), "auto", r"shape \(4, 6\)"),
+    ],
+)
+def test_frames_of_another_count_or_layout_are_refused(shape: tuple[int, ...], layout: str, message: str) -> None:
+    model = plug(Frames(), frames=4, layout=layout)
+    with pytest.raises(ValueError, match=message) as refused:
+        model(torch.randn(shape))
+    assert "\n" not in str(refused.value)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="layout is 'TCHW', expected one of auto, NCHW, BCTHW, BTCHW"):
+        plug(Frames(), layout="TCHW")
+    with pytest.raises(ValueError, match="tuple_sizes"):
+        plug(Frames(), frames=2)
+    with pytest.raises(ValueError, match="called without frames"):
+        plug(Frames())()
+
+
+def test_checkpoints_of_the_wrapped_model_and_of_the_whole_load() -> None:
+    source = Frames()
+    source.norm.running_mean += 1
+    model = plug(Frames(), frames=4)
+    priors = {name: value.clone() for name, value in model.soap.state_dict().items()}
+    with pytest.warns(UserWarning, match="of the wrapped model alone: SOAP keeps its values") as caught:
+        model.load_state_dict(source.state_dict())
+    assert len(caught) == 1
+    torch.testing.assert_close(model.model.state_dict(), source.state_dict())
+    torch.testing.assert_close(dict(model.soap.state_dict()), priors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plug(Frames(), frames=4).load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({name: v for name, v in model.state_dict().items() if name != "model.conv.bias"})
+    with pytest.warns(UserWarning, match="SOAP keeps"), pytest.raises(RuntimeError, match=r"Missing key.*conv\.bias"):
+        model.load_state_dict({name: v for name, v in source.state_dict().items() if name != "conv.bias"})
+
+
+def test_a_wrapped_model_with_a_part_called_model_or_soap_loads_too() -> None:
+    inner = nn.Sequential()
+    inner.add_module("model", Frames())
+    inner.add_module("soap", nn.Linear(4, 2))
+    model = plug(inner, frames=4)
+    with pytest.warns(UserWarning, match="SOAP keeps its values"):
+        model.load_state_dict(inner.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(model.state_dict())
+
+
+def test_a_checkpoint_of_the_wrapped_model_loads_inside_a_larger_model() -> None:
+    source = nn.ModuleDict({"net": Frames()})
+    model = nn.ModuleDict({"net": plug(Frames(), frames=4)})
+    with pytest.warns(UserWarning, match="SOAP keeps its values"):
+        model.load_state_dict(source.state_dict())
+    torch.testing.assert_close(model["net"].model.conv.weight, source["net"].conv.weight)
+
+
+def test_priors_and_model_train_together() -> None:
+    torch.manual_seed(0)
+    model = plug(Frames(), frames=4)
+    model(torch.randn(8, 3, 6, 7)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert isinstance(model.soap, SOAP)
+
+
+def test_compiles_to_one_graph() -> None:
+    torch.manual_seed(0)
+    model = plug(Frames(), frames=4).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 3, 6, 7)
+    torch.testing.assert_close(compiled(x), model(x))
+    clips = plug(Clips(False), frames=4)
+    x = torch.randn(2, 3, 4, 6, 7)
+    torch.testing.assert_close(torch.compile(clips, fullgraph=True, backend="aot_eager")(x), clips(x))
+
+
+def test_runs_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = plug(Frames(), frames=4).eval()
+    x = torch.randn(8, 3, 6, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    torch.testing.assert_close(y.float(), model(x), rtol=0.05, atol=0.05)
+    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_exports_and_the_exported_program_gives_the_same() -> None:
+    torch.manual_seed(0)
+    model = plug(Frames(), frames=4).eval()
+    x = torch.randn(8, 3, 6, 7)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+    assert any("soap_kernels" in str(node.target) for node in program.graph.nodes)
+    clips = plug(Clips(True), frames=4)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = torch.export.export(clips, (torch.randn(2, 4, 3, 6, 7),), dynamic_shapes=(({0: batch},),))
+    x = torch.randn(3, 4, 3, 6, 7)
+    torch.testing.assert_close(program.module()(x), clips(x))
+
+
+def test_trains_under_ddp(tmp_path: Path) -> None:
+    if not dist.is_available() or dist.is_initialized():
+        pytest.skip("needs torch.distributed, not yet initialised")
+    torch.manual_seed(0)
+    model = plug(Frames(), frames=4)
+    x = torch.randn(8, 3, 6, 7)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(model)(x).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
+
+def trains(model: nn.Module, **inputs: Tensor) -> None:
+    output = model(**inputs)
+    logits = getattr(output, "logits", output)
+    assert logits.isfinite().all()
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.soap.parameters())
+
+
+@pytest.mark.slow
+def test_enhances_a_timm_model() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model("resnet18", num_classes=5)
+    model = plug(net, frames=8)
+    trains(model, x=torch.randn(8, 3, 64, 64))
+    with pytest.warns(UserWarning, match="SOAP keeps its values"):
+        model.load_state_dict(timm.create_model("resnet18", num_classes=5).state_dict())
+    model.eval()
+    x = torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["r3d_18", "swin3d_t", "mvit_v2_s"])
+def test_enhances_a_torchvision_video_model(name: str) -> None:
+    video = pytest.importorskip("torchvision.models.video")
+    torch.manual_seed(0)
+    frames, size = (16, 224) if name == "mvit_v2_s" else (8, 64)
+    model = plug(getattr(video, name)(num_classes=5), frames=frames)
+    x = torch.randn(1, 3, frames, size, size)
+    trains(model, x=x)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(expected, model.model(model.soap(x.transpose(1, 2)).transpose(1, 2)))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).isfinite().all()
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_enhances_a_hugging_face_video_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.VideoMAEConfig(
+        image_size=32, num_frames=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    model = plug(transformers.VideoMAEForVideoClassification(config), frames=8)
+    x = torch.randn(2, 8, 3, 32, 32)
+    trains(model, pixel_values=x)
+    model.eval()
+    with torch.no_grad():
+        expected = model(pixel_values=x).logits
+        torch.testing.assert_close(expected, model.model(pixel_values=model.soap(x)).logits)
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(pixel_values=x).logits, expected, rtol=1e-4, atol=1e-5)
+        exported = torch.export.export(model, (), {"pixel_values": x}, strict=False).module()
+        torch.testing.assert_close(exported(pixel_values=x).logits, expected, rtol=1e-4, atol=1e-5)
