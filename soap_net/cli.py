@@ -231,8 +231,9 @@ def _report(args: list[str]) -> int:
 def _data_check(args: list[str]) -> int:
     root, args = _leading_path(args)
     own = _Options("data check", "Read every clip of a data set; report what is missing or broken.", SETTINGS)
-    own.usage = "soap-net data check [ROOT] [--split train val test] [--data.workers N ...]"
+    own.usage = "soap-net data check [ROOT] [--split train val test] [--json] [--data.workers N ...]"
     own.add_argument("--split", nargs="+", choices=("train", "val", "test"), default=["train", "val", "test"])
+    own.add_argument("--json", action="store_true", help="print the report as JSON")
     options, settings = own.parse_known_args(args)
 
     from soap_net.config import parse
@@ -240,16 +241,14 @@ def _data_check(args: list[str]) -> int:
     config = parse(settings, base={"data": {"root": root}} if root else None)
     data = config.data
 
-    from soap_net.data.check import check_split
+    from soap_net.data.check import check_data
     from soap_net.data.transforms import FrameSampling
 
     sampling = FrameSampling(data.frames, data.interval)
-    sound = True
-    for split in options.split:
-        report = check_split(data.root, split, data.split_file(split), sampling=sampling, workers=data.workers)
-        print(report.summary())
-        sound = sound and report.sound
-    return 0 if sound else 2
+    splits = {split: data.split_file(split) for split in options.split}
+    report = check_data(data.root, splits, sampling=sampling, workers=data.workers)
+    print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if options.json else report.summary())
+    return 0 if report.sound else 2
 
 
 def _data_motion(args: list[str]) -> int:

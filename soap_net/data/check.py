@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -14,10 +16,16 @@ from soap_net.data.clips import Clip, ClipError, ClipInfo
 from soap_net.data.splits import ClipSet, MissingClipsError, load_split
 from soap_net.data.transforms import FrameSampling
 
+_COLUMNS = ("split", "classes", "clips", "per class", "frames", "size", "fps", "missing", "broken")
+
 
 @dataclass
 class SplitReport:
-    """One split: what its readable clips hold, and what is wrong with the others."""
+    """One split: what its readable clips hold, and what is wrong with the others.
+
+    ``missing`` are clips that the split file names and the data set lacks, ``broken`` the messages of those that
+    cannot be read.
+    """
 
     split: str
     clips_per_class: dict[str, int]
@@ -30,30 +38,94 @@ class SplitReport:
         """Whether every clip is there and can be read."""
         return not self.missing and not self.broken
 
-    def summary(self) -> str:
-        """Several lines of text."""
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: counts, the spread of frames, how many clips of each size and rate, and what is wrong."""
+        frames = sorted(info.frames for info in self.infos)
+        sizes = Counter(f"{info.width}x{info.height}" for info in self.infos)
+        rates = Counter("none" if info.fps is None else f"{info.fps:.6g}" for info in self.infos)
+        return {
+            "split": self.split,
+            "sound": self.sound,
+            "classes": len(self.clips_per_class),
+            "clips": sum(self.clips_per_class.values()),
+            "clips_per_class": self.clips_per_class,
+            "frames": {"least": frames[0], "median": frames[len(frames) // 2], "most": frames[-1]} if frames else None,
+            "sizes": dict(sizes.most_common()),
+            "fps": dict(rates.most_common()),
+            "missing": self.missing,
+            "broken": self.broken,
+        }
+
+    def _row(self) -> tuple[str, ...]:
         counts = list(self.clips_per_class.values())
-        lines = [
-            f"{self.split}: {len(counts)} classes, {sum(counts)} clips "
-            f"({min(counts, default=0)} to {max(counts, default=0)} per class)"
-        ]
-        if self.infos:
-            frames = sorted(info.frames for info in self.infos)
-            lines.append(f"  frames per clip: {frames[0]} to {frames[-1]}, median {frames[len(frames) // 2]}")
-            sizes = Counter((info.width, info.height) for info in self.infos).most_common()
-            shown = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sizes[:4])
-            lines.append(f"  sizes: {shown}{f' and {len(sizes) - 4} more' if len(sizes) > 4 else ''}")
-            rates = sorted({round(info.fps, 2) for info in self.infos if info.fps})
-            if rates:
-                lines.append(f"  frames per second: {', '.join(map(str, rates[:6]))}{' ...' if len(rates) > 6 else ''}")
-        lines += [f"  missing: {name}" for name in self.missing]
-        lines += [f"  broken: {reason}" for reason in self.broken]
+        return (
+            self.split,
+            str(len(counts)),
+            str(sum(counts)),
+            _spread(counts),
+            _spread([info.frames for info in self.infos]),
+            _spread([(info.width, info.height) for info in self.infos]),
+            _spread([round(info.fps, 2) for info in self.infos if info.fps is not None]),
+            str(len(self.missing)),
+            str(len(self.broken)),
+        )
+
+
+@dataclass
+class DataReport:
+    """All splits that were read."""
+
+    root: Path
+    splits: list[SplitReport]
+
+    @property
+    def sound(self) -> bool:
+        """Whether every clip of every split is there and can be read."""
+        return all(report.sound for report in self.splits)
+
+    def shared_classes(self) -> dict[str, list[str]]:
+        """The classes that two splits have in common, by "split and split": few-shot splits should share none."""
+        return {
+            f"{one.split} and {two.split}": shared
+            for one, two in combinations(self.splits, 2)
+            if (shared := [label for label in one.clips_per_class if label in two.clips_per_class])
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "root": str(self.root),
+            "sound": self.sound,
+            "shared_classes": self.shared_classes(),
+            "splits": [report.as_dict() for report in self.splits],
+        }
+
+    def summary(self) -> str:
+        """A table, a row per split, and a line for everything that is wrong."""
+        rows = [_COLUMNS, *(report._row() for report in self.splits)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        for report in self.splits:
+            lines += [f"missing in {report.split}: {name}" for name in report.missing]
+            lines += [f"broken in {report.split}: {reason}" for reason in report.broken]
+        for pair, labels in self.shared_classes().items():
+            named = ", ".join(labels[:5]) + (" ..." if len(labels) > 5 else "")
+            lines.append(f"warning: {pair} share {len(labels)} classes ({named}), so that they are not unseen")
+        missing = sum(len(report.missing) for report in self.splits)
+        broken = sum(len(report.broken) for report in self.splits)
         lines.append(
-            "  every clip is there and can be read"
-            if self.sound
-            else f"  {len(self.missing)} clips missing, {len(self.broken)} broken"
+            "every clip is there and can be read" if self.sound else f"{missing} clips missing, {broken} broken"
         )
         return "\n".join(lines)
+
+
+def _spread(values: Sequence[Any]) -> str:
+    if not values:
+        return "-"
+    least, most = (
+        "x".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" for value in (min(values), max(values))
+    )
+    return least if least == most else f"{least} to {most}"
 
 
 class _Probes(Dataset[ClipInfo | ClipError]):
@@ -68,37 +140,43 @@ class _Probes(Dataset[ClipInfo | ClipError]):
         try:
             clip = self.clips[position]
             info = clip.probe()
-            clip.read(self.sampling.indices(info.frames, None))  # a truncated video still has its first frame
+            clip.read(self.sampling.indices(info.frames, None))  # a damaged video may still have its first frame
         except ClipError as error:
             return error
         return info
 
 
-def check_split(
+def check_data(
     root: Path,
-    split: str,
-    split_file: Path | None = None,
+    splits: Mapping[str, Path | None],
     *,
     sampling: FrameSampling | None = None,
     workers: int = 0,
     progress: bool = True,
-) -> SplitReport:
-    """Reads the frames that evaluation would read of every clip of a split.
+) -> DataReport:
+    """Reads, of every clip of ``splits`` (names to split files, None: the data set's own), what evaluation reads.
 
     Raises:
         UserError: no data set or split there, or a malformed split file. Missing and broken clips are reported.
     """
-    missing: list[str] = []
-    try:
-        found: ClipSet = load_split(root, split, split_file)
-    except MissingClipsError as error:
-        found, missing = error.found, list(error.missing)
-    report = SplitReport(split, {n: len(c) for n, c in zip(found.classes, found.clips, strict=True)}, missing)
-    clips = [clip for members in found.clips for clip in members]
-    probes = DataLoader(_Probes(clips, sampling or FrameSampling()), batch_size=None, num_workers=workers)
-    for result in tqdm(probes, desc=f"reading {split}", unit="clip", leave=False, disable=None if progress else True):
-        if isinstance(result, ClipError):
-            report.broken.append(str(result))
-        else:
-            report.infos.append(result)
+    report = DataReport(Path(root), [])
+    found: list[tuple[ClipSet, SplitReport]] = []
+    for split, split_file in splits.items():
+        missing: list[str] = []
+        try:
+            clip_set = load_split(root, split, split_file)
+        except MissingClipsError as error:
+            clip_set, missing = error.found, list(error.missing)
+        counts = {label: len(clips) for label, clips in zip(clip_set.classes, clip_set.clips, strict=True)}
+        found.append((clip_set, SplitReport(split, counts, missing)))
+        report.splits.append(found[-1][1])
+    for clip_set, split_report in found:
+        clips = [clip for members in clip_set.clips for clip in members]
+        probes = DataLoader(_Probes(clips, sampling or FrameSampling()), batch_size=None, num_workers=workers)
+        silent = None if progress else True  # None: silent where nobody watches
+        for result in tqdm(probes, desc=f"reading {clip_set.split}", unit="clip", leave=False, disable=silent):
+            if isinstance(result, ClipError):
+                split_report.broken.append(str(result))
+            else:
+                split_report.infos.append(result)
     return report

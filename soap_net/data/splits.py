@@ -57,6 +57,9 @@ def load_split(root: Path, split: str, split_file: Path | None = None) -> ClipSe
         raise UserError(f"{root}: no such data set folder")
     source = split_file if split_file is not None else find_split_file(root, split)
     if source is None:
+        others = [file.name for name in SPLITS if name != split and (file := find_split_file(root, name))]
+        if others:
+            raise UserError(f"{root}: there is no split file for {split!r} beside {', '.join(others)}")
         return _from_tree(root, split)
     lines = read_split_file(source)
     places = _Places(root, split)

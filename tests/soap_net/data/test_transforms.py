@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def test_frames_are_repeated_evenly_and_only_where_there_are_too_few(n: int, fra
 def test_a_window_of_fixed_interval_is_cut_to_the_clip_and_centred(n: int, frames: int, interval: int) -> None:
     indices = FrameSampling(frames, interval).indices(n, None)
     distinct = sorted(set(indices))
-    assert {b - a for a, b in zip(distinct, distinct[1:], strict=False)} <= {interval}
+    assert {b - a for a, b in pairwise(distinct)} <= {interval}
     fits = max(m for m in range(1, frames + 1) if (m - 1) * interval < n)
     assert len(distinct) == fits
     assert 0 <= (n - 1 - distinct[-1]) - distinct[0] <= 1
