@@ -6,6 +6,7 @@ import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def measure(config: Config, repeats: int, stop: Callable[[], bool], size: int = 
                 if turn:  # the first is for warming up
                     found[f"{kind}_{name}"].append(time.perf_counter() - began)
     for name, model in models.items():
-        found[f"kept_{name}"] = kept_bytes(model.train(), lambda model=model: forward(model))
+        found[f"kept_{name}"] = kept_bytes(model.train(), partial(forward, model))
     soap = models["with"].soap
     assert soap is not None
     found["soap_parameters"] = sum(p.numel() for p in soap.parameters())
