@@ -228,10 +228,11 @@ def _priors(run: _Run, count: int) -> list[_Shown]:
         if "3dem" in priors:
             strips.append(_heat("3DEM", "motion around each pixel", priors["3dem"][:, 0]))
         if "cwem" in priors:
-            # One number per frame and channel: as many bands side by side.
-            bands = np.repeat(priors["cwem"][:, :, 0, 0], max(1, frames.shape[-1] // priors["cwem"].shape[1]), axis=1)
+            # One number per frame and channel: as many bands side by side, a quarter of a frame high.
+            height, width = frames.shape[-2:]
+            bands = np.repeat(priors["cwem"][:, :, 0, 0], max(1, width // priors["cwem"].shape[1]), axis=1)
             strips.append(
-                _heat("CWEM", "a number per frame and channel", np.repeat(bands[:, None], frames.shape[-2], axis=1))
+                _heat("CWEM", "a number per frame and channel", np.repeat(bands[:, None], max(1, height // 4), axis=1))
             )
         if "hmem" in priors:
             for channel, plane in zip(("red", "green", "blue"), priors["hmem"].swapaxes(0, 1), strict=True):
@@ -333,7 +334,7 @@ footer { color: var(--soft); font-size: 13px; margin-top: 20px; }
 {% if evaluated %}
 {% set first = evaluated[0].result %}
 <p>{{ first.way }}-way {{ first.shot }}-shot on the {{ first.classes | length }} classes of the {{ first.split }} split.
-The dark line is the 95 % interval, the dotted one chance.</p>
+The dark line is the 95&nbsp;% interval, the dotted one chance.</p>
 {% for run in evaluated %}
 <div class="result">
 <div class="name"><span class="chip" style="background: {{ run.colour }}"></span>{{ run.name }}</div>
@@ -369,8 +370,8 @@ The dark line is the 95 % interval, the dotted one chance.</p>
 {% if curves %}
 <section>
 <h2>Learning curves</h2>
-<p>Thin: each logged step; thick: its moving mean; circles: validation on classes of their own, with 95 % intervals;
-dotted: chance.</p>
+<p>Thin: each logged step; thick: its moving mean; circles: validation on classes of their own, with
+95&nbsp;% intervals; dotted: chance.</p>
 <p class="legend">
 {% for run in runs %}
 <span><span class="chip" style="background: {{ run.colour }}"></span>{{ run.name }}</span>
