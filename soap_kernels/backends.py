@@ -102,6 +102,7 @@ class Backend(Protocol):
 # The best first: "auto" takes the first that is present for the tensor's device.
 MODULES = {
     "cuda": "soap_kernels.cuda",
+    "triton": "soap_kernels.triton",
     "cpp": "soap_kernels.cpp",
     "reference": "soap_kernels.reference",
 }

@@ -6,6 +6,7 @@ one more (``fuse_dx``) for x's gradient. Triton is imported when the backend is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -18,15 +19,17 @@ from torch import Tensor
 from soap_kernels.backends import Fusion, Options
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
 def _driver() -> str | None:
     """None where Triton finds a driver or interprets, else why it does not."""
     try:
         import triton
 
-        from soap_kernels.triton.plan import interpreted
-
-        if not interpreted():
+        if not _interpreted():
             triton.runtime.driver.active.get_current_target()
     except (ImportError, RuntimeError) as error:
         return f"Triton is installed but finds no GPU driver ({str(error).splitlines()[0][:100]})"
@@ -50,9 +53,7 @@ class TritonBackend:
     def why_absent(self, device: torch.device) -> str | None:
         if find_spec("triton") is None:
             return "Triton is not installed; `pip install triton` (it comes with PyTorch for CUDA on Linux)"
-        from soap_kernels.triton.plan import interpreted
-
-        if device.type == "cpu" and not interpreted():
+        if device.type == "cpu" and not _interpreted():
             return "its kernels run on a GPU; move the tensors to one, or set TRITON_INTERPRET=1 to interpret them slowly"
         if device.type not in ("cpu", "cuda", "xpu"):
             return f"Triton has no kernels for {device.type}"

@@ -258,28 +258,27 @@ def finish(
         at = 3
         first = 0
         for k in tl.static_range(len(SIZES)):
-            o: tl.constexpr = SIZES[k]
             p = pid - at
             if p >= 0:
-                if p < o * C:
+                if p < SIZES[k] * C:
                     finish_motion(
-                        dfolded, project[k], restore, first, dmotion[k], p, scale, shift, o,
+                        dfolded, project[k], restore, first, dmotion[k], p, scale, shift, SIZES[k],
                         T, C, TP, CP, JP, KQ, QP, MAPS, NORMALIZE, ONE,
                     )  # fmt: skip
-                elif p < (o + 1) * C:
+                elif p < (SIZES[k] + 1) * C:
                     finish_project(
                         dfolded, dbias, motion[k], motion_bias[k], restore, first, dproject[k], dproject_bias[k],
-                        p - o * C, scale, shift, o, T, C, TP, CP, JP, KQ, QP, MAPS, NORMALIZE, ONE,
+                        p - SIZES[k] * C, scale, shift, SIZES[k], T, C, TP, CP, JP, KQ, QP, MAPS, NORMALIZE, ONE,
                     )  # fmt: skip
-                elif p < (o + 1) * C + T - o:
+                elif p < (SIZES[k] + 1) * C + T - SIZES[k]:
                     finish_restore(
                         dfolded, dbias, motion[k], motion_bias[k], project[k], project_bias[k], first, drestore,
-                        p - (o + 1) * C, scale, shift, o, T, C, TP, CP, JP, KQ, QP, MAPS, NORMALIZE, ONE,
+                        p - (SIZES[k] + 1) * C, scale, shift, SIZES[k], T, C, TP, CP, JP, KQ, QP, MAPS, NORMALIZE, ONE,
                     )  # fmt: skip
-                elif p == (o + 1) * C + T - o:
-                    finish_motion_bias(dbias, project[k], restore, first, dmotion_bias[k], o, T, C, TP, CP, QP, MAPS)
-            at += (o + 1) * C + T - o + 1
-            first += T - o
+                elif p == (SIZES[k] + 1) * C + T - SIZES[k]:
+                    finish_motion_bias(dbias, project[k], restore, first, dmotion_bias[k], SIZES[k], T, C, TP, CP, QP, MAPS)
+            at += (SIZES[k] + 1) * C + T - SIZES[k] + 1
+            first += T - SIZES[k]
 
 
 @triton.jit

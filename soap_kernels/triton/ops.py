@@ -33,7 +33,7 @@ from soap_kernels.triton.plan import (
 )
 from soap_kernels.triton.prepare import prepare
 from soap_kernels.triton.reduce import reduce
-from soap_kernels.triton.sweep import sweep
+from soap_kernels.triton.sweep import sweep, weigh
 from soap_kernels.triton.wide import Fused
 from soap_kernels.triton.window_sums import window_sums as window_sums_kernel
 from soap_kernels.triton.window_sums import window_sums_backward as window_sums_backward_kernel
@@ -121,7 +121,7 @@ def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _cover(kernel: str, numbers: Numbers, layout: Layout, x: Tensor) -> tuple[Tile, Cover]:
     chosen = tile(kernel, numbers, layout, processors(x)[1])
-    return chosen, cover(x.shape[3], x.shape[4], chosen.pixels, aligned(x), x.element_size(), layout.conv)
+    return chosen, cover(x.shape[3], x.shape[4], chosen, aligned(x), x.element_size(), kernel != "weigh")
 
 
 def _prepare(
@@ -157,7 +157,7 @@ def _fuse(
         HMEM=layout.hmem, GATE=2 if gate is not None else 1 if layout.hidden else 0,
         STENCIL_GROUP=layout.stencil_group, MULTIPLICATIVE=multiplicative, NORMALIZE=layout.normalize, ONE=layout.one,
         CHUNKS=chunks(height, width), CHANNELS_LAST=channels_last, WIDE=wide(height, width, x.stride()),
-        **numbers.constants(), **over.constants(), STAGES=chosen.stages, num_warps=chosen.warps,
+        **numbers.constants(), **over.constants(), STAGES=chosen.stages, **chosen.options(),
     )  # fmt: skip
 
 
@@ -181,32 +181,38 @@ def _sweep(
     chosen, over = _cover("sweep", numbers, layout, x)
     mode = 2 if gate is not None else 1 if layout.hidden else 0
     rows, columns = layout.rows, layout.columns
-    total = clips * over.tiles
-    programs = min(total, PROGRAMS_PER_PROCESSOR * processors(x)[0])
     weights = needs_weights and layout.conv
-    at_once = 3 if rows * columns <= 1024 else 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    partial = empty(programs, 9, rows, columns) if weights else None
-    partial_bias = empty(programs, rows) if weights else None
-    partial_gate = empty(total, rows) if mode else None
-    half = numbers.split == 0 and numbers.weights != torch.float32
-    dz = None
-    if needs_x and layout.conv:
-        dz = empty(clips, rows, height, width, dtype=x.dtype if half else torch.float32)
+    partial_gate = empty(clips * over.tiles, rows) if mode else None
+    half = numbers.split == 0 and numbers.dz != torch.float32
+    dz = empty(clips, rows, height, width, dtype=numbers.dz if half else torch.float32) if layout.conv else None
     store_direct = needs_x and multiplicative
     direct = empty(*x.shape) if store_direct else grad
     launch(
-        sweep, (programs, 3 // at_once if weights else 1), x, grad, pieces.folded, pieces.bias, gate, pieces.means,
-        pieces.cwem, partial, partial_bias, partial_gate, dz, direct, *x.stride(), *grad.stride(), height, width,
-        over.tiles_w, over.tiles, total, float(offset), **layout.grid(), CONV=layout.conv, HMEM=layout.hmem, GATE=mode,
-        STENCIL_GROUP=layout.stencil_group, MULTIPLICATIVE=multiplicative, ONE=layout.one,
-        CHUNKS=chunks(height, width), WIDE=wide(height, width, x.stride(), grad.stride()), WEIGHTS=weights,
-        STORE_DZ=dz is not None, STORE_DIRECT=store_direct, ROWS_AT_ONCE=at_once, **numbers.sweep_constants(),
-        **over.constants(), STAGES=chosen.stages, num_warps=chosen.warps,
+        sweep, (clips * over.tiles,), x, grad, pieces.folded, pieces.bias, gate, pieces.means, pieces.cwem, dz,
+        partial_gate, direct, *x.stride(), *grad.stride(), height, width, over.tiles_w, over.tiles, float(offset),
+        **layout.grid(), CONV=layout.conv, HMEM=layout.hmem, GATE=mode, STENCIL_GROUP=layout.stencil_group,
+        MULTIPLICATIVE=multiplicative, ONE=layout.one, CHUNKS=chunks(height, width),
+        WIDE=wide(height, width, x.stride(), grad.stride()), STORE_DIRECT=store_direct, **numbers.constants(),
+        **over.constants(), STAGES=chosen.stages, **chosen.options(),
     )  # fmt: skip
+    partial = partial_bias = None
+    programs = 0
+    if weights:
+        heavy, spread = _cover("weigh", numbers, layout, x)
+        total = clips * spread.tiles
+        programs = min(total, PROGRAMS_PER_PROCESSOR * processors(x)[0])
+        at_once = 3 if rows * columns <= 1024 else 1
+        partial, partial_bias = empty(programs, 9, rows, columns), empty(programs, rows)
+        layout_constants = {k: v for k, v in layout.grid().items() if k != "CP"}
+        launch(
+            weigh, (programs, 3 // at_once), x, dz, partial, partial_bias, *x.stride(), height, width, spread.tiles_w,
+            spread.tiles, total, **layout_constants, ONE=layout.one, WIDE=wide(height, width, x.stride()),
+            ROWS_AT_ONCE=at_once, **numbers.constants(dz=True), **spread.constants(), **heavy.options(),
+        )  # fmt: skip
     dfolded = empty(9, rows, columns) if weights else None
     dbias = empty(rows) if weights else None
     dgate = empty(clips, rows) if mode else None
@@ -227,13 +233,13 @@ def _fuse_dx(x: Tensor, layout: Layout, numbers: Numbers, pieces: Prepared, swep
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chosen = tile("fuse_dx", numbers, layout, processors(x)[1])
     over = cover(
-        height, width, chosen.pixels, width % 16 == 0, (x if swept.dz is None else swept.dz).element_size(), layout.conv
+        height, width, chosen, width % 16 == 0, (x if swept.dz is None else swept.dz).element_size(), layout.conv
     )  # fmt: skip
     launch(
         fuse_dx, (x.shape[0] * over.tiles,), swept.dz, pieces.folded, swept.direct, swept.gate, pieces.cwem, dx,
         *swept.direct.stride(), height, width, over.tiles_w, over.tiles, **layout.grid(), CONV=layout.conv, POOL=pool,
         WIDE=wide(height, width, swept.direct.stride()), **numbers.constants(), **over.constants(),
-        STAGES=chosen.stages, num_warps=chosen.warps,
+        STAGES=chosen.stages, **chosen.options(),
     )  # fmt: skip
     return dx
 

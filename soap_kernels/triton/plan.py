@@ -176,9 +176,6 @@ class Numbers:
         kept = torch.float32 if interpreted() else self.dz if dz else self.weights
         return {"SPLIT": self.split, "PRECISION": self.precision, "DT": _TL[kept]}
 
-    def sweep_constants(self) -> dict[str, Any]:
-        return {**self.constants(), "DZ": self.constants(dz=True)["DT"]}
-
     @property
     def kind(self) -> str:
         return "ieee" if self.precision == "ieee" and self.weights == torch.float32 else f"{self.precision}{self.split}"
@@ -186,47 +183,53 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Tile:
-    """Pixels of a tile, warps of its program, loads in flight."""
+    """Pixels of a tile, warps of its program, loads in flight, a cap on a thread's registers, columns of halo."""
 
     pixels: int
     warps: int
     stages: int = 1
+    registers: int | None = None
+    halo: int | None = None  # None: 16 bytes
+
+    def options(self) -> dict[str, int]:
+        cap = {} if self.registers is None or interpreted() else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, **cap}
 
 
-# (kernel, kind of numbers, rows) -> tile; "ieee" is the FMA path, the digit how often a product is split.
+# (kernel, kind of numbers, rows) -> tile, sweep and fuse_dx as fuse unless named; "ieee" is the FMA path, the digit how often a product is split.
 TILES: dict[tuple[str, str, int], Tile] = {
     ("fuse", "ieee", 32): Tile(64, 8),
     ("fuse", "ieee0", 32): Tile(128, 4),
     ("fuse", "ieee1", 32): Tile(128, 4),
     ("fuse", "ieee2", 32): Tile(128, 8),
     ("fuse", "tf320", 32): Tile(128, 4),
-    ("sweep", "ieee", 32): Tile(64, 8),
-    ("sweep", "ieee0", 32): Tile(128, 8),
-    ("sweep", "ieee1", 32): Tile(128, 8),
-    ("sweep", "ieee2", 32): Tile(128, 8),
-    ("sweep", "tf320", 32): Tile(128, 8),
+    ("weigh", "ieee", 32): Tile(32, 8),
+    ("weigh", "ieee0", 32): Tile(64, 8),
+    ("weigh", "ieee1", 32): Tile(32, 8),
+    ("weigh", "ieee2", 32): Tile(32, 8),
+    ("weigh", "tf320", 32): Tile(32, 4),
     ("fuse", "ieee", 64): Tile(32, 8),
     ("fuse", "ieee0", 64): Tile(64, 8),
     ("fuse", "ieee1", 64): Tile(64, 8),
     ("fuse", "ieee2", 64): Tile(64, 8),
     ("fuse", "tf320", 64): Tile(64, 8),
-    ("sweep", "ieee", 64): Tile(32, 8),
-    ("sweep", "ieee0", 64): Tile(64, 8),
-    ("sweep", "ieee1", 64): Tile(64, 8),
-    ("sweep", "ieee2", 64): Tile(64, 8),
-    ("sweep", "tf320", 64): Tile(64, 8),
+    ("weigh", "ieee", 64): Tile(32, 8),
+    ("weigh", "ieee0", 64): Tile(32, 8),
+    ("weigh", "ieee1", 64): Tile(32, 8),
+    ("weigh", "ieee2", 64): Tile(32, 8),
+    ("weigh", "tf320", 64): Tile(32, 8),
 }
 # Where an architecture (10 * major + minor) measured better than the table above.
 TILES_OF: dict[int, dict[tuple[str, str, int], Tile]] = {}
 
-PROGRAMS_PER_PROCESSOR = 2  # of the sweep, each with partial sums of its own
+PROGRAMS_PER_PROCESSOR = 2  # of weigh, each with partial sums of its own
 
 
 @cache
 def tile(kernel: str, numbers: Numbers, layout: Layout, arch: int) -> Tile:
     rows = 64 if max(layout.rows, layout.columns) > 32 else 32
-    key = ("sweep" if kernel == "sweep" else "fuse", numbers.kind, rows)
-    return TILES_OF.get(arch, {}).get(key, TILES[key])
+    table = {**TILES, **TILES_OF.get(arch, {})}
+    return table.get((kernel, numbers.kind, rows)) or table["fuse", numbers.kind, rows]
 
 
 @dataclass(frozen=True)
@@ -244,9 +247,12 @@ class Cover:
 
 
 @cache
-def cover(height: int, width: int, pixels: int, aligned: bool, itemsize: int, conv: bool) -> Cover:
+def cover(height: int, width: int, tile: Tile, aligned: bool, itemsize: int, conv: bool) -> Cover:
     """The tiles that waste least. ``aligned``: rows start at 16 bytes, which a halo of 16 bytes keeps."""
-    halo = 0 if not conv else max(4, 8 // max(1, itemsize // 2)) if aligned else 1
+    halo = 0
+    if conv:
+        halo = (tile.halo or max(4, 8 // max(1, itemsize // 2))) if aligned else 1
+    pixels = tile.pixels
     found: tuple[int, Cover] | None = None
     bw = pixels
     while bw >= min(32, pixels):

@@ -68,22 +68,21 @@ def fold_tap(
         q3 = tl.arange(0, QP)[None, :, None]
         s3 = tl.arange(0, KQ)[None, None, :]
         for i in tl.static_range(len(SIZES)):
-            o: tl.constexpr = SIZES[i]
-            for f in tl.static_range(o + 1):
+            for f in tl.static_range(SIZES[i] + 1):
                 d = tl.zeros((JP, KQ), tl.float32)
                 if f > 0:
-                    d -= tl.sum(project_motion(project[i], motion[i], c3, q3, s3, tap, o, f, C, 9), axis=1)
-                if f < o:
+                    d -= tl.sum(project_motion(project[i], motion[i], c3, q3, s3, tap, SIZES[i], f, C, 9), axis=1)
+                if f < SIZES[i]:
                     centre = tl.load(
-                        project[i] + c2 * (o * C) + f * C + s2, mask=(c2 < C) & (s2 < C) & (tap == 4), other=0.0
+                        project[i] + c2 * (SIZES[i] * C) + f * C + s2, mask=(c2 < C) & (s2 < C) & (tap == 4), other=0.0
                     )
                     d += centre.to(tl.float32)
                 place = u - f
                 z = tl.load(
-                    restore + t * MAPS + first + place, mask=real & (c < C) & (place >= 0) & (place < T - o), other=0.0
+                    restore + t * MAPS + first + place, mask=real & (c < C) & (place >= 0) & (place < T - SIZES[i]), other=0.0
                 )
                 acc += z.to(tl.float32) * d[:, None, :, None]
-            first += T - o
+            first += T - SIZES[i]
     if STENCIL_GROUP >= 0:
         slot = u
         if INTERLEAVED:
@@ -138,10 +137,9 @@ def fold_bias(
         q = tl.arange(0, QP)
         first = 0
         for i in tl.static_range(len(SIZES)):
-            o: tl.constexpr = SIZES[i]
-            constant = map_constant(project[i], project_bias[i], motion_bias[i], c, q, o, C)
-            acc += constant[:, None] * restored(restore, t, first, o, T, MAPS, TP)[None, :]
-            first += T - o
+            constant = map_constant(project[i], project_bias[i], motion_bias[i], c, q, SIZES[i], C)
+            acc += constant[:, None] * restored(restore, t, first, SIZES[i], T, MAPS, TP)[None, :]
+            first += T - SIZES[i]
     tl.store(out + c[:, None] * TP + t[None, :], tl.where(real, acc, 0.0))
 
 

@@ -1,7 +1,7 @@
-"""Stage ``sweep``: one pass over x and the incoming gradient, to partial sums of the folded weights' gradients.
+"""Stage ``sweep``: from x and the incoming gradient to partial sums of the folded weights' gradients, in two launches.
 
-The convolution is computed again from x; nothing of it was saved. Each column tap of the weight gradient needs dz beside
-x, not x beside dz: dz is at hand and moves by one column, x is read as it lies.
+``sweep`` computes the convolution again from x (nothing of it was saved) and leaves dz; ``weigh`` multiplies dz with x.
+In one kernel the nine sums and the convolution's would spill.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soap_kernels.triton.fuse import clip_gate, convolve, load_row, move, priors, row_planes, split, tile_pixels
+from soap_kernels.triton.fuse import clip_gate, convolve, load_row, priors, row_planes, split, tile_pixels
 from soap_kernels.triton.prepare import sigmoid
 
 
@@ -33,110 +33,117 @@ def halves(v, SPLIT: tl.constexpr, DT: tl.constexpr):
 
 @triton.jit
 def sweep(
-    x, grad, folded, folded_bias, gate, means, cwem, partial, partial_bias, partial_gate, dz_out, direct,
-    sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, tiles_w, tiles, total_tiles, offset,
+    x, grad, folded, folded_bias, gate, means, cwem, dz_out, partial_gate, direct,
+    sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, tiles_w, tiles, offset,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
     CONV: tl.constexpr, HMEM: tl.constexpr, GATE: tl.constexpr, STENCIL_GROUP: tl.constexpr,
     MULTIPLICATIVE: tl.constexpr, ONE: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr,
-    WEIGHTS: tl.constexpr, STORE_DZ: tl.constexpr, STORE_DIRECT: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr, DZ: tl.constexpr,
+    STORE_DIRECT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes tiles p, p + programs, ...; with ROWS_AT_ONCE 1 axis 1 shares out the three row taps."""
+    """A program takes a tile from x and the incoming gradient to dz, the gradient before the convolution's sigmoids."""
+    M: tl.constexpr = JP * TP
+    K: tl.constexpr = KQ * TP
+    N: tl.constexpr = BH * BW
+    pid = tl.program_id(0)
+    b = pid // tiles
+    pixels = H.to(tl.float32) * W
+    area = H.to(tl.int64) * W
+    m = tl.arange(0, M)
+    h, w, own = tile_pixels(pid % tiles, tiles_w, H, W, BH, BW, HALO)
+    z = tl.zeros((M, N), tl.float32)
+    if CONV:
+        plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
+        z = convolve(
+            plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
+        )  # fmt: skip
+        z = sigmoid(z + tl.load(folded_bias + m)[:, None])
+    row, real = row_planes(grad, b, gB, gT, gC, T, C, TP, M)
+    seen = real[:, None] & own[None, :]
+    at = h * gH + w * gW
+    to = h * W + w
+    if WIDE:
+        at = h.to(tl.int64) * gH + w.to(tl.int64) * gW
+        to = h.to(tl.int64) * W + w
+    up = tl.load(row[:, None] + at[None, :], mask=seen, other=0.0).to(tl.float32)
+    if STORE_DIRECT:
+        g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
+        near = up * (offset + priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP))
+        into = direct + ((b.to(tl.int64) * T + m % TP) * C + m // TP) * area
+        tl.store(into[:, None] + to[None, :], near, mask=seen)
+    if MULTIPLICATIVE:
+        own_row, _ = row_planes(x, b, sB, sT, sC, T, C, TP, M)
+        here = h * sH + w * sW
+        if WIDE:
+            here = h.to(tl.int64) * sH + w.to(tl.int64) * sW
+        up *= tl.load(own_row[:, None] + here[None, :], mask=seen, other=0.0).to(tl.float32)
+    if GATE > 0:
+        tl.store(partial_gate + pid.to(tl.int64) * M + m, tl.sum(up, axis=1))
+    if CONV:
+        if STENCIL_GROUP >= 0:
+            group = tl.arange(0, JP)[:, None, None]
+            by_group = tl.reshape(up, (JP, TP, N))
+            shared = tl.sum(by_group, axis=0)
+            up = tl.reshape(tl.where(group == STENCIL_GROUP, shared[None, :, :], by_group), (M, N))
+        dz = up * (z * (1.0 - z))
+        into = dz_out + (b.to(tl.int64) * M + m) * area
+        tl.store(into[:, None] + to[None, :], dz.to(dz_out.dtype.element_ty), mask=own[None, :])
+
+
+@triton.jit
+def weigh(
+    x, dz, partial, partial_bias, sB, sT, sC, sH, sW, H, W, tiles_w, tiles, total_tiles,
+    T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
+    ONE: tl.constexpr, WIDE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr,
+):  # fmt: skip
+    """The folded weights' gradient: program p adds up tiles p, p + programs, ...; ROWS_AT_ONCE 1: axis 1 is the row tap.
+
+    dz's rows come three times, one column to the right, in place and to the left, as one operand of 3 (padded: 4) times
+    the rows: the three column taps are one product, and warps share its rows out evenly.
+    """
     M: tl.constexpr = JP * TP
     K: tl.constexpr = KQ * TP
     N: tl.constexpr = BH * BW
     pid = tl.program_id(0)
     first_row = tl.program_id(1)
-    pixels = H.to(tl.float32) * W
     area = H.to(tl.int64) * W
-    m = tl.arange(0, M)
-    d00 = tl.zeros((M, K), tl.float32)
-    d01 = tl.zeros((M, K), tl.float32)
-    d02 = tl.zeros((M, K), tl.float32)
-    d10 = tl.zeros((M, K), tl.float32)
-    d11 = tl.zeros((M, K), tl.float32)
-    d12 = tl.zeros((M, K), tl.float32)
-    d20 = tl.zeros((M, K), tl.float32)
-    d21 = tl.zeros((M, K), tl.float32)
-    d22 = tl.zeros((M, K), tl.float32)
-    dbias = tl.zeros((M,), tl.float32)
+    r = tl.arange(0, 4 * M)
+    by = 1 - r // M
+    d0 = tl.zeros((4 * M, K), tl.float32)
+    d1 = tl.zeros((4 * M, K), tl.float32)
+    d2 = tl.zeros((4 * M, K), tl.float32)
+    dbias = tl.zeros((4 * M,), tl.float32)
     for step in tl.range(0, tl.cdiv(total_tiles - pid, tl.num_programs(0)), num_stages=1):
         tile = pid + step * tl.num_programs(0)
         b = tile // tiles
         h, w, own = tile_pixels(tile % tiles, tiles_w, H, W, BH, BW, HALO)
         plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
-        row, real = row_planes(grad, b, gB, gT, gC, T, C, TP, M)
-        seen = real[:, None] & own[None, :]
-        at = h * gH + w * gW
+        at = dz + (b.to(tl.int64) * M + r % M) * area + by
+        to = h * W + w
         if WIDE:
-            at = h.to(tl.int64) * gH + w.to(tl.int64) * gW
-        z = tl.zeros((M, N), tl.float32)
-        if CONV:
-            z = convolve(
-                plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
-            )  # fmt: skip
-            z = sigmoid(z + tl.load(folded_bias + m)[:, None])
-        up = tl.load(row[:, None] + at[None, :], mask=seen, other=0.0).to(tl.float32)
-        if STORE_DIRECT:
-            g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
-            near = up * (offset + priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP))
-            to = (h * W + w).to(tl.int64)
-            into = direct + ((b.to(tl.int64) * T + m % TP) * C + m // TP) * area
-            tl.store(into[:, None] + to[None, :], near, mask=seen)
-        if MULTIPLICATIVE:
-            own_row, _ = row_planes(x, b, sB, sT, sC, T, C, TP, M)
-            here = h * sH + w * sW
-            if WIDE:
-                here = h.to(tl.int64) * sH + w.to(tl.int64) * sW
-            up *= tl.load(own_row[:, None] + here[None, :], mask=seen, other=0.0).to(tl.float32)
-        if GATE > 0:
-            if first_row == 0:
-                tl.store(partial_gate + tile.to(tl.int64) * M + m, tl.sum(up, axis=1))
-        if CONV:
-            if STENCIL_GROUP >= 0:
-                group = tl.arange(0, JP)[:, None, None]
-                by_group = tl.reshape(up, (JP, TP, N))
-                shared = tl.sum(by_group, axis=0)
-                up = tl.reshape(tl.where(group == STENCIL_GROUP, shared[None, :, :], by_group), (M, N))
-            dz = up * (z * (1.0 - z))
-            if STORE_DZ:
-                into = dz_out + (b.to(tl.int64) * M + m) * area
-                to = (h * W + w).to(tl.int64)
-                tl.store(into[:, None] + to[None, :], dz.to(dz_out.dtype.element_ty), mask=own[None, :])
-            if WEIGHTS:
-                dbias += tl.sum(dz, axis=1)
-                here, here_low = halves(dz, SPLIT, DZ)
-                left, left_low = halves(move(dz, 1, M, N), SPLIT, DZ)
-                right, right_low = halves(move(dz, -1, M, N), SPLIT, DZ)
-                v, low = split(load_row(plane, live, h + (first_row - 1), w, H, W, sH, sW, ONE, WIDE), SPLIT, DZ)
-                d00 = outer(left, left_low, v, low, d00, SPLIT, PRECISION)
-                d01 = outer(here, here_low, v, low, d01, SPLIT, PRECISION)
-                d02 = outer(right, right_low, v, low, d02, SPLIT, PRECISION)
-                if ROWS_AT_ONCE == 3:
-                    v, low = split(load_row(plane, live, h, w, H, W, sH, sW, ONE, WIDE), SPLIT, DZ)
-                    d10 = outer(left, left_low, v, low, d10, SPLIT, PRECISION)
-                    d11 = outer(here, here_low, v, low, d11, SPLIT, PRECISION)
-                    d12 = outer(right, right_low, v, low, d12, SPLIT, PRECISION)
-                    v, low = split(load_row(plane, live, h + 1, w, H, W, sH, sW, ONE, WIDE), SPLIT, DZ)
-                    d20 = outer(left, left_low, v, low, d20, SPLIT, PRECISION)
-                    d21 = outer(here, here_low, v, low, d21, SPLIT, PRECISION)
-                    d22 = outer(right, right_low, v, low, d22, SPLIT, PRECISION)
-    if CONV and WEIGHTS:
-        TAP: tl.constexpr = M * K
-        to = partial + pid.to(tl.int64) * (9 * TAP) + first_row * (3 * TAP) + m[:, None] * K + tl.arange(0, K)[None, :]
-        tl.store(to, d00)
-        tl.store(to + TAP, d01)
-        tl.store(to + 2 * TAP, d02)
+            to = h.to(tl.int64) * W + w
+        column = w[None, :] + by[:, None]
+        ok = (r < 3 * M)[:, None] & own[None, :] & (column >= 0) & (column < W)
+        z = tl.load(at[:, None] + to[None, :], mask=ok, other=0.0).to(tl.float32)
+        dbias += tl.sum(z, axis=1)
+        z, z_low = halves(z, SPLIT, DT)
+        v, low = split(load_row(plane, live, h + (first_row - 1), w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
+        d0 = outer(z, z_low, v, low, d0, SPLIT, PRECISION)
         if ROWS_AT_ONCE == 3:
-            tl.store(to + 3 * TAP, d10)
-            tl.store(to + 4 * TAP, d11)
-            tl.store(to + 5 * TAP, d12)
-            tl.store(to + 6 * TAP, d20)
-            tl.store(to + 7 * TAP, d21)
-            tl.store(to + 8 * TAP, d22)
-        if first_row == 0:
-            tl.store(partial_bias + pid * M + m, dbias)
+            v, low = split(load_row(plane, live, h, w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
+            d1 = outer(z, z_low, v, low, d1, SPLIT, PRECISION)
+            v, low = split(load_row(plane, live, h + 1, w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
+            d2 = outer(z, z_low, v, low, d2, SPLIT, PRECISION)
+    TAPS: tl.constexpr = 3 * M * K
+    to = partial + pid.to(tl.int64) * (3 * TAPS) + first_row * TAPS + r[:, None] * K + tl.arange(0, K)[None, :]
+    tl.store(to, d0, mask=(r < 3 * M)[:, None])
+    if ROWS_AT_ONCE == 3:
+        tl.store(to + TAPS, d1, mask=(r < 3 * M)[:, None])
+        tl.store(to + 2 * TAPS, d2, mask=(r < 3 * M)[:, None])
+    if first_row == 0:
+        tl.store(partial_bias + pid * M + r - M, dbias, mask=r // M == 1)
 
 
 @triton.jit
