@@ -24,7 +24,6 @@ from soap_net.config import Config, read_settings, to_dict
 from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, write_motion
 from soap_net.errors import UserError
 from soap_net.evaluate import Interrupted, evaluate_run
-from soap_net.report import write_report
 from soap_net.train import train
 
 NETS = {"with_soap": "with SOAP", "without_soap": "without SOAP"}
@@ -74,6 +73,8 @@ def run_demo(config: Config, motion: MotionConfig | None = None, *, progress: bo
     learning = time.perf_counter()
     _train_and_evaluate(nets, progress)
     learning = time.perf_counter() - learning
+
+    from soap_net.report import write_report  # imports matplotlib, which the nets' processes can do without
 
     print("3. Report")
     write_report(report_file, {NETS[name]: net.out for name, net in nets.items()}, title="SOAP-Net demo")
