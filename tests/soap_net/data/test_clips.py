@@ -15,10 +15,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from soap_net.data.clips import Clip, ClipError, natural
+from soap_net.data.clips import Clip, ClipError, in_natural_order, natural
 
 Make = Callable[..., Path]
 Picture = Callable[..., np.ndarray]
@@ -406,6 +408,12 @@ def test_class_names_may_hold_anything(name: str, tmp_path: Path, write_video: M
 def test_natural_order_compares_numbers_by_value() -> None:
     names = ["v10", "v9", "v1", "train2", "train10", "a", "10", "9", ""]
     assert sorted(names, key=natural) == ["", "9", "10", "a", "train2", "train10", "v1", "v9", "v10"]
+
+
+@settings(max_examples=300)
+@given(st.sets(st.text("01a.", min_size=1, max_size=4)) | st.sets(st.from_regex(r"x[0-9]{3}\.p", fullmatch=True)))
+def test_the_short_way_of_sorting_gives_the_natural_order(names: set[str]) -> None:
+    assert in_natural_order(names) == sorted(sorted(names), key=natural)
 
 
 @pytest.mark.slow
