@@ -15,6 +15,10 @@
 
 #include "cpu/backend.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -95,6 +99,20 @@ Tensor empty(const Ints& sizes, ScalarType dtype, const Tensor& like) {
   return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 
+// A large output is fresh memory: its first write faults page by page, a fifth of `fuse`'s time with pages of 4 KB. Asks
+// for large pages where the system gives them on request (it may decline, and nothing else changes).
+Tensor empty_large(const Ints& sizes, ScalarType dtype, const Tensor& like) {
+  Tensor t = empty(sizes, dtype, like);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+  const uintptr_t from = (begin + kLarge - 1) / kLarge * kLarge, to = end / kLarge * kLarge;
+  if (to >= from + 2 * kLarge) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
 Ints sizes_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
 
 template <class T>
@@ -131,7 +149,7 @@ std::tuple<Tensor, Tensor> soap_op(const Tensor& x, const std::vector<Tensor>& w
                                    ScalarType out_dtype, bool out_channels_last) {
   Ints sizes = sizes_of(x);
   if (out_channels_last) sizes = {sizes[0], sizes[1], sizes[3], sizes[4], sizes[2]};
-  Tensor y = empty(sizes, out_dtype, x);
+  Tensor y = empty_large(sizes, out_dtype, x);
   if (out_channels_last) {
     const Ints order = {0, 1, 4, 2, 3};
     y = torch::stable::permute(y, order);
@@ -152,7 +170,7 @@ std::tuple<Tensor, std::vector<Tensor>> soap_backward_op(const Tensor& grad, con
                                                          const std::vector<Tensor>& weights, int64_t parts,
                                                          const Ints& tuple_sizes, bool strict, const Floats& mean,
                                                          const Floats& std, bool needs_x, bool needs_weights) {
-  const Tensor dx = empty(needs_x ? sizes_of(x) : Ints{0}, x.scalar_type(), x);
+  const Tensor dx = empty_large(needs_x ? sizes_of(x) : Ints{0}, x.scalar_type(), x);
   std::vector<Tensor> dweights;
   View in(x);
   in.normalize(mean, std);
@@ -210,7 +228,7 @@ soap::PriorsCall priors_of(const View& x, const std::optional<Tensor>& stencil, 
 Tensor fuse_priors_op(const Tensor& x, const std::optional<Tensor>& stencil, const std::optional<Tensor>& gate,
                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, bool multiplicative,
                       double offset, bool interleaved, bool strict) {
-  const Tensor y = empty(sizes_of(x), x.scalar_type(), x);
+  const Tensor y = empty_large(sizes_of(x), x.scalar_type(), x);
   if (x.numel() == 0) return y;
   const View in(x), out(y);
   TorchPool pool;
@@ -224,7 +242,7 @@ std::vector<Tensor> fuse_priors_backward_op(const Tensor& grad, const Tensor& x,
                                             const std::optional<Tensor>& gate, const std::optional<Tensor>& weight,
                                             const std::optional<Tensor>& bias, bool multiplicative, double offset,
                                             bool interleaved, bool strict, bool needs_x) {
-  const Tensor dx = empty(needs_x ? sizes_of(x) : Ints{0}, x.scalar_type(), x);
+  const Tensor dx = empty_large(needs_x ? sizes_of(x) : Ints{0}, x.scalar_type(), x);
   soap::PriorGradients d;
   const View in(x), upstream(grad), out(needs_x ? dx : x);
   const soap::PriorsCall call =
