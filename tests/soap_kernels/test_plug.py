@@ -222,13 +222,12 @@ def test_enhances_a_timm_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["r3d_18", "swin3d_t", "mvit_v2_s"])
+@pytest.mark.parametrize("name", ["r3d_18", "swin3d_t"])
 def test_enhances_a_torchvision_video_model(name: str) -> None:
     video = pytest.importorskip("torchvision.models.video")
     torch.manual_seed(0)
-    frames, size = (16, 224) if name == "mvit_v2_s" else (8, 64)
-    model = plug(getattr(video, name)(num_classes=5), frames=frames)
-    x = torch.randn(1, 3, frames, size, size)
+    model = plug(getattr(video, name)(num_classes=5), frames=8)
+    x = torch.randn(1, 3, 8, 64, 64)
     trains(model, x=x)
     model.eval()
     with torch.no_grad():
