@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[torch.dtype, torch.dtype, str]] = {
 TILES = [
     plan.Tile(pixels, warps, stages, registers, halo)
     for pixels, warps in ((32, 4), (32, 8), (64, 4), (64, 8), (128, 4), (128, 8), (256, 8), (256, 16))
-    for stages, registers, halo in itertools.product((1, 2), (None, 128, 168), (None, 4))
+    for stages, registers, halo in itertools.product((1, 2, 3), (None, 128), (None, 4))
 ]
 
 
@@ -93,7 +93,7 @@ def main() -> None:
         for candidate in TILES:
             if arguments.tiles and candidate.pixels not in arguments.tiles:
                 continue
-            if kernel == "weigh" and (candidate.stages > 1 or candidate.halo):
+            if (kernel == "weigh" and (candidate.stages > 1 or candidate.halo)) or (candidate.halo and x.element_size() > 2):
                 continue
             plan.TILES[key] = candidate
             plan.tile.cache_clear()

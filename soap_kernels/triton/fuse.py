@@ -154,7 +154,7 @@ def clip_gate(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def fuse(
     x, folded, folded_bias, gate, means, cwem, scale, shift, y,
     sB, sT, sC, sH, sW, H, W, tiles_w, tiles, offset,
@@ -172,15 +172,17 @@ def fuse(
     b = pid // tiles
     h, w, own = tile_pixels(pid % tiles, tiles_w, H, W, BH, BW, HALO)
     pixels = H.to(tl.float32) * W
+    # What does not wait for the convolution is loaded before it: nothing moves up past its barriers.
+    g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
     row, real = row_planes(x, b, sB, sT, sC, T, C, TP, M)
     z = tl.zeros((M, N), tl.float32)
     if CONV:
+        bias = tl.load(folded_bias + tl.arange(0, M))
         plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
         z = convolve(
             plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
         )  # fmt: skip
-        z = sigmoid(z + tl.load(folded_bias + tl.arange(0, M))[:, None])
-    g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
+        z = sigmoid(z + bias[:, None])
     total = priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP)
     seen = real[:, None] & own[None, :]
     at = h * sH + w * sW
@@ -219,11 +221,11 @@ def mean_gradient(
     return tl.sum(up * taps, axis=1) / pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def fuse_dx(
-    dz, folded, direct, dgate, cwem, dx, gB, gT, gC, gH, gW, H, W, tiles_w, tiles,
+    dz, folded, direct, dgate, cwem, dx, gB, gT, gC, gH, gW, H, W, pitch, tiles_w, tiles,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    CONV: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
+    CONV: tl.constexpr, POOL: tl.constexpr, PAD: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, DT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -238,9 +240,9 @@ def fuse_dx(
     total = tl.zeros((K, N), tl.float32)
     if CONV:
         m = tl.arange(0, M)
-        plane = dz + (b.to(tl.int64) * M + m) * area
+        plane = dz + (b.to(tl.int64) * M + m) * (H.to(tl.int64) * pitch) + PAD
         total = convolve(
-            plane, m < M, folded, h, w, H, W, W, 1, K, M, N, 1, K, True, SPLIT, PRECISION, DT, -1, WIDE, STAGES
+            plane, m < M, folded, h, w, H, W, pitch, 1, K, M, N, 1, K, True, SPLIT, PRECISION, DT, -1, WIDE, STAGES
         )  # fmt: skip
     if POOL:
         total += mean_gradient(dgate, cwem, b, H.to(tl.float32) * W, T, C, TP, CP, JP, K)[:, None]
@@ -257,7 +259,7 @@ def fuse_dx(
     tl.store(first[:, None] + to[None, :], total.to(dx.dtype.element_ty), mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def join(
     x, z, gate, y, sB, sT, sC, sH, sW, H, W, offset,
     T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, GATE: tl.constexpr,

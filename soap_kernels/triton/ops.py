@@ -161,6 +161,12 @@ def _fuse(
     )  # fmt: skip
 
 
+def _pitch(width: int) -> tuple[int, int]:
+    """Columns before a row of dz and from one row to the next: at least one on either side, rows aligned as x's are."""
+    pad = 8 if width % 16 == 0 else 1
+    return pad, width + 2 * pad
+
+
 @dataclass(frozen=True)
 class Swept:
     """What sweep and reduce leave: gradients of what is folded, and on the way to dx dz and its direct term."""
@@ -169,7 +175,7 @@ class Swept:
     bias: Tensor | None
     gate: Tensor | None  # (B, rows); through the sigmoid when the gate is CWEM's
     taps: Tensor | None
-    dz: Tensor | None
+    dz: Tensor | None  # (B, rows, H, pitch)
     direct: Tensor
 
 
@@ -188,15 +194,16 @@ def _sweep(
 
     partial_gate = empty(clips * over.tiles, rows) if mode else None
     half = numbers.split == 0 and numbers.dz != torch.float32
-    dz = empty(clips, rows, height, width, dtype=numbers.dz if half else torch.float32) if layout.conv else None
+    pad, pitch = _pitch(width)
+    dz = empty(clips, rows, height, pitch, dtype=numbers.dz if half else torch.float32) if layout.conv else None
     store_direct = needs_x and multiplicative
     direct = empty(*x.shape) if store_direct else grad
     launch(
         sweep, (clips * over.tiles,), x, grad, pieces.folded, pieces.bias, gate, pieces.means, pieces.cwem, dz,
-        partial_gate, direct, *x.stride(), *grad.stride(), height, width, over.tiles_w, over.tiles, float(offset),
+        partial_gate, direct, *x.stride(), *grad.stride(), height, width, pitch, over.tiles_w, over.tiles, float(offset),
         **layout.grid(), CONV=layout.conv, HMEM=layout.hmem, GATE=mode, STENCIL_GROUP=layout.stencil_group,
         MULTIPLICATIVE=multiplicative, ONE=layout.one, CHUNKS=chunks(height, width),
-        WIDE=wide(height, width, x.stride(), grad.stride()), STORE_DIRECT=store_direct, **numbers.constants(),
+        WIDE=wide(height, width, x.stride(), grad.stride()), STORE_DIRECT=store_direct, PAD=pad, **numbers.constants(),
         **over.constants(), STAGES=chosen.stages, **chosen.options(),
     )  # fmt: skip
     partial = partial_bias = None
@@ -209,8 +216,8 @@ def _sweep(
         partial, partial_bias = empty(programs, 9, rows, columns), empty(programs, rows)
         layout_constants = {k: v for k, v in layout.grid().items() if k != "CP"}
         launch(
-            weigh, (programs, 3 // at_once), x, dz, partial, partial_bias, *x.stride(), height, width, spread.tiles_w,
-            spread.tiles, total, **layout_constants, ONE=layout.one, WIDE=wide(height, width, x.stride()),
+            weigh, (programs, 3 // at_once), x, dz, partial, partial_bias, *x.stride(), height, width, pitch,
+            spread.tiles_w, spread.tiles, total, **layout_constants, ONE=layout.one, PAD=pad, WIDE=wide(height, width, x.stride()),
             ROWS_AT_ONCE=at_once, **numbers.constants(dz=True), **spread.constants(), **heavy.options(),
         )  # fmt: skip
     dfolded = empty(9, rows, columns) if weights else None
@@ -222,7 +229,7 @@ def _sweep(
         launch(
             reduce, (own + (clips if mode else 0),), partial, partial_bias, partial_gate, pieces.means, pieces.cwem,
             dfolded, dbias, dgate, dtaps, programs, over.tiles, height, width, **layout.grid(),
-            CHUNKS=chunks(height, width), WEIGHTS=weights, POOL=mode == 1, BP=REDUCE_ROWS, BC=REDUCE_COLUMNS,
+            CHUNKS=chunks(height, width), WEIGHTS=weights, GATE=mode > 0, POOL=mode == 1, BP=REDUCE_ROWS, BC=REDUCE_COLUMNS,
             num_warps=4,
         )  # fmt: skip
     return Swept(dfolded, dbias, dgate, dtaps, dz, direct)
@@ -231,13 +238,14 @@ def _sweep(
 def _fuse_dx(x: Tensor, layout: Layout, numbers: Numbers, pieces: Prepared, swept: Swept, pool: bool) -> Tensor:
     height, width = x.shape[3:]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    pad, pitch = _pitch(width)
     chosen = tile("fuse_dx", numbers, layout, processors(x)[1])
     over = cover(
         height, width, chosen, width % 16 == 0, (x if swept.dz is None else swept.dz).element_size(), layout.conv
     )  # fmt: skip
     launch(
         fuse_dx, (x.shape[0] * over.tiles,), swept.dz, pieces.folded, swept.direct, swept.gate, pieces.cwem, dx,
-        *swept.direct.stride(), height, width, over.tiles_w, over.tiles, **layout.grid(), CONV=layout.conv, POOL=pool,
+        *swept.direct.stride(), height, width, pitch, over.tiles_w, over.tiles, **layout.grid(), CONV=layout.conv, POOL=pool, PAD=pad,
         WIDE=wide(height, width, swept.direct.stride()), **numbers.constants(), **over.constants(),
         STAGES=chosen.stages, **chosen.options(),
     )  # fmt: skip

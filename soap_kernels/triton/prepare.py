@@ -194,7 +194,7 @@ def sum_plane(
     tl.store(out + p, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def prepare(
     x, motion, motion_bias, project, project_bias, restore, restore_bias, stencil, weight, bias,
     expand, temporal, temporal_bias, squeeze, scale, shift, folded, folded_bias, cwem, means,

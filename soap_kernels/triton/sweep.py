@@ -25,20 +25,21 @@ def outer(dz, low_dz, v, low_v, acc, SPLIT: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def halves(v, SPLIT: tl.constexpr, DT: tl.constexpr):
+    """dz as ``DT`` and, if it is to be split, what that leaves over."""
     high = v.to(DT)
     if SPLIT >= 1:
         return high, (v - high.to(tl.float32)).to(DT)
     return high, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def sweep(
     x, grad, folded, folded_bias, gate, means, cwem, dz_out, partial_gate, direct,
-    sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, tiles_w, tiles, offset,
+    sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, pitch, tiles_w, tiles, offset,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
     CONV: tl.constexpr, HMEM: tl.constexpr, GATE: tl.constexpr, STENCIL_GROUP: tl.constexpr,
     MULTIPLICATIVE: tl.constexpr, ONE: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr,
-    STORE_DIRECT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
+    STORE_DIRECT: tl.constexpr, PAD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes a tile from x and the incoming gradient to dz, the gradient before the convolution's sigmoids."""
@@ -51,13 +52,6 @@ def sweep(
     area = H.to(tl.int64) * W
     m = tl.arange(0, M)
     h, w, own = tile_pixels(pid % tiles, tiles_w, H, W, BH, BW, HALO)
-    z = tl.zeros((M, N), tl.float32)
-    if CONV:
-        plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
-        z = convolve(
-            plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
-        )  # fmt: skip
-        z = sigmoid(z + tl.load(folded_bias + m)[:, None])
     row, real = row_planes(grad, b, gB, gT, gC, T, C, TP, M)
     seen = real[:, None] & own[None, :]
     at = h * gH + w * gW
@@ -66,6 +60,14 @@ def sweep(
         at = h.to(tl.int64) * gH + w.to(tl.int64) * gW
         to = h.to(tl.int64) * W + w
     up = tl.load(row[:, None] + at[None, :], mask=seen, other=0.0).to(tl.float32)
+    z = tl.zeros((M, N), tl.float32)
+    if CONV:
+        bias = tl.load(folded_bias + m)
+        plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
+        z = convolve(
+            plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
+        )  # fmt: skip
+        z = sigmoid(z + bias[:, None])
     if STORE_DIRECT:
         g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
         near = up * (offset + priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP))
@@ -86,15 +88,20 @@ def sweep(
             shared = tl.sum(by_group, axis=0)
             up = tl.reshape(tl.where(group == STENCIL_GROUP, shared[None, :, :], by_group), (M, N))
         dz = up * (z * (1.0 - z))
-        into = dz_out + (b.to(tl.int64) * M + m) * area
-        tl.store(into[:, None] + to[None, :], dz.to(dz_out.dtype.element_ty), mask=own[None, :])
+        # Zeros go beside the image, so that weigh need not ask where a row ends.
+        beside = (h < H) & (w >= -PAD) & (w < W + PAD) & ((w < 0) | (w >= W))
+        into = dz_out + (b.to(tl.int64) * M + m) * (H.to(tl.int64) * pitch) + PAD
+        to = h * pitch + w
+        if WIDE:
+            to = h.to(tl.int64) * pitch + w
+        tl.store(into[:, None] + to[None, :], dz.to(dz_out.dtype.element_ty), mask=(own | beside)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def weigh(
-    x, dz, partial, partial_bias, sB, sT, sC, sH, sW, H, W, tiles_w, tiles, total_tiles,
+    x, dz, partial, partial_bias, sB, sT, sC, sH, sW, H, W, pitch, tiles_w, tiles, total_tiles,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    ONE: tl.constexpr, WIDE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
+    ONE: tl.constexpr, PAD: tl.constexpr, WIDE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
@@ -108,27 +115,27 @@ def weigh(
     N: tl.constexpr = BH * BW
     pid = tl.program_id(0)
     first_row = tl.program_id(1)
-    area = H.to(tl.int64) * W
     r = tl.arange(0, 4 * M)
-    by = 1 - r // M
+    by = 1 - r // M % 3
     d0 = tl.zeros((4 * M, K), tl.float32)
     d1 = tl.zeros((4 * M, K), tl.float32)
     d2 = tl.zeros((4 * M, K), tl.float32)
-    dbias = tl.zeros((4 * M,), tl.float32)
+    dbias = tl.zeros((4 * M, 16), tl.float32)
+    ones = tl.full((N, 16), 1.0, DT)
     for step in tl.range(0, tl.cdiv(total_tiles - pid, tl.num_programs(0)), num_stages=1):
         tile = pid + step * tl.num_programs(0)
         b = tile // tiles
         h, w, own = tile_pixels(tile % tiles, tiles_w, H, W, BH, BW, HALO)
         plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
-        at = dz + (b.to(tl.int64) * M + r % M) * area + by
-        to = h * W + w
+        at = dz + (b.to(tl.int64) * M + r % M) * (H.to(tl.int64) * pitch) + (PAD + by)
+        to = h * pitch + w
         if WIDE:
-            to = h.to(tl.int64) * W + w
-        column = w[None, :] + by[:, None]
-        ok = (r < 3 * M)[:, None] & own[None, :] & (column >= 0) & (column < W)
-        z = tl.load(at[:, None] + to[None, :], mask=ok, other=0.0).to(tl.float32)
-        dbias += tl.sum(z, axis=1)
+            to = h.to(tl.int64) * pitch + w
+        z = tl.load(at[:, None] + to[None, :], mask=own[None, :], other=0.0)
         z, z_low = halves(z, SPLIT, DT)
+        if SPLIT >= 1:
+            dbias = tl.dot(z_low, ones, dbias, input_precision=PRECISION)
+        dbias = tl.dot(z, ones, dbias, input_precision=PRECISION)
         v, low = split(load_row(plane, live, h + (first_row - 1), w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
         d0 = outer(z, z_low, v, low, d0, SPLIT, PRECISION)
         if ROWS_AT_ONCE == 3:
@@ -143,10 +150,12 @@ def weigh(
         tl.store(to + TAPS, d1, mask=(r < 3 * M)[:, None])
         tl.store(to + 2 * TAPS, d2, mask=(r < 3 * M)[:, None])
     if first_row == 0:
-        tl.store(partial_bias + pid * M + r - M, dbias, mask=r // M == 1)
+        column = tl.arange(0, 16)
+        bias_to = partial_bias + pid * M + r[:, None] - M + column[None, :]
+        tl.store(bias_to, dbias, mask=(r // M == 1)[:, None] & (column == 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def part(
     x, grad, z, gate, dz, direct, partial_gate, sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, offset,
     T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, GATE: tl.constexpr,

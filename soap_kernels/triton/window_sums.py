@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def window_sums(
     x, out, C, sN, sC, sH, sW, H, W, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def window_sums(
     tl.store(out + pid.to(tl.int64) * 9 + r * 3 + c, found, mask=(r < 3) & (c < 3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def window_sums_backward(grad, dx, H, W, BLOCK: tl.constexpr):
     """Each pixel's gradient is the sum over the taps that see it; dx is contiguous."""
     plane = tl.program_id(1).to(tl.int64)

@@ -138,7 +138,8 @@ def compile_launch(launch: Launch, architecture: int) -> Facts:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
         else:
-            signature[parameter.name] = _specialize((i,), value, constants, attributes)
+            fixed = parameter.do_not_specialize and isinstance(value, int)
+            signature[parameter.name] = "i32" if fixed else _specialize((i,), value, constants, attributes)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
     threads = 32 * launch.options.get("num_warps", 4)
