@@ -237,8 +237,9 @@ class Experiment(ABC):
     def remarks(self, rows: Sequence[Row], results: Results) -> str:
         """The lines under the table: what the figures are, and what the paper says."""
         c = self.config
-        counts = sorted({len(results.seeds(row.cell)) for row in rows})
-        seeds = "no run has finished" if not counts else f"{' to '.join(map(str, {*counts[:1], *counts[-1:]}))} seeds"
+        counts = sorted({len(results.seeds(row.cell)) for row in rows}) or [0]
+        seeds = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
+        seeds += " seed" if counts == [1] else " seeds"
         lines = [
             f"{c.eval.way}-way {c.eval.shot}-shot on unseen classes, {c.eval.tasks} tasks, {seeds}; "
             f"{c.model.backbone} (weights: {c.model.weights or 'random'}), head {c.model.head}, "

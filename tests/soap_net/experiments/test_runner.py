@@ -104,7 +104,7 @@ def test_stopped_experiment_goes_on_where_it_was(toy: Toy, tmp_path: Path) -> No
     with pytest.raises(ExperimentStopped, match="2 of 4 runs finished"):
         run(toy, tmp_path)
     assert toy.done == ["plain-seed0", "better-seed0"]
-    assert "1 seeds" in (tmp_path / "table.md").read_text()
+    assert "1 seed;" in (tmp_path / "table.md").read_text()
     again = Toy(Config())
     run(again, tmp_path)
     assert again.done == ["plain-seed1", "better-seed1"]
