@@ -229,7 +229,8 @@ def stage_table(shape: tuple[int, ...], device: torch.device) -> dict[str, dict[
                 both(i)
             torch.cuda.synchronize()
         table[frames] = {
-            e.key.split("(")[0][-60:]: e.device_time_total / e.count
+            e.key.replace("(anonymous namespace)::", "").removeprefix("void ").split("(")[0]: e.device_time_total
+            / e.count
             for e in profiler.key_averages()
             if e.device_time_total > 0
         }

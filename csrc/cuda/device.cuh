@@ -104,6 +104,15 @@ __device__ __forceinline__ float logistic2(float z) {
 #endif
 }
 
+// Asks for what will be read soon, into the L2 cache: no register waits for it.
+__device__ __forceinline__ void prefetch(const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  (void)p;
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
@@ -124,20 +133,22 @@ __device__ __forceinline__ float block_sum(float v, float* scratch) {
 #ifdef __CUDACC__
 struct Fragment { uint32_t v[4]; };
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void ldmatrix_x4(Fragment& f, const void* row) {
+// An address in shared memory, for arithmetic in bytes.
+using Address = uint32_t;
+__device__ __forceinline__ Address address_of(const void* p) { return Address(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void ldmatrix_x4(Fragment& f, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3]) : "r"(shared_address(row)));
+               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3]) : "r"(row));
 }
-__device__ __forceinline__ void ldmatrix_x2(uint32_t& a, uint32_t& b, const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(shared_address(row)));
+__device__ __forceinline__ void ldmatrix_x2(uint32_t& a, uint32_t& b, Address row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row));
 }
-__device__ __forceinline__ void ldmatrix_x4_trans(Fragment& f, const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(Fragment& f, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3]) : "r"(shared_address(row)));
+               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3]) : "r"(row));
 }
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(shared_address(row)));
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, Address row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row));
 }
 // c (16x8, fp32) += a (16x16, row major) * b (16x8, column major)
 template <bool HALF> __device__ __forceinline__ void mma_k16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {

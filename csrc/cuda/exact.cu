@@ -61,7 +61,11 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
   const int64_t b = blockIdx.x / p.tiles;
   const int index = int(blockIdx.x % p.tiles), h0 = index / p.tiles_wide * ROWS, w0 = index % p.tiles_wide * TILE_WIDTH;
   const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8, h = h0 + row, w = w0 + column;
-  if (j == 3) gate_prologue(gates, gates + planes, s, o, p.layout, p.prepared, p.gate, b);
+  if (j == 3) {
+    GatePrologue prologue;
+    prologue.begin(s, o, p.layout, p.prepared, b);
+    prologue.end(gates, gates + planes, s, o, p.layout, p.prepared, p.gate, b);
+  }
   load_tile(tile, p.x, s, o, CP, b, h0, w0);
   __syncthreads();
   float acc[8][8] = {};
@@ -101,7 +105,11 @@ __global__ void __launch_bounds__(THREADS) sweep_exact_kernel(const __grid_const
   const int part = int(blockIdx.x % p.parts), tiles = p.tiles_wide * p.tiles_high;
   const int begin = int(int64_t(tiles) * part / p.parts), end = int(int64_t(tiles) * (part + 1) / p.parts);
   const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8;
-  if (j == 3) gate_prologue(gates, gates + planes, s, o, p.layout, p.prepared, p.gate, b);
+  if (j == 3) {
+    GatePrologue prologue;
+    prologue.begin(s, o, p.layout, p.prepared, b);
+    prologue.end(gates, gates + planes, s, o, p.layout, p.prepared, p.gate, b);
+  }
   float dw[6][9] = {}, bias_sum = 0.f, gate_sum[8] = {};
 #pragma unroll 1
   for (int index = begin; index < end; ++index) {

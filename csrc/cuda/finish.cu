@@ -1,21 +1,35 @@
 // finish: from the gradient of the folded weights back through the folds to every weight. One launch of independent
 // blocks, each the owner of what it writes; the adjoint of prepare.cu. A few thousand multiply-adds: bound by latency.
-#include "device.cuh"
+#include "flat.cuh"
 
 namespace soap {
 namespace {
 
 constexpr int THREADS = 256;
 
-struct Finish {
+struct FinishParams {
   Shape shape;
   Options options;
   Layout layout;
   Weights w, d;
+  FlatWeights flat;
   const float *prepared, *sums, *gates;
   float* dmeans;
   int64_t numel;
+  int copied_sums, copied_gates;  // floats of each that fit shared memory, or 0
   int motion_blocks, project_blocks, frame_blocks, direct_blocks, mean_blocks;
+};
+
+// A block's view: the weights, and where they fit the sums and gates, in shared memory.
+struct Finish {
+  const FinishParams& all;
+  const Shape& shape;
+  const Options& options;
+  const Layout& layout;
+  const Weights &w, &d;
+  const FlatWeights& flat;
+  const int64_t numel;
+  const float *s, *sums, *gates;
 
   // Gradient of the folded weight from plane (f, c) to row (t, j), and of the row's bias.
   __device__ __forceinline__ float weight(int t, int j, int f, int c, int tap) const {
@@ -26,10 +40,11 @@ struct Finish {
     const int CP = layout.padded_channels;
     return sums[t / 8 * layout.octets * numel + numel - (CP + 1) * 8 + j * 8 + t % 8];
   }
-  __device__ __forceinline__ float restore(int t, int map) const { return load_any(w.restore, t * w.num_maps + map); }
-  __device__ __forceinline__ float project(int k, int c, int q) const { return load_any(w.project[k], c * w.tuple_sizes[k] * shape.channels + q); }
+  __device__ __forceinline__ float restore(int t, int map) const { return s[flat.restore + t * w.num_maps + map]; }
+  __device__ __forceinline__ float project(int k, int c, int q) const { return s[flat.project[k] + c * w.tuple_sizes[k] * shape.channels + q]; }
   __device__ __forceinline__ int first_map(int k) const {
     int first = 0;
+#pragma unroll 1
     for (int i = 0; i < k; ++i) first += shape.frames - w.tuple_sizes[i];
     return first;
   }
@@ -37,7 +52,9 @@ struct Finish {
   __device__ __forceinline__ float moved(int k, int first, int c, int j, int tap) const {
     const int maps = shape.frames - w.tuple_sizes[k], jf = j / shape.channels, jc = j % shape.channels;
     float v = 0.f;
+#pragma unroll 1
     for (int t = 0; t < shape.frames; ++t)
+#pragma unroll 1
       for (int i = 0; i < maps; ++i) v = fmaf(restore(t, first + i), weight(t, c, i + 1 + jf, jc, tap), v);
     return v;
   }
@@ -45,8 +62,10 @@ struct Finish {
   __device__ __forceinline__ float constant(int k, int first, int c) const {
     const int maps = shape.frames - w.tuple_sizes[k];
     float v = 0.f;
+#pragma unroll 1
     for (int t = 0; t < shape.frames; ++t) {
       float reach = 0.f;
+#pragma unroll 1
       for (int i = 0; i < maps; ++i) reach += restore(t, first + i);
       v = fmaf(reach, bias(t, c), v);
     }
@@ -57,41 +76,52 @@ struct Finish {
 // Motion weights from plane j of the tuple, for every output plane and tap; with j = 0 the biases too.
 __device__ __forceinline__ void finish_motion(const Finish& p, int k, int j, float* shared) {
   const int C = p.shape.channels, planes = p.w.tuple_sizes[k] * C, first = p.first_map(k);
+#pragma unroll 1
   for (int i = threadIdx.x; i < C * 9; i += THREADS) shared[i] = p.moved(k, first, i / 9, j, i % 9);
   if (j == 0)
+#pragma unroll 1
     for (int c = threadIdx.x; c < C; c += THREADS) shared[C * 9 + c] = p.constant(k, first, c);
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < planes * 9; i += THREADS) {
     const int q = i / 9, tap = i % 9;
     float v = 0.f;
+#pragma unroll 1
     for (int c = 0; c < C; ++c) v = fmaf(-p.project(k, c, q), shared[c * 9 + tap], v);
     store_any(p.d.motion[k], (int64_t(q) * planes + j) * 9 + tap, v);
   }
   if (j > 0) return;
+#pragma unroll 1
   for (int q = threadIdx.x; q < planes; q += THREADS) {
     float v = 0.f;
+#pragma unroll 1
     for (int c = 0; c < C; ++c) v = fmaf(-p.project(k, c, q), shared[C * 9 + c], v);
     store_any(p.d.motion_bias[k], q, v);
   }
+#pragma unroll 1
   for (int c = threadIdx.x; c < C; c += THREADS) store_any(p.d.project_bias[k], c, shared[C * 9 + c]);
 }
 
 // Projection weights of channel c.
 __device__ __forceinline__ void finish_project(const Finish& p, int k, int c, float* shared) {
   const int C = p.shape.channels, o = p.w.tuple_sizes[k], planes = o * C, first = p.first_map(k), maps = p.shape.frames - o;
+#pragma unroll 1
   for (int i = threadIdx.x; i < planes * 9; i += THREADS) shared[i] = p.moved(k, first, c, i / 9, i % 9);
   if (threadIdx.x == THREADS - 1) shared[planes * 9] = p.constant(k, first, c);
   __syncthreads();
   const int lane = threadIdx.x & 31;
+#pragma unroll 1
   for (int q = threadIdx.x >> 5; q < planes; q += THREADS / 32) {
     float v = 0.f;
-    for (int i = lane; i < planes * 9; i += 32) v = fmaf(-load_any(p.w.motion[k], int64_t(q) * planes * 9 + i), shared[i], v);
+#pragma unroll 1
+    for (int i = lane; i < planes * 9; i += 32) v = fmaf(-p.s[p.flat.motion[k] + q * planes * 9 + i], shared[i], v);
+#pragma unroll 1
     for (int i = lane; i < p.shape.frames * maps; i += 32) {
       const int t = i / maps, m = i % maps;
       v = fmaf(p.restore(t, first + m), p.weight(t, c, m + q / C, q % C, 4), v);
     }
     v = warp_sum(v);
-    if (lane == 0) store_any(p.d.project[k], c * planes + q, fmaf(-load_any(p.w.motion_bias[k], q), shared[planes * 9], v));
+    if (lane == 0) store_any(p.d.project[k], c * planes + q, fmaf(-p.s[p.flat.motion_bias[k] + q], shared[planes * 9], v));
   }
 }
 
@@ -99,28 +129,35 @@ __device__ __forceinline__ void finish_project(const Finish& p, int k, int c, fl
 __device__ __forceinline__ void finish_restore(const Finish& p, int t, float* shared) {
   const int C = p.shape.channels, lane = threadIdx.x & 31;
   int first = 0;
+#pragma unroll 1
   for (int k = 0; k < p.w.num_sizes; ++k) {
     const int o = p.w.tuple_sizes[k], planes = o * C, maps = p.shape.frames - o;
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < C * planes * 9; i += THREADS) {
       const int c = i / 9 / planes, at = i % (planes * 9);
       float v = 0.f;
-      for (int q = 0; q < planes; ++q) v = fmaf(p.project(k, c, q), load_any(p.w.motion[k], int64_t(q) * planes * 9 + at), v);
+#pragma unroll 1
+      for (int q = 0; q < planes; ++q) v = fmaf(p.project(k, c, q), p.s[p.flat.motion[k] + q * planes * 9 + at], v);
       shared[i] = v;
     }
     __syncthreads();
+#pragma unroll 1
     for (int m = threadIdx.x >> 5; m < maps; m += THREADS / 32) {
       float v = 0.f;
+#pragma unroll 1
       for (int i = lane; i < C * planes * 9; i += 32) {
         const int c = i / 9 / planes, j = i / 9 % planes, tap = i % 9;
         v = fmaf(-shared[i], p.weight(t, c, m + 1 + j / C, j % C, tap), v);
       }
+#pragma unroll 1
       for (int i = lane; i < C * planes; i += 32) {
         const int c = i / planes, q = i % planes;
         v = fmaf(p.project(k, c, q), p.weight(t, c, m + q / C, q % C, 4), v);
-        v = fmaf(-p.project(k, c, q) * load_any(p.w.motion_bias[k], q), p.bias(t, c), v);
+        v = fmaf(-p.project(k, c, q) * p.s[p.flat.motion_bias[k] + q], p.bias(t, c), v);
       }
-      for (int c = lane; c < C; c += 32) v = fmaf(load_any(p.w.project_bias[k], c), p.bias(t, c), v);
+#pragma unroll 1
+      for (int c = lane; c < C; c += 32) v = fmaf(p.s[p.flat.project_bias[k] + c], p.bias(t, c), v);
       v = warp_sum(v);
       if (lane == 0) store_any(p.d.restore, t * p.w.num_maps + first + m, v);
     }
@@ -128,6 +165,7 @@ __device__ __forceinline__ void finish_restore(const Finish& p, int t, float* sh
   }
   if (threadIdx.x == 0) {
     float v = 0.f;
+#pragma unroll 1
     for (int c = 0; c < C; ++c) v += p.bias(t, c);
     store_any(p.d.restore_bias, t, v);
   }
@@ -135,9 +173,11 @@ __device__ __forceinline__ void finish_restore(const Finish& p, int t, float* sh
 
 __device__ __forceinline__ void finish_stencil(const Finish& p) {
   const int C = p.shape.channels, T = p.shape.frames, CP = p.layout.padded_channels, lane = threadIdx.x & 31;
+#pragma unroll 1
   for (int e = threadIdx.x >> 5; e < 27; e += THREADS / 32) {
     const int dt = e / 9, tap = e % 9;
     float v = 0.f;
+#pragma unroll 1
     for (int i = lane; i < T * C; i += 32) {  // plane i of slot t + dt - 1, over t
       const int slot = i / C, t = slot - dt + 1;
       if (t < 0 || t >= T) continue;
@@ -145,106 +185,137 @@ __device__ __forceinline__ void finish_stencil(const Finish& p) {
       v += p.weight(t, CP, plane / C, plane % C, tap);
     }
     v = warp_sum(v);
-    if (lane == 0) store_any(p.d.stencil, e, v / C);
+    if (lane == 0) store_any(p.d.stencil, e, v * __fdividef(1.f, float(C)));
   }
 }
 
 __device__ __forceinline__ void finish_cwem(const Finish& p, float* shared) {
   const int C = p.shape.channels, T = p.shape.frames, R = p.w.hidden, planes = T * C, lane = threadIdx.x & 31;
-  const int64_t all = p.shape.clips * planes;
-  const float *dz = p.gates, *means = p.gates + all;
+  const int64_t total = p.shape.clips * planes;
+  const float *dz = p.gates, *means = p.gates + total;
   float* dbias = shared + 3 * C * C;  // of the folded map; shared[(c * 3 + dt) * C + from] of its taps
+#pragma unroll 1
   for (int e = threadIdx.x >> 5; e < 3 * C * C + C; e += THREADS / 32) {
     const bool tap = e < 3 * C * C;
     const int c = tap ? e / (3 * C) : e - 3 * C * C, dt = tap ? e / C % 3 : 1, from = e % C;
     float v = 0.f;
-    for (int64_t i = lane; i < p.shape.clips * T; i += 32) {
-      const int t = int(i % T) + dt - 1;
+#pragma unroll 1
+    for (int i = lane; i < int(p.shape.clips) * T; i += 32) {
+      const int t = i % T + dt - 1;
       if (t >= 0 && t < T) v = fmaf(dz[i * C + c], tap ? means[(i + dt - 1) * C + from] : 1.f, v);
     }
     v = warp_sum(v);
     if (lane == 0) shared[e] = v;
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < R * R * 3; i += THREADS) {
     const int out = i / 3 / R, in = i / 3 % R, dt = i % 3;
     float v = 0.f;
+#pragma unroll 1
     for (int c = 0; c < C; ++c)
-      for (int from = 0; from < C; ++from) v += load_any(p.w.squeeze, c * R + out) * shared[(c * 3 + dt) * C + from] * load_any(p.w.expand, in * C + from);
+#pragma unroll 1
+      for (int from = 0; from < C; ++from) v += p.s[p.flat.squeeze + c * R + out] * shared[(c * 3 + dt) * C + from] * p.s[p.flat.expand + in * C + from];
     store_any(p.d.temporal, i, v);
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < R; i += THREADS) {
     float v = 0.f;
-    for (int c = 0; c < C; ++c) v = fmaf(load_any(p.w.squeeze, c * R + i), dbias[c], v);
+#pragma unroll 1
+    for (int c = 0; c < C; ++c) v = fmaf(p.s[p.flat.squeeze + c * R + i], dbias[c], v);
     store_any(p.d.temporal_bias, i, v);
   }
   // A warp an element of squeeze (c, out) and of expand (in, from): sums over the other hidden index.
+#pragma unroll 1
   for (int i = threadIdx.x >> 5; i < 2 * C * R; i += THREADS / 32) {
     const bool squeeze = i < C * R;
     const int e = squeeze ? i : i - C * R;
     float v = 0.f;
+#pragma unroll 1
     for (int k = lane; k < 3 * R; k += 32) {
       const int dt = k / R, other = k % R;
+#pragma unroll 1
       for (int m = 0; m < C; ++m) {
-        if (squeeze) v += shared[(e / R * 3 + dt) * C + m] * load_any(p.w.temporal, (e % R * R + other) * 3 + dt) * load_any(p.w.expand, other * C + m);
-        else v += shared[(m * 3 + dt) * C + e % C] * load_any(p.w.temporal, (other * R + e / C) * 3 + dt) * load_any(p.w.squeeze, m * R + other);
+        if (squeeze) v += shared[(e / R * 3 + dt) * C + m] * p.s[p.flat.temporal + (e % R * R + other) * 3 + dt] * p.s[p.flat.expand + other * C + m];
+        else v += shared[(m * 3 + dt) * C + e % C] * p.s[p.flat.temporal + (other * R + e / C) * 3 + dt] * p.s[p.flat.squeeze + m * R + other];
       }
     }
     v = warp_sum(v);
     if (lane > 0) continue;
-    if (squeeze) store_any(p.d.squeeze, e, fmaf(dbias[e / R], load_any(p.w.temporal_bias, e % R), v));
+    if (squeeze) store_any(p.d.squeeze, e, fmaf(dbias[e / R], p.s[p.flat.temporal_bias + e % R], v));
     else store_any(p.d.expand, e, v);
   }
 }
 
-__global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ Finish p) {
-  SOAP_SHARED(float, shared);
-  const int C = p.shape.channels, T = p.shape.frames;
+__global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ FinishParams all) {
+  SOAP_SHARED(float, whole);
+  const int C = all.shape.channels, T = all.shape.frames;
   int block = blockIdx.x;
-  if (block < p.motion_blocks) {
+  const int folded_blocks = all.motion_blocks + all.project_blocks + all.frame_blocks + 2;  // those that use shared memory
+  float* sums = whole + align4(all.flat.begin[all.flat.count]);
+  float* gates = sums + all.copied_sums;
+  float* shared = gates + all.copied_gates;
+  if (block < folded_blocks) {
+    const float4* from = reinterpret_cast<const float4*>(all.sums);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < all.copied_sums / 4; i += THREADS) reinterpret_cast<float4*>(sums)[i] = from[i];
+#pragma unroll 2
+    for (int i = threadIdx.x; i < all.copied_gates; i += THREADS) gates[i] = all.gates[i];
+    all.flat.load(whole);
+    __syncthreads();
+  }
+  const bool copied = block < folded_blocks;
+  const Finish p{all, all.shape, all.options, all.layout, all.w, all.d, all.flat, all.numel, whole,
+                 copied && all.copied_sums ? sums : all.sums, copied && all.copied_gates ? gates : all.gates};
+  if (block < all.motion_blocks) {
+#pragma unroll 1
     for (int k = 0; k < p.w.num_sizes; ++k) {
       if (block < p.w.tuple_sizes[k] * C) return finish_motion(p, k, block, shared);
       block -= p.w.tuple_sizes[k] * C;
     }
   }
-  block -= p.motion_blocks;
-  if (block < p.project_blocks) return finish_project(p, block / C, block % C, shared);
-  block -= p.project_blocks;
-  if (block < p.frame_blocks) return finish_restore(p, block, shared);
-  block -= p.frame_blocks;
+  block -= all.motion_blocks;
+  if (block < all.project_blocks) return finish_project(p, block / C, block % C, shared);
+  block -= all.project_blocks;
+  if (block < all.frame_blocks) return finish_restore(p, block, shared);
+  block -= all.frame_blocks;
   if (p.options.stencil && p.d.stencil.data && block-- == 0) return finish_stencil(p);
   if (p.options.cwem && p.d.squeeze.data && block-- == 0) return finish_cwem(p, shared);
-  if (block < p.direct_blocks) {  // a weight given as it is
+  if (block < all.direct_blocks) {  // a weight given as it is
     const int64_t i = int64_t(block) * THREADS + threadIdx.x, planes = T * C;
     if (i < planes * planes * 9) {
-      const int row = int(i / 9 / planes), column = int(i / 9 % planes);
-      if (p.d.conv.data) store_any(p.d.conv, i, p.weight(row / C, row % C, column / C, column % C, int(i % 9)));
+      const int row = int(i) / 9 / int(planes), column = int(i) / 9 % int(planes);
+      if (p.d.conv.data) store_any(p.d.conv, i, p.weight(row / C, row % C, column / C, column % C, int(i) % 9));
     }
     if (i < planes && p.d.conv_bias.data) store_any(p.d.conv_bias, i, p.bias(int(i) / C, int(i) % C));
     return;
   }
-  block -= p.direct_blocks;
+  block -= all.direct_blocks;
   const int64_t i = int64_t(block) * THREADS + threadIdx.x;  // plane means (CWEM), or the gate itself
   if (i >= p.shape.clips * T * C) return;
   if (p.d.gate.data) store_any(p.d.gate, i, p.gates[i]);
-  if (!p.dmeans) return;
-  const float* taps = p.prepared + p.layout.taps;
-  const int t = int(i / C % T), from = int(i % C);
+  if (!all.dmeans) return;
+  const float* taps = all.prepared + p.layout.taps;
+  const int t = int(i) / C % T, from = int(i) % C;
   float v = 0.f;
+#pragma unroll 1
   for (int dt = 0; dt < 3; ++dt)
     if (t - dt + 1 >= 0 && t - dt + 1 < T)
-      for (int c = 0; c < C; ++c) v = fmaf(taps[(c * 3 + dt) * C + from], p.gates[(i / C - dt + 1) * C + c], v);
-  p.dmeans[i] = v;
+#pragma unroll 1
+      for (int c = 0; c < C; ++c) v = fmaf(taps[(c * 3 + dt) * C + from], p.gates[(int(i) / C - dt + 1) * C + c], v);
+  all.dmeans[i] = v;
 }
 
 }  // namespace
 
 void finish(const Shape& shape, const Options& options, const Weights& weights, const float* prepared, const float* sums, const float* gates,
             const Weights& dweights, float* dmeans, void* stream) {
-  Finish p{shape, options, layout(shape, options), weights, dweights, prepared, sums, gates, dmeans, plan_sweep(shape, options).numel, 0, 0, 0, 0, 0};
+  const SweepPlan plan = plan_sweep(shape, options);
+  FinishParams p{shape, options, layout(shape, options), weights, dweights, FlatWeights(weights, shape, options), prepared, sums, gates, dmeans, plan.numel, 0, 0, 0, 0, 0, 0, 0};
   const int C = shape.channels;
   int largest = 32;
   if (options.hmem && dweights.restore.data) {
+#pragma unroll 1
     for (int k = 0; k < weights.num_sizes; ++k) {
       p.motion_blocks += weights.tuple_sizes[k] * C;
       largest = weights.tuple_sizes[k] * C * C * 9 > largest ? weights.tuple_sizes[k] * C * C * 9 : largest;
@@ -258,7 +329,10 @@ void finish(const Shape& shape, const Options& options, const Weights& weights, 
   const int blocks = p.motion_blocks + p.project_blocks + p.frame_blocks + p.direct_blocks + p.mean_blocks +
                      (options.stencil && dweights.stencil.data ? 1 : 0) + (options.cwem && dweights.squeeze.data ? 1 : 0);
   if (blocks == 0) return;
-  const size_t shared = sizeof(float) * size_t(largest + C * 9 + C + 3 * C * C + 1);
+  const int64_t weights_numel = align4(p.flat.total()), rest = align4(largest + C * 9 + C + 3 * C * C + 1), room = 96 * 1024 / 4 - weights_numel - rest;
+  if (options.rows() && plan.sums <= room) p.copied_sums = int(plan.sums);
+  if (options.cwem && plan.gates % 4 == 0 && plan.gates <= room - p.copied_sums) p.copied_gates = int(plan.gates);
+  const size_t shared = sizeof(float) * size_t(weights_numel + p.copied_sums + p.copied_gates + rest);
   allow_shared(finish_kernel, shared);
   SOAP_LAUNCH(finish_kernel, unsigned(blocks), THREADS, shared, stream, p);
   launched("finish");

@@ -76,10 +76,12 @@ __global__ void __launch_bounds__(128, SOAP_FUSE_BLOCKS) fuse_kernel(const __gri
   const int64_t b = blockIdx.x / p.tiles;
   const int tile = int(blockIdx.x % p.tiles), h0 = tile / p.tiles_wide * TILE_ROWS, w0 = tile % p.tiles_wide * TILE_WIDTH;
   const Clip<X> x = clip_of<X>(p.x, s, b, p.vector_x);
-  if (threadIdx.x >= 96) gate_prologue(gates, means, s, o, p.layout, p.prepared, p.gate, b);
+  GatePrologue prologue;
+  if (threadIdx.x >= 96) prologue.begin(s, o, p.layout, p.prepared, b);
   if (o.rows())
 #pragma unroll 1
     for (int from = 0; from < octets; ++from) stage<X, MODE, CP, 128>(shared + from * OCTET, terms_apart, x, o, from, h0 - 1, w0, 0, HALO_ROWS, 31);
+  if (threadIdx.x >= 96) prologue.end(gates, means, s, o, p.layout, p.prepared, p.gate, b);
   __syncthreads();
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, w = w0 + 8 * q;

@@ -75,7 +75,7 @@ struct Layout {
   int64_t means, taps, bias, scale, packed, total;
 };
 
-inline int64_t align4(int64_t n) { return (n + 3) / 4 * 4; }
+SOAP_BOTH inline int64_t align4(int64_t n) { return (n + 3) / 4 * 4; }
 
 inline int packed_terms(int mode) { return mode == BF16X1 ? 1 : mode == BF16X3 ? 2 : mode == F16X1 ? 3 : 2; }
 

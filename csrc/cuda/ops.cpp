@@ -14,8 +14,8 @@
 #define SOAP_KEY CPU
 #else
 #define SOAP_KEY CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace {
@@ -32,7 +32,7 @@ class OnDevice {
   explicit OnDevice(const Tensor&) {}
 #else
   explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
   }
 #endif
   void* stream = nullptr;

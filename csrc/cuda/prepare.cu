@@ -2,7 +2,7 @@
 //
 // One launch. A block per row of the folded convolution, a block per channel of CWEM, then a block per segment of a
 // plane. Reads the weights and x once; bound by reading x (its roofline: bytes of x over the memory bandwidth).
-#include "tile.cuh"
+#include "flat.cuh"
 
 namespace soap {
 
@@ -19,6 +19,7 @@ struct Prepare {
   Layout layout;
   Frames x;
   Weights w;
+  FlatWeights flat;
   float* out;
   float* dense;
   bool linear;  // planes are contiguous and 16-byte aligned, their segments whole vectors
@@ -35,43 +36,54 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
   const int CP = p.layout.padded_channels, C = s.channels, T = s.frames, K = p.layout.columns;
   const int octet = row / ((CP + 1) * 8), j = row / 8 % (CP + 1), t = octet * 8 + row % 8;
   const bool is_conv = t < T && j < C && p.options.conv(), is_stencil = t < T && j == CP && p.options.stencil;
-  float* weight = shared;                       // [K][9]
-  float* moved = weight + K * 9;                // per tuple size [o * C][9]
-  float* scratch = shared + K * 9;              // once moved is done with
+  const float* w = shared;
+  float* weight = shared + align4(p.flat.begin[p.flat.count]);  // [K][9]
+  float* moved = weight + K * 9;                                // per tuple size [o * C][9]
+  float* scratch = moved;                                       // once moved is done with
+  p.flat.load(shared);
+  __syncthreads();
   float bias = 0.f;
   if (is_conv && p.options.hmem) {
     int first = 0, offset = 0;
+#pragma unroll 1
     for (int k = 0; k < p.w.num_sizes; ++k) {
       const int o = p.w.tuple_sizes[k], planes = o * C;
+#pragma unroll 1
       for (int i = threadIdx.x; i < planes * 9; i += THREADS) {
         float v = 0.f;
-        for (int q = 0; q < planes; ++q) v += load_any(p.w.project[k], j * planes + q) * load_any(p.w.motion[k], int64_t(q) * planes * 9 + i);
+#pragma unroll 1
+        for (int q = 0; q < planes; ++q) v += w[p.flat.project[k] + j * planes + q] * w[p.flat.motion[k] + q * planes * 9 + i];
         moved[offset + i] = v;
       }
-      float constant = load_any(p.w.project_bias[k], j), reach = 0.f;
-      for (int q = 0; q < planes; ++q) constant -= load_any(p.w.project[k], j * planes + q) * load_any(p.w.motion_bias[k], q);
-      for (int i = 0; i < T - o; ++i) reach += load_any(p.w.restore, t * p.w.num_maps + first + i);
+      float constant = w[p.flat.project_bias[k] + j], reach = 0.f;
+#pragma unroll 1
+      for (int q = 0; q < planes; ++q) constant -= w[p.flat.project[k] + j * planes + q] * w[p.flat.motion_bias[k] + q];
+#pragma unroll 1
+      for (int i = 0; i < T - o; ++i) reach += w[p.flat.restore + t * p.w.num_maps + first + i];
       bias += reach * constant;
       first += T - o;
       offset += planes * 9;
     }
-    bias += load_any(p.w.restore_bias, t);
+    bias += w[p.flat.restore_bias + t];
   } else if (is_conv && p.w.conv_bias.data) {
     bias = load_any(p.w.conv_bias, t * C + j);
   }
   __syncthreads();
   float largest = 0.f;
+#pragma unroll 1
   for (int i = threadIdx.x; i < K * 9; i += THREADS) {
     const int column = i / 9, tap = i % 9, f = column / (CP * 8) * 8 + column % 8, c = column / 8 % CP;
     float v = 0.f;
     if (f < T && c < C) {
       if (is_conv && p.options.hmem) {
         int first = 0, offset = 0;
+#pragma unroll 1
         for (int k = 0; k < p.w.num_sizes; ++k) {
           const int o = p.w.tuple_sizes[k], maps = T - o;
+#pragma unroll 1
           for (int m = max(0, f - o); m <= min(maps - 1, f); ++m) {   // the difference that starts at frame m reads f
-            const float z = load_any(p.w.restore, t * p.w.num_maps + first + m);
-            if (f - m < o && tap == 4) v += z * load_any(p.w.project[k], j * o * C + (f - m) * C + c);
+            const float z = w[p.flat.restore + t * p.w.num_maps + first + m];
+            if (f - m < o && tap == 4) v += z * w[p.flat.project[k] + j * o * C + (f - m) * C + c];
             if (f - m >= 1) v -= z * moved[offset + ((f - m - 1) * C + c) * 9 + tap];
           }
           first += maps;
@@ -81,7 +93,7 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
         v = load_any(p.w.conv, (int64_t(t * C + j) * T * C + f * C + c) * 9 + tap);
       } else if (is_stencil) {
         const int dt = slot(p, f, c) - t + 1;
-        if (dt >= 0 && dt < 3) v = load_any(p.w.stencil, dt * 9 + tap) / C;
+        if (dt >= 0 && dt < 3) v = w[p.flat.stencil + dt * 9 + tap] * __fdividef(1.f, float(C));
       }
       if (p.dense && t < T && (j < C || j == CP)) {
         const int r = (j == CP ? C : j) * T + t;
@@ -94,19 +106,26 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
   }
   __syncthreads();
   float* out = p.out;
-  float scale = 1.f;
+  float scale = 1.f, inverse = 1.f;
   if (p.options.mode == F16X1) {  // a power of two a row, so that no weight overflows in fp16 and few are subnormal
+#pragma unroll 1
     for (int o = 16; o > 0; o >>= 1) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, o));
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = largest;
     __syncthreads();
-    for (int w = 0; w < THREADS / 32; ++w) largest = fmaxf(largest, scratch[w]);
-    if (largest > 0.f && largest < 3e38f) scale = exp2f(floorf(log2f(largest)));
+#pragma unroll 1
+    for (int k = 0; k < THREADS / 32; ++k) largest = fmaxf(largest, scratch[k]);
+    if (largest > 0.f && largest < 3e38f) {
+      const float power = floorf(log2f(largest));
+      scale = exp2f(power);
+      inverse = exp2f(-power);
+    }
   }
   if (threadIdx.x == 0) {
     out[p.layout.bias + row] = -LOG2E * bias;
     out[p.layout.scale + row] = scale;
   }
   if (p.options.mode == EXACT) {  // [column][tap][row]
+#pragma unroll 1
     for (int i = threadIdx.x; i < K * 9; i += THREADS) out[p.layout.packed + int64_t(i) * p.layout.rows + row] = weight[i];
     return;
   }
@@ -116,6 +135,7 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
   const int lane_words = CP == 3 ? 12 : 2, vector = CP == 3 ? 4 : 2;
   const int local = row % ((CP + 1) * 8), tile = local / 16, half = local / 8 % 2, g = local % 8;
   uint32_t* packed = reinterpret_cast<uint32_t*>(out + p.layout.packed);
+#pragma unroll 1
   for (int i = threadIdx.x; i < K / 2 * 9; i += THREADS) {
     const int pair = i / 9, tap = i % 9, chunk = pair / 4, q = pair % 4, from = chunk / CP, c = chunk % CP;
     const float a = weight[(pair * 2) * 9 + tap], b = weight[(pair * 2 + 1) * 9 + tap];
@@ -125,25 +145,32 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
     const uint32_t high = pack<false>(a, b);
     packed[at] = high;
     if (p.options.mode != BF16X1) packed[at + p.layout.words] = pack_rest(a, b, high);
-    if (p.options.mode == F16X1) packed[at + 2 * int64_t(p.layout.words)] = pack<true>(a / scale, b / scale);
+    if (p.options.mode == F16X1) packed[at + 2 * int64_t(p.layout.words)] = pack<true>(a * inverse, b * inverse);
   }
 }
 
 // CWEM folded: taps[c][dt][c'] = sum over r', r of squeeze[c, r'] temporal[r', r, dt] expand[r, c'], and its bias.
 __device__ __forceinline__ void fold_cwem(const Prepare& p, int c, float* shared) {
   const int C = p.shape.channels, hidden = p.w.hidden;
+  const float* w = shared;
+  float* scratch = shared + align4(p.flat.begin[p.flat.count]);
+  p.flat.load(shared);
+  __syncthreads();
   float* out = p.out + p.layout.taps;
+#pragma unroll 1
   for (int e = 0; e < 3 * C; ++e) {
     const int dt = e / C, from = e % C;
     float v = 0.f;
+#pragma unroll 1
     for (int i = threadIdx.x; i < hidden * hidden; i += THREADS)
-      v += load_any(p.w.squeeze, c * hidden + i / hidden) * load_any(p.w.temporal, i * 3 + dt) * load_any(p.w.expand, (i % hidden) * C + from);
-    v = block_sum(v, shared);
+      v += w[p.flat.squeeze + c * hidden + i / hidden] * w[p.flat.temporal + i * 3 + dt] * w[p.flat.expand + (i % hidden) * C + from];
+    v = block_sum(v, scratch);
     if (threadIdx.x == 0) out[(c * 3 + dt) * C + from] = v;
   }
   float v = 0.f;
-  for (int i = threadIdx.x; i < hidden; i += THREADS) v += load_any(p.w.squeeze, c * hidden + i) * load_any(p.w.temporal_bias, i);
-  v = block_sum(v, shared);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < hidden; i += THREADS) v += w[p.flat.squeeze + c * hidden + i] * w[p.flat.temporal_bias + i];
+  v = block_sum(v, scratch);
   if (threadIdx.x == 0) out[3 * C * C + c] = v;
 }
 
@@ -168,7 +195,9 @@ template <class X> __device__ __forceinline__ void sum_segment(const Prepare& p,
     }
   } else {
     const int begin = int(int64_t(s.height) * segment / SEGMENTS), end = int(int64_t(s.height) * (segment + 1) / SEGMENTS);
+#pragma unroll 1
     for (int h = begin + int(threadIdx.x >> 5); h < end; h += THREADS / 32)
+#pragma unroll 1
       for (int w = threadIdx.x & 31; w < s.width; w += 32) total += to_float(x[h * p.x.row + w * p.x.column]);
   }
   total = block_sum(total, shared);
@@ -194,15 +223,16 @@ __global__ void __launch_bounds__(THREADS) prepare_kernel(const __grid_constant_
 }  // namespace
 
 void prepare(const Shape& shape, const Options& options, const Frames& x, const Weights& weights, float* prepared, float* dense, void* stream) {
-  Prepare p{shape, options, layout(shape, options), x, weights, prepared, dense, false};
+  Prepare p{shape, options, layout(shape, options), x, weights, FlatWeights(weights, shape, options), prepared, dense, false};
   int64_t planes = shape.clips * shape.frames * shape.channels, moved = 0;
+#pragma unroll 1
   for (int k = 0; options.hmem && k < weights.num_sizes; ++k) moved += weights.tuple_sizes[k] * shape.channels * 9;
   const int64_t blocks = (options.rows() ? p.layout.rows : 0) + (options.cwem ? shape.channels + planes * SEGMENTS : 0);
   if (blocks == 0) return;
   const int vector = x.dtype == F32 ? 4 : 8;
   p.linear = x.column == 1 && x.row == shape.width && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.clip % vector == 0 &&
              x.frame % vector == 0 && x.channel % vector == 0 && int64_t(shape.height) * shape.width % vector == 0;
-  const size_t shared = sizeof(float) * size_t(p.layout.columns * 9 + (moved > 32 ? moved : 32));
+  const size_t shared = sizeof(float) * size_t(align4(p.flat.total()) + p.layout.columns * 9 + (moved > 32 ? moved : 32));
   allow_shared(prepare_kernel, shared);
   SOAP_LAUNCH(prepare_kernel, unsigned(blocks), THREADS, shared, stream, p);
   launched("prepare");

@@ -27,7 +27,7 @@ __device__ __forceinline__ void reduce_gate(const Reduce& p, int64_t i) {
   float v = 0.f;
   for (int part = 0; part < p.parts; ++part) v += from[int64_t(part) * CP * 8];
   if (p.options.cwem) {
-    const float area = 1.f / (float(s.height) * float(s.width));
+    const float area = __fdividef(1.f, float(s.height) * float(s.width));
     const float* taps = p.prepared + p.layout.taps;
     float z = taps[3 * C * C + c], mean = 0.f;
     for (int dt = 0; dt < 3; ++dt) {

@@ -100,7 +100,11 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
   const int begin = int(int64_t(tiles) * part / p.parts), end = int(int64_t(tiles) * (part + 1) / p.parts);
   const Clip<X> x = clip_of<X>(p.x, s, b, p.vector_x);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, n = lane & 7, matrix = lane >> 3;
-  if (p.through && warp == 5) gate_prologue(gates, means, s, o, p.layout, p.prepared, p.gate, b);
+  if (p.through && warp == 5) {
+    GatePrologue prologue;
+    prologue.begin(s, o, p.layout, p.prepared, b);
+    prologue.end(gates, means, s, o, p.layout, p.prepared, p.gate, b);
+  }
   const uint32_t* packed = reinterpret_cast<const uint32_t*>(p.prepared + p.layout.packed) + int64_t(to) * octets * 9 * Tile<CP>::LANE_WORDS * 32;
   const int kernel_row = warp % 3, share = warp / 3, t = to * 8 + g;
   float dw[3][CP][4], bias_sum[CP + 1], gate_sum[CP];
@@ -119,8 +123,15 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
         stage<X, MODE, CP, SWEEP_THREADS>(shared + from * S::OCTET, terms_apart, x, o, from, 0, w0, fresh ? h0 - 1 : h0 + 1, fresh ? 8 : 6, 7);
-    __syncthreads();
     const int h = h0 + warp, w = w0 + 8 * q;
+    if (p.grad_layout != SCALAR && t < s.frames && h < s.height && w < s.width) {  // read after the convolution
+      const char* at = static_cast<const char*>(p.grad.data);
+      const int64_t size = p.grad.dtype == F32 ? 4 : 2, i = b * p.grad.clip + t * p.grad.frame + h * p.grad.row + w * p.grad.column;
+#pragma unroll
+      for (int c = 0; c < CP; ++c)
+        if (c < s.channels) prefetch(at + (i + c * p.grad.channel) * size);
+    }
+    __syncthreads();
     float acc[MT][4][4];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -192,39 +203,53 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
     }
     __syncthreads();
     if (o.rows()) {
-      const uint4* octet = shared + only * S::OCTET;
-      // CP = 3: two m-tiles, each over all pixels; CP = 1: one, of which a warp takes the even or the odd steps.
+      if (threadIdx.x < 8 * CP * SWEEP_ROWS && (tile + 1) % p.tiles_high != 0) {  // the next tile's rows, read after this
+        const int f = only * 8 + threadIdx.x % 8, c = threadIdx.x / 8 % CP, next = h0 + SWEEP_ROWS + 1 + threadIdx.x / 8 / CP;
+        if (f < s.frames && c < s.channels && next < s.height) prefetch(x.x + f * x.frame + c * x.channel + next * x.row + w0 * x.column);
+      }
+      // CP = 3: two m-tiles, each over all pixels; CP = 1: one, of which a warp takes the even or the odd rows.
+      const int m = (CP == 3 ? share * 16 : 0) + (matrix & 1) * 8 + n, column = (matrix & 1) * 8 + n;
+      const Address x_at = address_of(shared + only * S::OCTET + Tile<CP>::chunk(0, column));
+      const int term_bytes = terms_apart * 16;
+      Address dz_at[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // of the row: 16 pixels, one step of the MMA
+        const int pixels = 2 * half + (matrix >> 1);
+        dz_at[half] = address_of(dz + pixels * ROWS + (m ^ (2 * pixels)));
+      }
 #pragma unroll 1
-      for (int step = CP == 1 ? share : 0; step < SWEEP_ROWS * 2; step += CP == 1 ? 2 : 1) {
-        const int row = step >> 1, column = 16 * (step & 1) + (matrix & 1) * 8 + n, pixels = 2 * (step & 1) + (matrix >> 1);
-        const int m = (CP == 3 ? share * 16 : 0) + (matrix & 1) * 8 + n;
-        const uint4* line = octet + ((h0 + row + kernel_row - 1) & 7) * Tile<CP>::STRIDE;
-        Fragment a[XT];
+      for (int row = CP == 1 ? share : 0; row < SWEEP_ROWS; row += CP == 1 ? 2 : 1) {
+        const Address line = x_at + ((h0 + row + kernel_row - 1) & 7) * Tile<CP>::STRIDE * 16;
 #pragma unroll
-        for (int k = 0; k < XT; ++k) ldmatrix_x4(a[k], dz + k * S::DZ + (row * 4 + pixels) * ROWS + (m ^ (2 * pixels)));
+        for (int half = 0; half < 2; ++half) {
+          Fragment a[XT];
 #pragma unroll
-        for (int dc = 0; dc < 3; ++dc)
+          for (int k = 0; k < XT; ++k) ldmatrix_x4(a[k], dz_at[half] + (k * S::DZ + row * 4 * ROWS) * 16);
 #pragma unroll
-          for (int xt = 0; xt < XT; ++xt) {
-            const uint4* at = line + xt * terms_apart + Tile<CP>::chunk(0, column + dc);
-            if constexpr (CP == 3) {
-              Fragment f;
-              uint32_t b0, b1;
-              ldmatrix_x4_trans(f, at + (matrix >> 1));
-              ldmatrix_x2_trans(b0, b1, at + 2);
+          for (int dc = 0; dc < 3; ++dc) {
+            const Address at = line + half * (16 * CP + 4) * 16 + dc * CP * 16 + (n + dc >= 8 ? 32 : 0);
 #pragma unroll
-              for (int k = 0; k < XT - xt; ++k) {
-                mma_k16<false>(dw[dc][0], a[k].v, f.v[0], f.v[1]);
-                mma_k16<false>(dw[dc][1], a[k].v, f.v[2], f.v[3]);
-                mma_k16<false>(dw[dc][2], a[k].v, b0, b1);
+            for (int xt = 0; xt < XT; ++xt) {
+              if constexpr (CP == 3) {
+                Fragment f;
+                uint32_t b0, b1;
+                ldmatrix_x4_trans(f, at + xt * term_bytes + (matrix >> 1) * 16);
+                ldmatrix_x2_trans(b0, b1, at + xt * term_bytes + 32);
+#pragma unroll
+                for (int k = 0; k < XT - xt; ++k) {
+                  mma_k16<false>(dw[dc][0], a[k].v, f.v[0], f.v[1]);
+                  mma_k16<false>(dw[dc][1], a[k].v, f.v[2], f.v[3]);
+                  mma_k16<false>(dw[dc][2], a[k].v, b0, b1);
+                }
+              } else {
+                uint32_t b0, b1;
+                ldmatrix_x2_trans(b0, b1, at + xt * term_bytes);
+#pragma unroll
+                for (int k = 0; k < XT - xt; ++k) mma_k16<false>(dw[dc][0], a[k].v, b0, b1);
               }
-            } else {
-              uint32_t b0, b1;
-              ldmatrix_x2_trans(b0, b1, at);
-#pragma unroll
-              for (int k = 0; k < XT - xt; ++k) mma_k16<false>(dw[dc][0], a[k].v, b0, b1);
             }
           }
+        }
       }
     }
     __syncthreads();

@@ -79,6 +79,20 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
   constexpr int V = TypeOf<X>::vector, GROUPS = TILE_WIDTH / V, WORDS = V * sizeof(X) / 4;
   constexpr bool RAW = (MODE == BF16X1 && TypeOf<X>::dtype == BF16) || (MODE == F16X1 && TypeOf<X>::dtype == F16);
   const int frames = min(8, x.frames - octet * 8);
+  // The columns left and right, a thread each: their loads are under way while the rows' are.
+  const int side = threadIdx.x & 1, edge_c = threadIdx.x / 2 % CP, edge_r = first + int(threadIdx.x) / 2 / CP;
+  const bool edge = int(threadIdx.x) < CP * 2 * rows;
+  float edges[8];
+  if (edge) {
+    const int h = h0 + edge_r, w = side ? w0 + TILE_WIDTH : w0 - 1;
+    const bool in = h >= 0 && h < x.height && w >= 0 && w < x.width && edge_c < x.channels;
+    const X* p = x.x + int64_t(octet) * 8 * x.frame + edge_c * x.channel + h * x.row + w * x.column;
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      edges[t] = in && t < frames ? load_one(p, of_channel(o.scale, edge_c), of_channel(o.shift, edge_c)) : 0.f;
+      p += x.frame;
+    }
+  }
   for (int i = threadIdx.x; i < CP * GROUPS * rows; i += THREADS) {
     const int group = i % GROUPS, c = i / GROUPS % CP, r = first + i / GROUPS / CP, h = h0 + r, w = w0 + group * V;
     const bool in = h >= 0 && h < x.height && c < x.channels && w < x.width;
@@ -122,16 +136,7 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
       }
     }
   }
-  for (int i = threadIdx.x; i < CP * 2 * rows; i += THREADS) {  // the columns left and right
-    const int side = i & 1, c = i / 2 % CP, r = first + i / 2 / CP, h = h0 + r, w = side ? w0 + TILE_WIDTH : w0 - 1;
-    const bool in = h >= 0 && h < x.height && w >= 0 && w < x.width && c < x.channels;
-    const X* p = x.x + int64_t(octet) * 8 * x.frame + c * x.channel + h * x.row + w * x.column;
-    const float scale = of_channel(o.scale, c), shift = of_channel(o.shift, c);
-    float u[8];
-#pragma unroll
-    for (int t = 0; t < 8; ++t) u[t] = in && t < frames ? load_one(p + t * x.frame, scale, shift) : 0.f;
-    put<MODE>(s + Tile<CP>::chunk(r & mask, side ? HALO_WIDTH - 1 : 0) + c, terms_apart, u);
-  }
+  if (edge) put<MODE>(s + Tile<CP>::chunk(edge_r & mask, side ? HALO_WIDTH - 1 : 0) + edge_c, terms_apart, edges);
 }
 
 // acc[tile][n-tile][fragment] += folded convolution of one octet, for a row of 32 pixels. `row` is the halo row above it;
@@ -142,15 +147,17 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
   constexpr int XT = Terms<MODE>::N, LW = Tile<CP>::LANE_WORDS;
   constexpr bool HALF = MODE == F16X1;
   const int lane = threadIdx.x & 31, n = lane & 7, matrix = lane >> 3, column = 8 * (n >> 1) + (n & 1);
-  // Which pixel this lane points ldmatrix at. A tap to the right crosses a multiple of 8, where chunk() leaps, only from
-  // the last n-tile (of CP = 3: the second of a pair).
+  // Which pixel this lane points ldmatrix at. A tap to the right crosses a multiple of 8, where chunk() leaps by 2, only
+  // from the last n-tile (of CP = 3: the second of a pair): from this kernel column on.
   const int far4 = 2 * (CP == 3 ? matrix >> 1 : matrix), far2 = 2 * (matrix & 1);
-  const uint4* at4 = s + Tile<CP>::chunk(0, column + far4) + (CP == 3 ? matrix & 1 : 0);
-  const uint4* at2 = s + Tile<CP>::chunk(0, column + far2) + 2;
+  const int leap4_from = (CP == 3 ? 4 : 8) - (n & 1) - far4, leap2_from = 4 - (n & 1) - far2;
+  const Address at4 = address_of(s + Tile<CP>::chunk(0, column + far4) + (CP == 3 ? matrix & 1 : 0));
+  const Address at2 = address_of(s + Tile<CP>::chunk(0, column + far2) + 2);
+  const int term_bytes = terms_apart * 16;
   packed += lane * (CP == 3 ? 4 : 2);
+  int dc = 0, line = (row & MASK) * Tile<CP>::STRIDE * 16;
 #pragma unroll 1
   for (int tap = 0; tap < 9; ++tap) {
-    const int dr = tap / 3, dc = tap % 3, line = ((row + dr) & MASK) * Tile<CP>::STRIDE + dc * CP;
     uint32_t a[XT][LW];
 #pragma unroll
     for (int k = 0; k < XT; ++k) {
@@ -168,13 +175,13 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
     if constexpr (CP == 3) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {  // n-tiles 2 * pair, 2 * pair + 1
-        const int leap4 = pair && (n & 1) + 4 + far4 + dc >= 8 ? 2 : 0, leap2 = pair && (n & 1) + 4 + far2 + dc >= 8 ? 2 : 0;
+        const int leap4 = pair && dc >= leap4_from ? 32 : 0, leap2 = pair && dc >= leap2_from ? 32 : 0;
 #pragma unroll
         for (int xt = 0; xt < XT; ++xt) {
           Fragment b;
           uint32_t b0, b1;
-          ldmatrix_x4(b, at4 + line + leap4 + xt * terms_apart + pair * 4 * CP);
-          ldmatrix_x2(b0, b1, at2 + line + leap2 + xt * terms_apart + pair * 4 * CP);
+          ldmatrix_x4(b, at4 + line + leap4 + xt * term_bytes + pair * 64 * CP);
+          ldmatrix_x2(b0, b1, at2 + line + leap2 + xt * term_bytes + pair * 64 * CP);
 #pragma unroll
           for (int k = 0; k < XT - xt; ++k)
 #pragma unroll
@@ -187,11 +194,11 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
         }
       }
     } else {
-      const int leap = (n & 1) + far4 + dc >= 8 ? 2 : 0;
+      const int leap = dc >= leap4_from ? 32 : 0;
 #pragma unroll
       for (int xt = 0; xt < XT; ++xt) {
         Fragment b;
-        ldmatrix_x4(b, at4 + line + leap + xt * terms_apart);
+        ldmatrix_x4(b, at4 + line + leap + xt * term_bytes);
 #pragma unroll
         for (int k = 0; k < XT - xt; ++k)
 #pragma unroll
@@ -199,41 +206,66 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
       }
     }
     packed += LW * 32;
+    line += CP * 16;
+    if (++dc == 3) {
+      dc = 0;
+      line = (++row & MASK) * Tile<CP>::STRIDE * 16;
+    }
   }
 }
 
-// The gate of each plane of the clip, (T, C) in `gates`, plus `offset`: the work of one warp, while others load frames.
-__device__ __forceinline__ void gate_prologue(float* gates, float* means, const Shape& s, const Options& o, const Layout& l,
-                                              const float* prepared, const Array& given, int64_t b) {
-  const int C = s.channels, planes = s.frames * C, lane = threadIdx.x & 31;
-  const float offset = o.multiplicative ? o.offset : 0.f;
-  if (!o.cwem) {
-    for (int i = lane; i < planes; i += 32) gates[i] = offset + (o.given_gate ? load_any(given, b * planes + i) : 0.f);
-    return;
-  }
-  const float area = 1.f / (float(s.height) * float(s.width));
-#pragma unroll 1
-  for (int i = lane; i < planes; i += 32) {
-    const float4* part = reinterpret_cast<const float4*>(prepared + l.means + (b * planes + i) * SEGMENTS);
+// The gates of a clip's planes, (T, C), plus `offset`: the work of one warp, a lane a plane. What it needs from memory is
+// asked for first (`begin`), so that it arrives while the block loads frames; `end` leaves the gates in shared memory.
+struct GatePrologue {
+  float mean, tap[3 * MAX_CHANNELS], bias;
+
+  static __device__ __forceinline__ float mean_of(const Shape& s, const Options& o, const Layout& l, const float* prepared, int64_t b, int plane) {
+    const float4* part = reinterpret_cast<const float4*>(prepared + l.means + (b * s.frames * s.channels + plane) * SEGMENTS);
     float sum = 0.f;
 #pragma unroll
-    for (int k = 0; k < SEGMENTS / 4; ++k) sum += (part[k].x + part[k].y) + (part[k].z + part[k].w);
-    means[i] = fmaf(sum * area, of_channel(o.scale, i % C), of_channel(o.shift, i % C));
+    for (int k = 0; k < SEGMENTS / 4; ++k) {
+      const float4 v = part[k];
+      sum += (v.x + v.y) + (v.z + v.w);
+    }
+    const int c = plane % s.channels;
+    return fmaf(sum * __fdividef(1.f, float(s.height) * float(s.width)), of_channel(o.scale, c), of_channel(o.shift, c));
   }
-  __syncwarp();
-  const float* taps = prepared + l.taps;
+  __device__ __forceinline__ void begin(const Shape& s, const Options& o, const Layout& l, const float* prepared, int64_t b) {
+    const int lane = threadIdx.x & 31, C = s.channels, c = lane % C;
+    if (!o.cwem) return;
+    mean = lane < s.frames * C ? mean_of(s, o, l, prepared, b, lane) : 0.f;
+    bias = prepared[l.taps + 3 * C * C + c];
+#pragma unroll
+    for (int i = 0; i < 3 * MAX_CHANNELS; ++i) {
+      const int dt = i / MAX_CHANNELS, from = i % MAX_CHANNELS;
+      tap[i] = from < C ? prepared[l.taps + (c * 3 + dt) * C + from] : 0.f;
+    }
+  }
+  __device__ __forceinline__ void end(float* gates, float* means, const Shape& s, const Options& o, const Layout& l, const float* prepared,
+                                      const Array& given, int64_t b) const {
+    const int C = s.channels, planes = s.frames * C, lane = threadIdx.x & 31;
+    const float offset = o.multiplicative ? o.offset : 0.f;
+    if (!o.cwem) {
+      for (int i = lane; i < planes; i += 32) gates[i] = offset + (o.given_gate ? load_any(given, b * planes + i) : 0.f);
+      return;
+    }
+    if (lane < planes) means[lane] = mean;
+    for (int i = lane + 32; i < planes; i += 32) means[i] = mean_of(s, o, l, prepared, b, i);
+    __syncwarp();
 #pragma unroll 1
-  for (int i = lane; i < planes; i += 32) {
-    const int t = i / C, c = i % C;
-    float z = taps[3 * C * C + c];
+    for (int i = lane; i < planes; i += 32) {
+      const int t = i / C, c = i % C;
+      float z = i < 32 ? bias : prepared[l.taps + 3 * C * C + c];
 #pragma unroll
-    for (int dt = 0; dt < 3; ++dt)
-#pragma unroll
-      for (int from = 0; from < MAX_CHANNELS; ++from)
-        if (from < C && t + dt >= 1 && t + dt <= s.frames) z = fmaf(taps[(c * 3 + dt) * C + from], means[(t + dt - 1) * C + from], z);
-    gates[i] = offset + logistic2(-LOG2E * z);
+      for (int k = 0; k < 3 * MAX_CHANNELS; ++k) {
+        const int dt = k / MAX_CHANNELS, from = k % MAX_CHANNELS;
+        if (from < C && t + dt >= 1 && t + dt <= s.frames)
+          z = fmaf(i < 32 ? tap[k] : prepared[l.taps + (c * 3 + dt) * C + from], means[(t + dt - 1) * C + from], z);
+      }
+      gates[i] = offset + logistic2(-LOG2E * z);
+    }
   }
-}
+};
 
 inline bool vector_rows(const Frames& x, const Shape& s) {
   const int64_t v = x.dtype == F32 ? 4 : 8, bytes = x.dtype == F32 ? 16 : x.dtype == U8 ? 8 : 16;

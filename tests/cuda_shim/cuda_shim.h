@@ -344,6 +344,7 @@ using std::max;
 using std::min;
 inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t r = 0;
@@ -352,11 +353,13 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 namespace soap {
+using Address = const char*;  // a 32-bit number on a GPU
+inline Address address_of(const void* p) { return static_cast<Address>(p); }
 struct Fragment { uint32_t v[4]; };
-inline void ldmatrix_x4(Fragment& f, const void* row) { cuda_shim::ldmatrix<4, false>(f.v, row, __LINE__); }
-inline void ldmatrix_x4_trans(Fragment& f, const void* row) { cuda_shim::ldmatrix<4, true>(f.v, row, __LINE__); }
-inline void ldmatrix_x2(uint32_t& a, uint32_t& b, const void* row) { uint32_t v[2]; cuda_shim::ldmatrix<2, false>(v, row, __LINE__); a = v[0]; b = v[1]; }
-inline void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, const void* row) { uint32_t v[2]; cuda_shim::ldmatrix<2, true>(v, row, __LINE__); a = v[0]; b = v[1]; }
+inline void ldmatrix_x4(Fragment& f, Address row) { cuda_shim::ldmatrix<4, false>(f.v, row, __LINE__); }
+inline void ldmatrix_x4_trans(Fragment& f, Address row) { cuda_shim::ldmatrix<4, true>(f.v, row, __LINE__); }
+inline void ldmatrix_x2(uint32_t& a, uint32_t& b, Address row) { uint32_t v[2]; cuda_shim::ldmatrix<2, false>(v, row, __LINE__); a = v[0]; b = v[1]; }
+inline void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, Address row) { uint32_t v[2]; cuda_shim::ldmatrix<2, true>(v, row, __LINE__); a = v[0]; b = v[1]; }
 template <bool HALF> inline void mma_k16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) { const uint32_t b[2] = {b0, b1}; cuda_shim::mma<2>(c, a, b, HALF, __LINE__); }
 template <bool HALF> inline void mma_k8(float* c, const uint32_t* a, uint32_t b0) { cuda_shim::mma<1>(c, a, &b0, HALF, __LINE__); }
 }  // namespace soap

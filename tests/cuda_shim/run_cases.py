@@ -1,0 +1,46 @@
+"""Runs the cases on a shim library in a process of its own: `python run_cases.py LIBRARY [NAME ...]`.
+
+Prints one line a case and ends with 1 if one is wrong, which includes what the shim or AddressSanitizer reports.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soap_kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cuda_cases import FUSIONS, SOAPS, check_fusion, check_soap, check_window_sums
+
+from soap_kernels import cuda
+
+
+def use(library: Path | str) -> None:
+    """Makes the cuda backend serve CPU tensors through a shim library."""
+    torch.ops.load_library(str(library))
+    cuda.shared_memory_limit = lambda device: 227 * 1024  # type: ignore[assignment]
+
+
+def main(library: str, names: list[str]) -> int:
+    torch.set_num_threads(1)
+    use(library)
+    wrong = 0
+    for case in (*SOAPS, *FUSIONS):
+        if names and case.name not in names:
+            continue
+        try:
+            (check_soap if case in SOAPS else check_fusion)(case, cuda.BACKEND, torch.device("cpu"))
+            print(f"right {case.name}", flush=True)
+        except (AssertionError, RuntimeError) as error:
+            wrong += 1
+            print(f"WRONG {case.name}: {str(error).splitlines()[0]}", flush=True)
+    if not names:
+        check_window_sums(cuda.BACKEND, torch.device("cpu"))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

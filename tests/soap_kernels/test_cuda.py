@@ -1,0 +1,152 @@
+"""The CUDA C++ kernels without a GPU: the same sources, run on the CPU by the shim, against the float64 oracle."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_cases import FUSIONS, SOAPS, Case, FusionCase, check_fusion, check_soap, check_window_sums, soap_tensors
+from run_cases import use
+
+import build as shim
+from soap_kernels import backends, cuda
+
+FOLDER = shim.ROOT / "build" / "cuda_shim"
+RUNNER = Path(shim.__file__).with_name("run_cases.py")
+CPU = torch.device("cpu")
+# What the quick build serves: see build.FEW.
+QUICK_SOAPS = [
+    c
+    for c in SOAPS
+    if c.dtype in ("float32", "bfloat16") and c.shape[2] > 1 and c.precision != "fast" and c.shape[1] <= 8
+]
+QUICK_FUSIONS = [c for c in FUSIONS if c.dtype != "float16" and c.shape[1] <= 8]
+
+pytestmark = pytest.mark.skipif(shim.cuda_include() is None, reason="the CUDA headers are not installed")
+
+
+@pytest.fixture(scope="module")
+def backend() -> backends.Backend:
+    use(shim.build(FOLDER, replace=shim.FEW))
+    return cuda.BACKEND
+
+
+@pytest.mark.parametrize("case", QUICK_SOAPS, ids=lambda c: c.name)
+def test_soap_agrees_with_the_oracle(case: Case, backend: backends.Backend) -> None:
+    check_soap(case, backend, CPU)
+
+
+@pytest.mark.parametrize("case", QUICK_FUSIONS, ids=lambda c: c.name)
+def test_fuse_priors_agrees_with_the_oracle(case: FusionCase, backend: backends.Backend) -> None:
+    check_fusion(case, backend, CPU)
+
+
+def test_window_sums_agree_with_the_oracle(backend: backends.Backend) -> None:
+    check_window_sums(backend, CPU)
+
+
+def test_two_runs_give_the_same_bits(backend: backends.Backend) -> None:
+    from cuda_cases import options
+
+    case = SOAPS[0]
+    x, weights, grad = soap_tensors(case, CPU)
+    runs = []
+    for _ in range(2):
+        y, prepared = backend.soap_forward(x, weights, options(case))
+        runs.append([y, *backend.soap_backward(grad, x, prepared, weights, options(case), False, True)[1]])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_an_empty_batch_is_served(backend: backends.Backend) -> None:
+    from cuda_cases import options
+
+    case = Case("empty", (0, 8, 3, 8, 32))
+    x, weights, grad = soap_tensors(case, CPU)
+    y, prepared = backend.soap_forward(x, weights, options(case))
+    assert y.shape == x.shape
+    _, dweights = backend.soap_backward(grad, x, prepared, weights, options(case), True, True)
+    assert all(not d.any() for d in dweights)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 4, 6, 7), (1, 6, 16, 4, 4)])
+def test_what_the_kernels_do_not_serve_goes_to_library_convolutions(
+    shape: tuple[int, int, int, int, int], backend: backends.Backend
+) -> None:
+    from cuda_cases import options, oracle, relative
+
+    case = Case("features", shape)
+    x, weights, grad = soap_tensors(case, CPU)
+    before = torch.ops.soap_kernels.cuda_launches()
+    y, prepared = backend.soap_forward(x, weights, options(case))
+    assert prepared.numel() == backend.prepared_numel(x, options(case)) == 0
+    _, dweights = backend.soap_backward(grad, x, prepared, weights, options(case), False, True)
+    assert torch.ops.soap_kernels.cuda_launches() == before
+    y_oracle, _, dw_oracle = oracle(case, x, weights, grad)
+    assert relative(y, y_oracle) < 1e-5
+    assert all(relative(a, b) < 1e-4 for a, b in zip(dweights, dw_oracle, strict=True))
+
+
+def test_absence_says_why() -> None:
+    assert "NVIDIA GPU" in str(backends.get("cuda").why_absent(CPU))
+    if not torch.cuda.is_available():
+        assert backends.get("cuda").why_absent(torch.device("cuda")) is not None
+
+
+def run_cases(library: Path, *names: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RUNNER), str(library), *names]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+def test_every_case_in_every_thread_order(order: str) -> None:
+    done = run_cases(shim.build(FOLDER), CUDA_SHIM_ORDER=order)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_no_access_is_out_of_bounds() -> None:
+    flags = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1")
+    library = shim.build(FOLDER, flags, shim.FEW)
+    asan = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    names = [
+        "fp32 odd size",
+        "bf16 odd size",
+        "one pixel",
+        "strides",
+        "bf16",
+        "fp32 strict",
+        "multiplicative, interleaved",
+    ]
+    options = "detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0"
+    done = run_cases(library, *names, LD_PRELOAD=asan, ASAN_OPTIONS=options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+# Each must be noticed by the cases, in one thread order at least.
+MUTATIONS = {
+    "no barrier between loading a tile and reading it": (
+        "fuse.cuh", "p.prepared, p.gate, b);\n  __syncthreads();", "p.prepared, p.gate, b);",
+    ),
+    "no barrier before dz is read": ("sweep.cuh", "    __syncthreads();\n    if (o.rows()) {", "    if (o.rows()) {"),
+    "a tap shifted": ("tile.cuh", "    line += CP * 16;", "    line += 2 * CP * 16;"),
+    "no mask at the right edge": ("tile.cuh", "h < x.height && w >= 0 && w < x.width && edge_c", "h < x.height && w >= 0 && edge_c"),
+    "no mask on dz outside the image": ("sweep.cuh", "t >= s.frames || h >= s.height || w >= s.width", "t >= s.frames || w >= s.width"),
+    "fragments of A swapped": ("prepare.cu", "4 * tile + 2 * c + half", "4 * tile + 2 * half + c"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_is_noticed(name: str) -> None:
+    library = shim.build(FOLDER, replace=(*shim.FEW, MUTATIONS[name]))
+    runs = [
+        run_cases(library, "bf16", "fp32 odd size", CUDA_SHIM_ORDER=order) for order in ("forward", "reverse", "random")
+    ]
+    assert any(r.returncode != 0 for r in runs)
