@@ -82,7 +82,11 @@ def test_clips_are_found_in_files_and_folders(tiny_data: Path, tmp_path: Path) -
     folder = tiny_data / "test (class 0)"
     assert len(find_clips(folder)) == 4
     assert find_clips(folder / "v1") == [Clip(folder / "v1")]
-    assert set(clips_by_class(tiny_data)) >= {"test (class 0)", "train (class 2)"}
+    for name in ("b/2.mp4", "b/10.mp4", "a b/x.zip"):
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_bytes(b"")
+    found = {name: [clip.path.name for clip in clips] for name, clips in clips_by_class(tmp_path / "own").items()}
+    assert found == {"a b": ["x.zip"], "b": ["2.mp4", "10.mp4"]}
     with pytest.raises(UserError, match="no such clip or folder"):
         find_clips(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
