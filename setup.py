@@ -71,8 +71,9 @@ def python_includes() -> list[str]:
     except ImportError as error:
         raise CannotBuild(f"{error.name} is missing in the building environment") from error
     torch_include = Path(torch.__file__).parent / "include"
-    paths = [torch_include, torch_include / "torch/csrc/api/include", sysconfig.get_path("include")]
-    return [f"-isystem{p}" for p in [*paths, pybind11.get_include()]]
+    # pybind11 first: torch brings a copy of its own, which refuses to be used with the stable ABI in some versions.
+    paths = [pybind11.get_include(), torch_include, sysconfig.get_path("include")]
+    return [f"-isystem{p}" for p in paths]
 
 
 def cpu_library() -> Library:

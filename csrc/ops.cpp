@@ -150,10 +150,7 @@ std::tuple<Tensor, Tensor> soap_op(const Tensor& x, const std::vector<Tensor>& w
   Ints sizes = sizes_of(x);
   if (out_channels_last) sizes = {sizes[0], sizes[1], sizes[3], sizes[4], sizes[2]};
   Tensor y = empty_large(sizes, out_dtype, x);
-  if (out_channels_last) {
-    const Ints order = {0, 1, 4, 2, 3};
-    y = torch::stable::permute(y, order);
-  }
+  if (out_channels_last) y = torch::stable::transpose(torch::stable::transpose(y, 2, 4), 3, 4);  // (B, T, C, H, W)
   View in(x);
   in.normalize(mean, std);
   const Tensor prepared = empty({soap::prepared_size(in.shape, parts)}, ScalarType::Float, x);

@@ -114,7 +114,7 @@ SOAP_INLINE void stage_as(const Source& x, int64_t offset, int plane, int row, i
   }
 }
 
-static __attribute__((noinline)) void stage(const Source& x, int64_t clip, int plane, int row, int rows, int col,
+[[maybe_unused]] static __attribute__((noinline)) void stage(const Source& x, int64_t clip, int plane, int row, int rows, int col,
                                             int cols, int height, int width, float* out) {
   const int64_t offset = clip * x.clip + x.plane[plane];
   switch (x.dtype) {
@@ -137,7 +137,7 @@ SOAP_INLINE void write_as(const Sink& y, int64_t offset, const Segment& g, const
 }
 
 // Four rows of L pixels (stride L) of one segment.
-static __attribute__((noinline)) void write(const Sink& y, int64_t clip, int plane, const Segment& g, const float* in) {
+[[maybe_unused]] static __attribute__((noinline)) void write(const Sink& y, int64_t clip, int plane, const Segment& g, const float* in) {
   const int64_t offset = clip * y.clip + y.plane[plane];
   switch (y.dtype) {
     case Dtype::f32: return write_as<float>(y, offset, g, in);

@@ -203,6 +203,9 @@ SOAP_INLINE v sigmoid2(v t) {
   return reciprocal(scale2(p, n) + set1(1.f));
 }
 
+// t, and NaN for an infinity: HMEM's maps cancel infinities to NaN one by one, where the folded sum keeps one of them.
+SOAP_INLINE v nan_if_infinite(v t) { return fma(t, set1(0.f), t); }
+
 SOAP_INLINE float sum(v a) {  // in pairs: the same tree for a given width
   float b[L];
   st(b, a);

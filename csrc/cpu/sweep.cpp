@@ -135,7 +135,7 @@ __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, c
       v db = set1(0.f);
       SOAP_UNROLL(16)
       for (int k = 0; k < kPositions; ++k) {
-        const v s = sigmoid2(z[k / 4][k % 4]);
+        const v s = sigmoid2(nan_if_infinite(z[k / 4][k % 4]));
         const v d = e[k / 4][k % 4] * (s * (one - s));
         db = db + d;
         st(D + (k * sizes.outputs_padded + plane - first) * L, d);
