@@ -118,7 +118,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path
 
 
 @pytest.mark.slow
-def test_an_interrupted_demo_goes_on_to_the_same_accuracies(done: Path, tmp_path: Path) -> None:
+def test_an_interrupted_demo_saves_and_goes_on_where_it_stopped(done: Path, tmp_path: Path) -> None:
     config = _config(tmp_path / "out", "--train.episodes=60")
     log = config.out / "without_soap" / "metrics.jsonl"
 
