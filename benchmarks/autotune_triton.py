@@ -72,41 +72,49 @@ def kernel_time(kernel: str, x: torch.Tensor, weights: list[torch.Tensor], optio
         ops.launch = real
 
 
+def candidates(kernel: str, itemsize: int, pixels: list[int] | None) -> list[plan.Tile]:
+    """Stages mean nothing to weigh, and rows of wider numbers start at 16 bytes with a halo of 4 anyway."""
+    return [
+        t
+        for t in TILES
+        if (not pixels or t.pixels in pixels)
+        and not (kernel == "weigh" and (t.stages > 1 or t.halo))
+        and not (kernel != "weigh" and t.halo and itemsize == 4)
+    ]
+
+
+def tune(kinds: list[str], kernels: list[str], clips: int, size: int, pixels: list[int] | None) -> None:
+    """Prints the fastest tiles and leaves them in ``plan.TILES``."""
+    for kind, kernel in itertools.product(kinds, kernels):
+        x, weights, options = case(kind, clips, size)
+        numbers = plan.Numbers.choose(x.dtype, options.out_dtype, options.precision)
+        key = (kernel, numbers.kind, 32)
+        found = []
+        for candidate in candidates(kernel, x.element_size(), pixels):
+            plan.TILES[key] = candidate
+            plan.tile.cache_clear()
+            found.append((kernel_time(kernel, x, weights, options), candidate))
+        found.sort(key=lambda entry: entry[0])
+        for milliseconds, candidate in found[:4]:
+            print(f"#   {kind} {kernel} {1000 * milliseconds:8.1f} us  {candidate}", flush=True)
+        plan.TILES[key] = found[0][1]
+        plan.tile.cache_clear()
+        print(f"{key!r}: {found[0][1]!r},", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--kernels", nargs="+", choices=("fuse", "sweep", "weigh", "fuse_dx"), default=["fuse", "weigh"])
     parser.add_argument("--clips", type=int, default=6)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--tiles", type=int, nargs="+", help="only tiles of so many pixels")
+    parser.add_argument("--pixels", type=int, nargs="+", help="only tiles of so many pixels")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here: tiles are measured, not guessed")
     major, minor = torch.cuda.get_device_capability()
     print(f"# {torch.cuda.get_device_name()}, TILES_OF[{10 * major + minor}]")
-    for kind, kernel in itertools.product(arguments.kinds, arguments.kernels):
-        x, weights, options = case(kind, arguments.clips, arguments.size)
-        numbers = plan.Numbers.choose(x.dtype, options.out_dtype, options.precision)
-        key = (kernel, numbers.kind, 32)
-        before = plan.TILES.get(key)
-        found = []
-        for candidate in TILES:
-            if arguments.tiles and candidate.pixels not in arguments.tiles:
-                continue
-            if (kernel == "weigh" and (candidate.stages > 1 or candidate.halo)) or (candidate.halo and x.element_size() > 2):
-                continue
-            plan.TILES[key] = candidate
-            plan.tile.cache_clear()
-            found.append((kernel_time(kernel, x, weights, options), candidate))
-        if before is None:
-            del plan.TILES[key]
-        else:
-            plan.TILES[key] = before
-        plan.tile.cache_clear()
-        found.sort(key=lambda entry: entry[0])
-        for milliseconds, candidate in found[:4]:
-            print(f"#   {kind} {kernel} {1000 * milliseconds:8.1f} us  {candidate}", flush=True)
-        print(f"{key!r}: {found[0][1]!r},", flush=True)
+    tune(arguments.kinds, arguments.kernels, arguments.clips, arguments.size, arguments.pixels)
 
 
 if __name__ == "__main__":

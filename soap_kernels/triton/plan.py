@@ -199,15 +199,15 @@ class Tile:
 # (kernel, kind of numbers, rows) -> tile, sweep and fuse_dx as fuse unless named; "ieee" is the FMA path, the digit how often a product is split.
 TILES: dict[tuple[str, str, int], Tile] = {
     ("fuse", "ieee", 32): Tile(64, 8),
-    ("fuse", "ieee0", 32): Tile(128, 4),
+    ("fuse", "ieee0", 32): Tile(128, 4, 3),
     ("fuse", "ieee1", 32): Tile(128, 4),
-    ("fuse", "ieee2", 32): Tile(128, 8),
+    ("fuse", "ieee2", 32): Tile(128, 4, 3),
     ("fuse", "tf320", 32): Tile(128, 4),
     ("weigh", "ieee", 32): Tile(32, 8),
     ("weigh", "ieee0", 32): Tile(64, 8),
-    ("weigh", "ieee1", 32): Tile(32, 8),
-    ("weigh", "ieee2", 32): Tile(32, 8),
-    ("weigh", "tf320", 32): Tile(32, 4),
+    ("weigh", "ieee1", 32): Tile(64, 8),
+    ("weigh", "ieee2", 32): Tile(64, 8),
+    ("weigh", "tf320", 32): Tile(64, 8),
     ("fuse", "ieee", 64): Tile(32, 8),
     ("fuse", "ieee0", 64): Tile(64, 8),
     ("fuse", "ieee1", 64): Tile(64, 8),
@@ -248,19 +248,22 @@ class Cover:
 
 @cache
 def cover(height: int, width: int, tile: Tile, aligned: bool, itemsize: int, conv: bool) -> Cover:
-    """The tiles that waste least. ``aligned``: rows start at 16 bytes, which a halo of 16 bytes keeps."""
+    """The tiles that waste least, of those the tallest, whose rows are read again least.
+
+    ``aligned``: rows start at 16 bytes, which a halo of 16 bytes keeps.
+    """
     halo = 0
     if conv:
         halo = (tile.halo or max(4, 8 // max(1, itemsize // 2))) if aligned else 1
     pixels = tile.pixels
     found: tuple[int, Cover] | None = None
     bw = pixels
-    while bw >= min(32, pixels):
+    while bw >= min(32 if conv else 16, pixels):
         bh = pixels // bw
         tiles_w = -(-width // (bw - 2 * halo))
         tiles_h = -(-height // bh)
         cost = tiles_w * tiles_h
-        if found is None or cost < found[0]:
+        if found is None or cost <= found[0]:
             found = cost, Cover(bh, bw, halo, tiles_w, cost)
         bw //= 2
     assert found is not None
