@@ -248,6 +248,11 @@ class Experiment(ABC):
             "same seeds, the same test tasks, subtracted task by task. Tasks are drawn from one fixed set of test "
             "clips, so no interval speaks of other clips or classes.",
         ]
+        if counts[0] == 1:
+            lines.append(
+                "**Of a line with one seed the interval covers the test tasks alone.** Another training seed may "
+                "move it by much more."
+            )
         if self.note:
             lines.append(self.note)
         return "\n\n".join(lines)
