@@ -139,7 +139,8 @@ def cuda_library() -> Library:
     if torch.version.cuda is None:
         raise CannotBuild("this PyTorch is built without CUDA")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    folders = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
         raise CannotBuild("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
     cxx = compiler()

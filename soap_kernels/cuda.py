@@ -90,6 +90,13 @@ def shared_memory(frames: int, channels: int, mode: int) -> int:
     return max(terms * octets * 10 * chunk, terms * (octets * 8 * chunk + 24 * (padded + 1) * 8)) * 16 + small
 
 
+def folding_memory(frames: int, channels: int, tuple_sizes: Sequence[int], weights: Sequence[Tensor]) -> int:
+    """Bytes of shared memory of a block that folds weights or goes back through the fold: it holds them all."""
+    row = -(-frames // 8) * _padded(channels) * 8 * 9
+    moved = sum(tuple_sizes) * channels * channels * 9
+    return 4 * (sum(w.numel() for w in weights) + row + moved + 64)
+
+
 def prepared_numel(x: Tensor, flags: int, mode: int) -> int:
     """``layout().total`` of csrc/cuda/kernels.h."""
     clips, frames, channels = x.shape[:3]
@@ -144,14 +151,16 @@ class CudaBackend:
             return "PyTorch finds no CUDA device"
         return _load()
 
-    def _fits(self, x: Tensor, mode: int, tuple_sizes: Sequence[int] = ()) -> bool:
+    def _fits(self, x: Tensor, mode: int, tuple_sizes: Sequence[int] = (), weights: Sequence[Tensor] = ()) -> bool:
         frames, channels, height, width = x.shape[1:]
+        limit = shared_memory_limit(x.device)
         return (
             channels <= MAX_CHANNELS
             and len(tuple_sizes) <= MAX_TUPLE_SIZES
             and (mode != EXACT or frames <= 8)
             and min(height, width) >= 1
-            and shared_memory(frames, channels, mode) <= shared_memory_limit(x.device)
+            and shared_memory(frames, channels, mode) <= limit
+            and folding_memory(frames, channels, tuple_sizes, weights) <= limit
         )
 
     def prepared_numel(self, x: Tensor, options: Options) -> int:
@@ -160,7 +169,7 @@ class CudaBackend:
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
-        if not self._fits(x, mode, options.tuple_sizes) or _any_double(options.out_dtype, weights):
+        if not self._fits(x, mode, options.tuple_sizes, weights) or _any_double(options.out_dtype, weights):
             with _exact_convolutions(options.precision):
                 y, _ = LIBRARY.soap_forward(x, weights, options)
             return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
@@ -192,7 +201,7 @@ class CudaBackend:
         needs_weights: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
-        if not self._fits(x, mode, options.tuple_sizes) or _any_double(grad.dtype, weights):
+        if not self._fits(x, mode, options.tuple_sizes, weights) or _any_double(grad.dtype, weights):
             with _exact_convolutions(options.precision):
                 return LIBRARY.soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
         dweights = [_like(w) for w in weights] if needs_weights else []

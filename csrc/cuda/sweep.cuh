@@ -150,15 +150,17 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
       load_gradient<CP>(v, p, b, t, h, w);
       const bool inside = t < s.frames && h < s.height && w < s.width;
       if (p.through && inside && only == 0) {  // what reaches x past the priors: gradient * (offset + sum)
+        float* to_x = p.through + (((b * s.frames + t) * s.channels) * s.height + h) * s.width + w;
 #pragma unroll
-        for (int c = 0; c < CP; ++c)
+        for (int c = 0; c < CP; ++c) {
+          if (c >= s.channels) continue;
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
-            if (c >= s.channels || w + e >= s.width) continue;
             const float conv = logistic2(acc[c / 2][e / 2][c % 2 * 2 + (e & 1)]), stencil = logistic2(acc[CP / 2][e / 2][CP % 2 * 2 + (e & 1)]);
-            p.through[(((b * s.frames + t) * s.channels + c) * s.height + h) * s.width + w + e] =
-                v[c][e] * (gates[t * s.channels + c] + (o.conv() ? conv : 0.f) + (o.stencil ? stencil : 0.f));
+            if (w + e < s.width) to_x[e] = v[c][e] * (gates[t * s.channels + c] + (o.conv() ? conv : 0.f) + (o.stencil ? stencil : 0.f));
           }
+          to_x += int64_t(s.height) * s.width;
+        }
       }
       if (o.multiplicative && inside) {
 #pragma unroll
@@ -194,10 +196,11 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
           at[S::DZ] = make_uint4(pack_rest(d[0], d[1], high[0]), pack_rest(d[2], d[3], high[1]), pack_rest(d[4], d[5], high[2]), pack_rest(d[6], d[7], high[3]));
         if (p.dz && inside && only == 0 && (j < s.channels || j == CP)) {
           const int row = (j == CP ? s.channels : j) * s.frames + t;
-          const bool on = j == CP ? o.stencil : o.conv();
+          const float on = (j == CP ? o.stencil : o.conv()) ? 1.f : 0.f;
+          float* to_row = p.dz + ((b * (s.channels + 1) * s.frames + row) * s.height + h) * s.width + w;
 #pragma unroll
           for (int e = 0; e < 8; ++e)
-            if (w + e < s.width) p.dz[((b * (s.channels + 1) * s.frames + row) * s.height + h) * s.width + w + e] = on ? d[e] : 0.f;
+            if (w + e < s.width) to_row[e] = on * d[e];
         }
       }
     }

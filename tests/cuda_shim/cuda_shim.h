@@ -8,7 +8,8 @@
 // threads reach, a warp-wide instruction that not all lanes reach, and a misaligned ldmatrix row are errors.
 //
 // Of the tensor core instructions it models m16n8k16, m16n8k8 (bf16, fp16) and ldmatrix x2, x4, plain and transposed, by
-// the lane layouts of the PTX manual; test_cuda_layouts.py holds these against the layouts that Triton's compiler prints.
+// the lane layouts of the PTX manual. Kernels and shim share that reading; what proves it is that the same cases come out
+// right on a GPU (tests/soap_kernels/test_gpu_cuda.py).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

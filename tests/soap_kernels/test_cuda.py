@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The CUDA C++ kernels without a GPU: the same sources, run on the CPU by the shim, against the float64 oracle."""
 
 from __future__ import annotations
