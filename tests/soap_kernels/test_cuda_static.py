@@ -95,10 +95,11 @@ def test_the_loop_over_taps_is_tight(stage: str, compiled: dict[str, tuple[Path,
         for kernel, most in (("nv_bfloat16Li0ELi3", 56), ("kernelIfLi1ELi3", 120)):
             if kernel not in name:
                 continue
+            # An instruction is 16 bytes.
             jumps = [(i, re.search(r"BRA.*?0x([0-9a-f]+)", text)) for i, text in enumerate(instructions)]
             loops = [
                 (int(m.group(1), 16) // 16, i) for i, m in jumps if m and int(m.group(1), 16) // 16 <= i
-            ]  # 16 bytes each
+            ]
             bodies = ["\n".join(instructions[a : b + 1]) for a, b in loops]
             sizes = [body.count("\n") + 1 for body in bodies if "HMMA" in body and "LDG" in body]
             assert sizes, name
