@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The GPU library takes nvcc minutes: built here only where there is a GPU to run it. 1 builds it wherever nvcc is.
+export SOAP_KERNELS_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: help install demo test test-slow lint benchmark clean
