@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def case(kind: str, clips: int, size: int) -> tuple[torch.Tensor, list[torch.Ten
     dtype, out, precision = KINDS[kind]
     shape = (clips, 8, 3, size, size)
     norm = dtype == torch.uint8
-    x = torch.randint(0, 256, shape, dtype=dtype, device="cuda") if norm else torch.randn(shape, device="cuda").to(dtype)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    if norm:
+        x = torch.randint(0, 256, shape, dtype=dtype, device="cuda")
     weights = [w.detach().cuda() for w in SOAP(tuple_sizes=SIZES).weights().flatten()]
     mean, std = ((0.45,) * 3, (0.22,) * 3) if norm else (None, None)
     return x, weights, Options(PARTS, SIZES, precision, mean, std, out, False)
@@ -65,7 +68,8 @@ def kernel_time(kernel: str, x: torch.Tensor, weights: list[torch.Tensor], optio
         compiled = function[grid](*args, **kwargs)
         if getattr(compiled, "n_spills", 0):
             return float("inf")
-        return float(triton.testing.do_bench(lambda: function[grid](*args, **kwargs), warmup=3, rep=15, return_mode="median"))
+        again = partial(function[grid], *args, **kwargs)
+        return float(triton.testing.do_bench(again, warmup=3, rep=15, return_mode="median"))
     except (triton.CompilationError, triton.OutOfResources, RuntimeError):
         return float("inf")
     finally:
@@ -105,7 +109,8 @@ def tune(kinds: list[str], kernels: list[str], clips: int, size: int, pixels: li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--kernels", nargs="+", choices=("fuse", "sweep", "weigh", "fuse_dx"), default=["fuse", "weigh"])
+    parser.add_argument("--kernels", nargs="+", choices=("fuse", "sweep", "weigh", "fuse_dx"), default=["fuse",
+    "weigh"])
     parser.add_argument("--clips", type=int, default=6)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--pixels", type=int, nargs="+", help="only tiles of so many pixels")

@@ -54,7 +54,7 @@ class TritonBackend:
         if find_spec("triton") is None:
             return "Triton is not installed; `pip install triton` (it comes with PyTorch for CUDA on Linux)"
         if device.type == "cpu" and not _interpreted():
-            return "its kernels run on a GPU; move the tensors to one, or set TRITON_INTERPRET=1 to interpret them slowly"
+            return "its kernels run on a GPU; move the tensors to one, or interpret them with TRITON_INTERPRET=1"
         if device.type not in ("cpu", "cuda", "xpu"):
             return f"Triton has no kernels for {device.type}"
         return _driver()

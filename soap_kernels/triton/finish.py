@@ -1,3 +1,5 @@
+# ruff: noqa: SIM102, since an if on a constant has to stand alone in a kernel
+# mypy: disable-error-code=no-untyped-def
 """Stage ``finish``: from the gradients of the folded weights to the gradient of every weight, in one launch.
 
 The adjoint of ``prepare``'s folds. Its programs are independent: each recomputes the little that it needs.
@@ -235,7 +237,7 @@ def finish(
     SIZES: tl.constexpr, MAPS: tl.constexpr, QP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     STENCIL_GROUP: tl.constexpr, NORMALIZE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """Program 0: CWEM, 1: 3DEM, 2: Z's bias; then for each tuple size its inputs, outputs, maps and one for the bias."""
+    """Program 0: CWEM, 1: 3DEM, 2: Z's bias; then each tuple size's inputs, outputs, maps and one for its bias."""
     pid = tl.program_id(0)
     if pid == 0:
         if R > 0:
@@ -276,7 +278,8 @@ def finish(
                         p - (SIZES[k] + 1) * C, scale, shift, SIZES[k], T, C, TP, CP, JP, KQ, QP, MAPS, NORMALIZE, ONE,
                     )  # fmt: skip
                 elif p == (SIZES[k] + 1) * C + T - SIZES[k]:
-                    finish_motion_bias(dbias, project[k], restore, first, dmotion_bias[k], SIZES[k], T, C, TP, CP, QP, MAPS)
+                    finish_motion_bias(dbias, project[k], restore, first, dmotion_bias[k], SIZES[k], T, C, TP, CP, QP,
+                    MAPS)
             at += (SIZES[k] + 1) * C + T - SIZES[k] + 1
             first += T - SIZES[k]
 

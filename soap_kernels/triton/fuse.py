@@ -1,3 +1,4 @@
+# mypy: disable-error-code=no-untyped-def
 """Stage ``fuse``: the folded convolution, the sigmoids and the sum with x in one pass, and the same for x's gradient.
 
 A tile is BH rows of BW columns, HALO of which on either side are read but not written. The three column taps are not
@@ -55,7 +56,7 @@ def convolve(
     FLIP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr, ONE: tl.constexpr,
     WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """3x3 convolution of the pixels (h, w), ``[ROWS, N]``; right wherever the columns beside a pixel are in the tile."""
+    """3x3 convolution of the pixels (h, w), ``[ROWS, N]``; right where the columns beside a pixel are in the tile."""
     left = tl.zeros((ROWS, N), tl.float32)
     here = tl.zeros((ROWS, N), tl.float32)
     right = tl.zeros((ROWS, N), tl.float32)
@@ -143,7 +144,7 @@ def clip_gate(
     gate, means, cwem, b, pixels, T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr,
     JP: tl.constexpr, CHUNKS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Clip b's gate in the order of the rows. GATE 1: from CWEM's means and taps, 2: given as ``(B, T, C)``, 0: none."""
+    """Clip b's gate in the order of the rows. GATE 1: from CWEM's means and taps, 2: given ``(B, T, C)``, 0: none."""
     found = tl.zeros((JP * TP,), tl.float32)
     if GATE == 1:
         found, _ = gate_rows(means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS)
@@ -210,7 +211,7 @@ def mean_gradient(
     dz, cwem, b, pixels, T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What reaches each pixel of a plane through CWEM's pool, ``[ROWS]``, from ``dz[b, JP * TP]`` before its sigmoid."""
+    """What reaches a plane's pixels through CWEM's pool, ``[ROWS]``, from ``dz[b, JP * TP]`` before its sigmoid."""
     m = tl.arange(0, ROWS)
     e = tl.arange(0, 4 * CP)
     t = (m % TP)[:, None] - (e // CP)[None, :] + 1
@@ -265,7 +266,7 @@ def join(
     T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, GATE: tl.constexpr,
     MULTIPLICATIVE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue alone, for planes too many for one tile: z holds the folded convolution, planes then stencil rows."""
+    """The epilogue alone, for planes too many for one tile: z is the folded convolution, planes then stencil rows."""
     frame = tl.program_id(1).to(tl.int64)
     b = frame // T
     t = frame % T

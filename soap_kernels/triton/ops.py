@@ -131,8 +131,8 @@ def _prepare(
     share = chunks(height, width)
     planes = x.shape[0] * x.shape[1] * x.shape[2] if layout.hidden else 0
     absent = dict.fromkeys(
-        "motion motion_bias project project_bias restore restore_bias stencil weight bias expand temporal temporal_bias"
-        " squeeze scale shift".split()
+        ["motion", "motion_bias", "project", "project_bias", "restore", "restore_bias", "stencil", "weight", "bias",
+        "expand", "temporal", "temporal_bias", "squeeze", "scale", "shift"]
     )
     launch(
         prepare, (10 + planes * share,), x,
@@ -200,7 +200,8 @@ def _sweep(
     direct = empty(*x.shape) if store_direct else grad
     launch(
         sweep, (clips * over.tiles,), x, grad, pieces.folded, pieces.bias, gate, pieces.means, pieces.cwem, dz,
-        partial_gate, direct, *x.stride(), *grad.stride(), height, width, pitch, over.tiles_w, over.tiles, float(offset),
+        partial_gate, direct, *x.stride(), *grad.stride(), height, width, pitch, over.tiles_w, over.tiles,
+        float(offset),
         **layout.grid(), CONV=layout.conv, HMEM=layout.hmem, GATE=mode, STENCIL_GROUP=layout.stencil_group,
         MULTIPLICATIVE=multiplicative, ONE=layout.one, CHUNKS=chunks(height, width),
         WIDE=wide(height, width, x.stride(), grad.stride()), STORE_DIRECT=store_direct, PAD=pad, **numbers.constants(),
@@ -217,7 +218,8 @@ def _sweep(
         layout_constants = {k: v for k, v in layout.grid().items() if k != "CP"}
         launch(
             weigh, (programs, 3 // at_once), x, dz, partial, partial_bias, *x.stride(), height, width, pitch,
-            spread.tiles_w, spread.tiles, total, **layout_constants, ONE=layout.one, PAD=pad, WIDE=wide(height, width, x.stride()),
+            spread.tiles_w, spread.tiles, total, **layout_constants, ONE=layout.one, PAD=pad, WIDE=wide(height, width,
+            x.stride()),
             ROWS_AT_ONCE=at_once, **numbers.constants(dz=True), **spread.constants(), **heavy.options(),
         )  # fmt: skip
     dfolded = empty(9, rows, columns) if weights else None
@@ -229,7 +231,8 @@ def _sweep(
         launch(
             reduce, (own + (clips if mode else 0),), partial, partial_bias, partial_gate, pieces.means, pieces.cwem,
             dfolded, dbias, dgate, dtaps, programs, over.tiles, height, width, **layout.grid(),
-            CHUNKS=chunks(height, width), WEIGHTS=weights, GATE=mode > 0, POOL=mode == 1, BP=REDUCE_ROWS, BC=REDUCE_COLUMNS,
+            CHUNKS=chunks(height, width), WEIGHTS=weights, GATE=mode > 0, POOL=mode == 1, BP=REDUCE_ROWS,
+            BC=REDUCE_COLUMNS,
             num_warps=4,
         )  # fmt: skip
     return Swept(dfolded, dbias, dgate, dtaps, dz, direct)
@@ -245,7 +248,8 @@ def _fuse_dx(x: Tensor, layout: Layout, numbers: Numbers, pieces: Prepared, swep
     )  # fmt: skip
     launch(
         fuse_dx, (x.shape[0] * over.tiles,), swept.dz, pieces.folded, swept.direct, swept.gate, pieces.cwem, dx,
-        *swept.direct.stride(), height, width, pitch, over.tiles_w, over.tiles, **layout.grid(), CONV=layout.conv, POOL=pool, PAD=pad,
+        *swept.direct.stride(), height, width, pitch, over.tiles_w, over.tiles, **layout.grid(), CONV=layout.conv,
+        POOL=pool, PAD=pad,
         WIDE=wide(height, width, swept.direct.stride()), **numbers.constants(), **over.constants(),
         STAGES=chosen.stages, **chosen.options(),
     )  # fmt: skip
@@ -299,7 +303,10 @@ def soap_forward(x: Tensor, weights: Sequence[Tensor], options: Options) -> tupl
     pieces = Prepared.of(prepared, layout, numbers, x)
     normalization = _normalization(options)
     _prepare(x, layout, numbers, pieces, {**_given(w), **normalization})
-    _fuse(x, layout, numbers, pieces, y, None, **normalization, channels_last=options.out_channels_last)
+    _fuse(
+        x, layout, numbers, pieces, y, None, normalization["scale"], normalization["shift"],
+        channels_last=options.out_channels_last,
+    )  # fmt: skip
     return y, prepared
 
 
@@ -326,7 +333,8 @@ def soap_backward(
     dweights: list[Tensor] = []
     if needs_weights:
         dweights = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in weights]
-        names = "motion motion_bias project project_bias restore expand temporal temporal_bias squeeze".split()
+        names = ["motion", "motion_bias", "project", "project_bias", "restore", "expand", "temporal", "temporal_bias",
+        "squeeze"]
         outputs = "motion motion_bias project project_bias restore restore_bias stencil expand temporal temporal_bias"
         outputs += " squeeze"
         given = _given(w)

@@ -1,3 +1,5 @@
+# ruff: noqa: SIM102, since an if on a constant has to stand alone in a kernel
+# mypy: disable-error-code=no-untyped-def
 """Stage ``prepare``: fold the weights into one 3x3 convolution and average the planes, in one launch.
 
 The folded convolution has one row per frame and channel (HMEM) and one per frame for 3DEM, whose stencil on the channel
@@ -79,7 +81,8 @@ def fold_tap(
                     d += centre.to(tl.float32)
                 place = u - f
                 z = tl.load(
-                    restore + t * MAPS + first + place, mask=real & (c < C) & (place >= 0) & (place < T - SIZES[i]), other=0.0
+                    restore + t * MAPS + first + place, mask=real & (c < C) & (place >= 0) & (place < T - SIZES[i]),
+                    other=0.0
                 )
                 acc += z.to(tl.float32) * d[:, None, :, None]
             first += T - SIZES[i]
@@ -122,7 +125,8 @@ def restored(restore, t, first, o: tl.constexpr, T: tl.constexpr, MAPS: tl.const
 @triton.jit
 def fold_bias(
     motion_bias, project, project_bias, restore, restore_bias, bias, out,
-    T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, JP: tl.constexpr, SIZES: tl.constexpr, MAPS: tl.constexpr, QP: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, JP: tl.constexpr, SIZES: tl.constexpr, MAPS: tl.constexpr,
+    QP: tl.constexpr,
     DIRECT: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, JP)
@@ -200,7 +204,8 @@ def prepare(
     expand, temporal, temporal_bias, squeeze, scale, shift, folded, folded_bias, cwem, means,
     sB, sT, sC, sH, sW, H, W,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    SIZES: tl.constexpr, MAPS: tl.constexpr, QP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, CONV: tl.constexpr, DIRECT: tl.constexpr,
+    SIZES: tl.constexpr, MAPS: tl.constexpr, QP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, CONV: tl.constexpr,
+    DIRECT: tl.constexpr,
     STENCIL_GROUP: tl.constexpr, INTERLEAVED: tl.constexpr, NORMALIZE: tl.constexpr, ONE: tl.constexpr,
     SPLIT: tl.constexpr, CHUNKS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -243,7 +248,7 @@ def gate_rows(
     means, cwem, b, pixels,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """CWEM's prior in the order of the rows, ``[JP * TP]``; its input ``[JP * TP, 4 * CP]`` (tap, channel) comes too."""
+    """CWEM's prior in the order of the rows, ``[JP * TP]``; with its input ``[JP * TP, 4 * CP]`` (tap, channel)."""
     m = tl.arange(0, JP * TP)
     e = tl.arange(0, 4 * CP)
     c = m // TP

@@ -1,3 +1,5 @@
+# ruff: noqa: SIM102, since an if on a constant has to stand alone in a kernel
+# mypy: disable-error-code=no-untyped-def
 """Stage ``reduce``: the sweep's partial sums to the gradients of the folded weights, in a fixed order."""
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def sum_rows(partial, first, rows, columns, column, ok, BP: tl.constexpr, BC: tl
 def reduce(
     partial, partial_bias, partial_gate, means, cwem, dfolded, dbias, dgate, dtaps, programs, tiles, H, W,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    CHUNKS: tl.constexpr, WEIGHTS: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    CHUNKS: tl.constexpr, WEIGHTS: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """The first programs take BC columns of the folded weights' gradient each, the next the bias, then one a clip.
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code=no-untyped-def
 """Stage ``sweep``: from x and the incoming gradient to partial sums of the folded weights' gradients, in two launches.
 
 ``sweep`` computes the convolution again from x (nothing of it was saved) and leaves dz; ``weigh`` multiplies dz with x.
@@ -105,7 +106,7 @@ def weigh(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
-    """The folded weights' gradient: program p adds up tiles p, p + programs, ...; ROWS_AT_ONCE 1: axis 1 is the row tap.
+    """The folded weights' gradient: program p adds up tiles p, p + programs, ...; ROWS_AT_ONCE 1: axis 1 is the row.
 
     dz's rows come three times, one column to the right, in place and to the left, as one operand of 3 (padded: 4) times
     the rows: the three column taps are one product, and warps share its rows out evenly.

@@ -108,7 +108,7 @@ _POINTERS = {
 
 
 def _specialize(path: tuple[int, ...], value: Any, constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    """A parameter's type as Triton's launcher would specialise it: pointers aligned, 1 a constant, 16 divides or not."""
+    """A parameter's type as Triton's launcher would specialise it: pointers aligned, 1 constant, 16 divides or not."""
     if isinstance(value, tuple):
         return tuple(_specialize((*path, i), v, constants, attributes) for i, v in enumerate(value))
     if isinstance(value, torch.Tensor):
@@ -190,3 +190,38 @@ def _instructions(sass: str) -> tuple[Counter[str], Counter[str]]:
     for first, last in innermost:
         hot.update(listed[first:last])
     return Counter(listed), hot
+
+
+def triton_bytes(launch: Launch) -> int:
+    """Bytes of frames, gradient and dz that a launch's programs touch, each address once per program.
+
+    Of a whole tiling: halo rows and columns count again in each program that reads them. Partial sums and weights,
+    which do not grow with the frames' pixels, are left out.
+    """
+    a = launch.arguments
+    if launch.name not in ("prepare", "fuse", "sweep", "weigh", "fuse_dx"):
+        return 0
+    x = a["x"] if launch.name != "fuse_dx" else a["dx"]
+    clips, planes, height, width = x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]
+    one = clips * planes * height * width
+    if launch.name == "prepare":
+        return int(one * x.element_size())
+    step = a["BW"] - 2 * a["HALO"]
+
+    def touched(rows: int, columns: int) -> int:
+        """Pixels of a clip's plane that tiles with so many rows and columns around them read."""
+        down = sum(min(t + a["BH"] + rows, height) - max(t - rows, 0) for t in range(0, height, a["BH"]))
+        across = sum(min(t + step + columns, width) - max(t - columns, 0) for t in range(0, width, step))
+        return int(clips * down * across)
+
+    row_count = a["JP"] * a["TP"]
+    if launch.name == "fuse":
+        return planes * touched(1, a["HALO"]) * x.element_size() + one * a["y"].element_size()
+    if launch.name == "sweep":
+        dz = a["dz_out"]
+        read = planes * touched(1, a["HALO"]) * x.element_size() + one * a["grad"].element_size()
+        return int(read + dz.numel() * dz.element_size())
+    if launch.name == "weigh":
+        return planes * touched(1, 0) * x.element_size() + row_count * touched(0, 1) * int(a["dz"].element_size())
+    direct = one * (a["direct"].element_size() + x.element_size())
+    return row_count * touched(1, a["HALO"]) * int(a["dz"].element_size()) + int(direct)

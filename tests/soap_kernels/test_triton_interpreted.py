@@ -1,0 +1,156 @@
+"""The Triton kernels run by Triton's interpreter on the CPU, held to the float64 equations.
+
+``TRITON_INTERPRET=1`` has to be set before Triton is imported: test_triton.py runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from soap_kernels import equations, reference
+from soap_kernels.backends import Fusion
+from soap_kernels.equations import PARTS, Weights
+from soap_kernels.modules import SOAP
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py with TRITON_INTERPRET=1"
+)
+
+MEAN, STD = (0.45, 0.4, 0.5, 0.3), (0.2, 0.25, 0.22, 0.3)
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
+
+
+def check(
+    shape: tuple[int, int, int, int, int],
+    sizes: Sequence[int] = (1, 2),
+    parts: Sequence[str] = PARTS,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "default",
+    out: torch.dtype | None = None,
+    channels_last: bool = False,
+    view: str = "",
+    needs_x: bool = True,
+    tolerance: float = 1e-5,
+) -> None:
+    """Forward and backward through the op's autograd, as a user meets them."""
+    torch.manual_seed(0)
+    module = SOAP(shape[1], shape[2], sizes, 4, parts=parts)
+    weights = [w.detach().requires_grad_() for w in module.weights().flatten()]
+    mean, std = (MEAN[: shape[2]], STD[: shape[2]]) if dtype == torch.uint8 else (None, None)
+    x = torch.randint(0, 256, shape, dtype=torch.uint8) if dtype == torch.uint8 else torch.randn(shape).to(dtype)
+    if view == "channels_last":
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2)
+    elif view == "every other column":
+        x = torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
+    needs_x = needs_x and x.is_floating_point()
+    x.requires_grad_(needs_x)
+    settings = (list(parts), list(sizes), precision, mean, std, out, channels_last, "triton")
+    y, _ = torch.ops.soap_kernels.soap(x, weights, *settings)
+    exact = [w.detach().double().requires_grad_() for w in weights]
+    frames = equations.as_float(x.detach(), mean, std).double().requires_grad_()
+    expected = equations.soap(frames, Weights.unflatten(exact, parts, len(sizes)), sizes)
+    rounding = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(y.dtype, 0.0)
+    assert worst(y, expected) < tolerance + rounding
+    if channels_last:
+        assert y.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert y.is_contiguous()
+    grad = torch.randn(y.shape).to(y.dtype)
+    y.backward(grad)
+    wanted = torch.autograd.grad(expected, [frames, *exact], grad.double())
+    for w, gradient in zip(weights, wanted[1:], strict=True):
+        assert w.grad is not None
+        assert worst(w.grad, gradient) < tolerance + rounding
+    if needs_x:
+        assert x.grad is not None
+        assert worst(x.grad, wanted[0]) < tolerance + rounding
+
+
+def test_all_parts_in_two_launches_and_four() -> None:
+    from soap_kernels.triton.plan import LAUNCHES
+
+    LAUNCHES.clear()
+    check((1, 3, 2, 3, 9), needs_x=False)
+    assert LAUNCHES == {"prepare": 1, "fuse": 1, "sweep": 1, "weigh": 1, "reduce": 1, "finish": 1}
+
+
+def test_uint8_frames_in_channels_last() -> None:
+    check((1, 3, 3, 2, 16), sizes=(1,), dtype=torch.uint8, channels_last=True)
+
+
+def test_bf16_frames_with_any_strides_and_one_part() -> None:
+    check((2, 2, 3, 3, 5), parts=("3dem",), dtype=torch.bfloat16, view="every other column")
+
+
+def test_frames_need_a_gradient() -> None:
+    check((1, 2, 1, 2, 5), sizes=(1,))
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_fuse_priors_multiplied_and_interleaved(channels: int) -> None:
+    torch.manual_seed(0)
+    shape = (1, 2 if channels == 3 else 8, channels, 2, 5)
+    planes = shape[1] * channels
+    x, grad = torch.randn(shape), torch.randn(shape)
+    inputs = (torch.randn(1, 1, 3, 3, 3), torch.rand(shape[:3]), torch.randn(planes, planes, 3, 3), torch.randn(planes))
+    settings = (True, 4.0, True, "default", "triton")
+    y = torch.ops.soap_kernels.fuse_priors(x, *inputs, *settings)
+    exact = [v.double() for v in inputs]
+    fusion = Fusion(True, 4.0, True, "default")
+    assert worst(y, reference.BACKEND.fuse_priors(x.double(), *exact, fusion)) < 1e-5
+    needs = [True] * 5
+    found = torch.ops.soap_kernels.fuse_priors_backward(grad, x, *inputs, *settings[:4], needs, "triton")
+    wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), *exact, fusion, needs)
+    assert max(worst(a, b) for a, b in zip(found, wanted, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (6, 9)], ids=str)
+def test_window_sums_and_their_adjoint(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size).movedim(1, -1).contiguous().movedim(-1, 1)
+    assert worst(torch.ops.soap_kernels.window_sums(x, "triton"), reference.BACKEND.window_sums(x.double())) < 1e-5
+    grad = torch.randn(2, 3, 3, 3)
+    found = torch.ops.soap_kernels.window_sums_backward(grad, x, "triton")
+    assert worst(found, reference.BACKEND.window_sums_backward(grad.double(), x.double())) < 1e-5
+
+
+def test_empty_batch() -> None:
+    module = SOAP(3, 2, (1,), 4, backend="triton")
+    y = module(torch.empty(0, 3, 2, 4, 4))
+    y.sum().backward()
+    assert y.shape == (0, 3, 2, 4, 4)
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "sizes", "parts", "dtype", "view"),
+    [
+        ((2, 8, 3, 3, 30), (1, 2, 3), PARTS, torch.float32, "channels_last"),
+        ((1, 5, 4, 2, 16), (2, 4), PARTS, torch.float32, ""),
+        ((1, 3, 3, 2, 9), (1, 2), ("3dem", "hmem"), torch.float16, ""),
+        ((2, 3, 2, 5, 7), (1, 2), ("cwem",), torch.float32, "every other column"),
+        ((1, 4, 3, 1, 1), (1, 3), ("hmem",), torch.float32, ""),
+        ((1, 4, 4, 2, 9), (1,), PARTS, torch.uint8, ""),
+        ((1, 4, 16, 5, 7), (1, 2), PARTS, torch.float32, "channels_last"),
+        ((1, 3, 1, 9, 70), (1,), ("3dem", "cwem"), torch.bfloat16, ""),
+    ],
+    ids=str,
+)
+def test_general_shapes(
+    shape: tuple[int, int, int, int, int], sizes: tuple[int, ...], parts: tuple[str, ...], dtype: torch.dtype, view: str
+) -> None:
+    check(shape, sizes, parts, dtype, view=view)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["strict", "fast"])
+def test_precisions(precision: str) -> None:
+    check((1, 3, 2, 3, 9), (1,), precision=precision)
