@@ -147,7 +147,5 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_noticed(name: str) -> None:
     library = shim.build(FOLDER, replace=(*shim.FEW, MUTATIONS[name]))
-    runs = [
-        run_cases(library, "bf16", "fp32 odd size", CUDA_SHIM_ORDER=order) for order in ("forward", "reverse", "random")
-    ]
-    assert any(r.returncode != 0 for r in runs)
+    orders = ("forward", "reverse", "random")
+    assert any(run_cases(library, "bf16", "fp32 odd size", "2 frames", CUDA_SHIM_ORDER=o).returncode for o in orders)
