@@ -23,6 +23,7 @@ PROCESSOR = {
     100: (65536, 2048, 228 * 1024),
     120: (65536, 1536, 100 * 1024),
 }
+PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}  # of an A100, an H100, a B200 and an RTX 5090
 # 128-bit, 64-bit, ... in a SASS mnemonic; without one the access is 32 bits wide.
 _WIDTH = re.compile(r"\.(?:U|S)?(128|64|16|8)\b")
 
@@ -75,8 +76,8 @@ class Facts:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Records what the Triton backend would launch, instead of launching it: works on meta tensors."""
+def recorded(architecture: int = 90) -> Iterator[list[Launch]]:
+    """Records what the Triton backend would launch on an architecture instead of launching it; feed it meta tensors."""
     from soap_kernels.triton import ops, wide
 
     found: list[Launch] = []
@@ -89,6 +90,8 @@ def recorded() -> Iterator[list[Launch]]:
         found.append(Launch(kernel, grid, arguments, {k: v for k, v in options.items() if k not in names}))
 
     before: list[tuple[Any, Callable[..., None]]] = [(m, m.launch) for m in (ops, wide)]
+    processors = ops.processors
+    ops.processors = lambda x: (PROCESSORS[architecture], architecture)
     try:
         for module, _ in before:
             module.launch = record
@@ -96,6 +99,7 @@ def recorded() -> Iterator[list[Launch]]:
     finally:
         for module, launch in before:
             module.launch = launch
+        ops.processors = processors
 
 
 _POINTERS = {

@@ -60,15 +60,15 @@ def test_absence_on_the_cpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "GPU" in why
 
 
-def launches(kind: str, clips: int = 6, size: int = 224, needs_x: bool = False) -> list[static_gpu.Launch]:
+def launches(kind: str, needs_x: bool = False, architecture: int = 90) -> list[static_gpu.Launch]:
     from soap_kernels.triton import BACKEND
 
     dtype, out, precision = KINDS[kind]
     mean, std = ((0.45,) * 3, (0.22,) * 3) if dtype == torch.uint8 else (None, None)
     weights = [w.detach().to("meta") for w in SOAP().weights().flatten()]
-    x = torch.empty(clips, 8, 3, size, size, dtype=dtype, device="meta")
+    x = torch.empty(6, 8, 3, 224, 224, dtype=dtype, device="meta")
     options = Options(PARTS, (1, 2, 3), precision, mean, std, out, False)
-    with static_gpu.recorded() as found:
+    with static_gpu.recorded(architecture) as found:
         y, prepared = BACKEND.soap_forward(x, weights, options)
         BACKEND.soap_backward(y, x, prepared, weights, options, needs_x and dtype != torch.uint8, True)
     return list(found)
@@ -99,7 +99,7 @@ def test_bytes_moved() -> None:
 
 def check_compiled(kinds: list[str], architecture: int) -> None:
     for kind in kinds:
-        for launch in launches(kind, needs_x=kind in ("fp32", "bf16")):
+        for launch in launches(kind, kind in ("fp32", "bf16"), architecture):
             if kind != kinds[0] and launch.name in ("prepare", "reduce", "finish"):
                 continue
             facts = static_gpu.compile_launch(launch, architecture)
@@ -120,6 +120,10 @@ def test_kernels_compile_for_hopper_without_a_spill() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("architecture", static_gpu.ARCHITECTURES)
-def test_every_kind_compiles_without_a_spill(architecture: int) -> None:
-    check_compiled(list(KINDS), architecture)
+@pytest.mark.parametrize(
+    ("architecture", "kinds"),
+    [(80, ["fp32", "fast", "uint8-fp32"]), (90, ["fp32", "strict"]), (100, ["fp32", "bf16"]), (120, ["fp32", "uint8"])],
+)
+def test_kernels_compile_without_a_spill(architecture: int, kinds: list[str]) -> None:
+    """A share of the kinds on each architecture; compiling takes seconds a kernel."""
+    check_compiled(kinds, architecture)
