@@ -282,8 +282,10 @@ def as_markdown(r: dict[str, Any]) -> str:
     for name, f in r["forward"].items():
         b = r["training"].get(name)
         ratio = f["median"] / r["forward"]["soap"]["median"]
-        both = ("", "") if b is None else (
-            f"{b['median']:.1f} ({b['min']:.1f})", f"{b['median'] / r['training']['soap']['median']:.2f}"
+        both = (
+            ("", "")
+            if b is None
+            else (f"{b['median']:.1f} ({b['min']:.1f})", f"{b['median'] / r['training']['soap']['median']:.2f}")
         )
         lines.append(f"| {name} | {f['median']:.1f} ({f['min']:.1f}) | {ratio:.2f} | {both[0]} | {both[1]} |")
     lines += ["", "| limit | |", "|---|---|"]
@@ -297,14 +299,21 @@ def as_markdown(r: dict[str, Any]) -> str:
         ]
     for name, rows in r.get("growth", {}).items():
         keys = [k for k in rows[0] if k not in ("clips", "frames", "channels", "size")]
-        lines += ["", f"| {name}: clips x frames x channels x size | {' | '.join(k + ', ms' for k in keys)} | ns a pixel |"]
+        lines += [
+            "",
+            f"| {name}: clips x frames x channels x size | {' | '.join(k + ', ms' for k in keys)} | ns a pixel |",
+        ]
         lines.append("|---|" + "---|" * (len(keys) + 1))
         for row in rows:
             shape = "x".join(str(int(row[k])) for k in ("clips", "frames", "channels", "size"))
             pixel = 1e6 * row["forward"] / (row["clips"] * row["size"] ** 2)
             lines.append(f"| {shape} | {' | '.join(f'{row[k]:.2f}' for k in keys)} | {pixel:.1f} |")
     if table := r.get("backbones"):
-        lines += ["", "| backbone, 8 frames | forward, ms | SOAP's share | training step, ms | SOAP's share |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| backbone, 8 frames | forward, ms | SOAP's share | training step, ms | SOAP's share |",
+            "|---|---|---|---|---|",
+        ]
         for name, b in table.items():
             lines.append(
                 f"| {name} | {b['forward']:.0f} | {b['share forward']:.2%} | {b['training']:.0f} |"

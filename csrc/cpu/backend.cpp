@@ -293,6 +293,7 @@ PriorGradients sweep_all(const Stages& s, Sweep& w, Pool& pool) {
   Numbers gate(shape.clips * chunks.bands * P, 0.);
   share(pool, chunks.count, [&](const auto& take) {
     const Scratch scratch(s.sweep_scratch(w));
+    s.sweep_open(w, scratch.get());
     for (int64_t q = take(); q >= 0; q = take()) {
       s.sweep_begin(w, scratch.get());
       const int64_t first = chunks.bands > 1 ? q / chunks.bands : q * chunks.clips;

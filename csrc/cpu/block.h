@@ -3,8 +3,8 @@
 //
 // Segments are counted along the tile rows of a clip and blocks are 4 successive ones, so any width and height works and
 // a small image wastes at most the last block's rest. The window of a segment (6 rows, one pixel more on each side) is
-// read in place where it lies inside the image as fp32 with unit stride; otherwise it is staged: copied, converted and
-// zero-padded into a small buffer. The hot loops see four pointers and no edge.
+// read in place where it lies inside the image as fp32 with unit stride; at an edge AVX-512 masks its loads;
+// otherwise it is staged: copied, converted and zero-padded into a small buffer.
 //
 // Two forms of the 3x3 convolution share everything else (4x4 outputs from a 6x6 window):
 //   Winograd F(4x4,3x3): 36 points, one product of weights and inputs each: 2.25 multiplies a pixel where 9 are needed
@@ -204,21 +204,61 @@ SOAP_INLINE void gradient_transform(v d0, v d1, v d2, v d3, v* z) {  // A d
 static constexpr double kG[6][3] = {{1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6}, {-1. / 6, 1. / 6, -1. / 6},
                                     {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1}};
 
+// Which pixels of a block's windows lie in the image, for loads that zero the others without touching them: by segment,
+// the lanes of the load at column -1 and of the one at column 3; bit k of `rows` for row k.
+struct Inside {
+  uint16_t left[4], right[4];
+  uint8_t rows[4];
+};
+
+SOAP_INLINE uint16_t lanes_inside(int first, int width) {  // of L pixels from column `first` on
+  const int begin = first < 0 ? -first : 0, end = width - first < L ? width - first : L;
+  return end <= begin ? uint16_t{0} : static_cast<uint16_t>(((1u << end) - 1) & ~((1u << begin) - 1));
+}
+
+SOAP_INLINE Inside inside_of(const Block& b, int height, int width) {
+  Inside in;
+  for (int s = 0; s < 4; ++s) {
+    const Segment& g = b.segment[s];
+    in.left[s] = lanes_inside(g.col - 1, width);
+    in.right[s] = lanes_inside(g.col + 3, width);
+    in.rows[s] = 0;
+    for (int k = 0; k < kWindow && g.rows; ++k)
+      if (g.row - 1 + k >= 0 && g.row - 1 + k < height) in.rows[s] |= static_cast<uint8_t>(1 << k);
+  }
+  return in;
+}
+
+#if SOAP_ISA == 2
+constexpr bool kMaskedLoads = true;
+SOAP_INLINE v ld_inside(const float* p, const Inside& in, const uint16_t (&lanes)[4], int s, int k) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes[s] & -((in.rows[s] >> k) & 1)), p);
+}
+#else
+constexpr bool kMaskedLoads = false;
+SOAP_INLINE v ld_inside(const float* p, const Inside&, const uint16_t (&)[4], int, int) { return ld(p); }
+#endif
+
 // One plane of a block: 4 windows (pointer to row -1, column -1; row stride) to 36 vectors, `step` floats apart.
-template <bool Strict>
-SOAP_INLINE void transform_window(const float* const (&p)[4], const int64_t (&row)[4], float* out, int64_t step) {
+template <bool Strict, bool Masked>
+SOAP_INLINE void transform_window(const float* const (&p)[4], const int64_t (&row)[4], const Inside& in, float* out,
+                                  int64_t step) {
   v t[kWindow][kWindow];
   SOAP_UNROLL(6)
   for (int k = 0; k < kWindow; ++k) {
-    v a = ld(p[0] + k * row[0]), b = ld(p[1] + k * row[1]), c = ld(p[2] + k * row[2]), d = ld(p[3] + k * row[3]);
-    transpose4(a, b, c, d);
-    const v e = ld(p[0] + k * row[0] + 4), f = ld(p[1] + k * row[1] + 4), g = ld(p[2] + k * row[2] + 4),
-            h = ld(p[3] + k * row[3] + 4);
-    const v ef = lo32(e, f), gh = lo32(g, h);
+    v w[4], x[4];
+    SOAP_UNROLL(4)
+    for (int s = 0; s < 4; ++s) {
+      const float* from = p[s] + k * row[s];
+      w[s] = Masked ? ld_inside(from, in, in.left, s, k) : ld(from);
+      x[s] = Masked ? ld_inside(from + 4, in, in.right, s, k) : ld(from + 4);
+    }
+    transpose4(w[0], w[1], w[2], w[3]);
+    const v ef = lo32(x[0], x[1]), gh = lo32(x[2], x[3]);
     if (Strict) {
-      t[k][0] = a, t[k][1] = b, t[k][2] = c, t[k][3] = d, t[k][4] = lo64(ef, gh), t[k][5] = hi64(ef, gh);
+      t[k][0] = w[0], t[k][1] = w[1], t[k][2] = w[2], t[k][3] = w[3], t[k][4] = lo64(ef, gh), t[k][5] = hi64(ef, gh);
     } else {
-      input_transform(a, b, c, d, lo64(ef, gh), hi64(ef, gh), t[k]);
+      input_transform(w[0], w[1], w[2], w[3], lo64(ef, gh), hi64(ef, gh), t[k]);
     }
   }
   SOAP_UNROLL(6)
@@ -314,6 +354,18 @@ SOAP_INLINE int stencil_plane(const Fuse& f, int slot, int c) {
   return f.stencil.interleaved ? c * f.shape.frames + slot : slot * f.shape.channels + c;
 }
 
+// Rows [above, above + rows) of the segments of one plane, into the first-level cache.
+template <int Rows>
+SOAP_INLINE void fetch_near(const Source& x, int64_t clip, int plane, const Block& b, int above) {
+  const float* base = static_cast<const float*>(x.data) + clip * x.clip + x.plane[plane];
+  for (int s = 0; s < 4; ++s) {
+    const Segment& g = b.segment[s];
+    if (g.rows != kTile) continue;
+    SOAP_UNROLL(6)
+    for (int k = 0; k < Rows; ++k) prefetch_near(base + (g.row + above + k) * x.row + g.col);
+  }
+}
+
 // The windows of plane `i` of a block, in place or staged into `buffer` (4 x 6 x kStage).
 SOAP_INLINE void windows(const Source& x, bool in_place, int64_t clip, int plane, const Block& b, int height, int width,
                          float* buffer, const float* (&p)[4], int64_t (&row)[4]) {
@@ -342,18 +394,40 @@ static __attribute__((noinline)) void load_block(const Fuse& f, const Plan& plan
   const int H = f.shape.height, W = f.shape.width, C = f.shape.channels;
   const float* p[4];
   int64_t row[4];
-  for (int i = 0; i < plan.inputs; ++i) {
-    windows(f.x, in_place, clip, i, b, H, W, buffer, p, row);
-    transform_window<Strict>(p, row, V + i * L, plan.v_step);
+  bool inner = true;
+  for (const Segment& g : b.segment) inner &= g.inner;
+  const Inside in = inside_of(b, H, W);
+  if (in_place && !inner && kMaskedLoads) {
+    const float* base = static_cast<const float*>(f.x.data) + clip * f.x.clip;
+    for (int i = 0; i < plan.inputs; ++i) {
+      for (int s = 0; s < 4; ++s) {
+        const Segment& g = b.segment[s];
+        p[s] = base + f.x.plane[i] + (g.rows ? (g.row - 1) * f.x.row + g.col - 1 : 0);
+        row[s] = f.x.row;
+      }
+      transform_window<Strict, true>(p, row, in, V + i * L, plan.v_step);
+    }
+  } else {
+    for (int i = 0; i < plan.inputs; ++i) {
+      if (in_place && inner && i + 1 < plan.inputs) fetch_near<kWindow>(f.x, clip, i + 1, b, -1);
+      windows(f.x, in_place, clip, i, b, H, W, buffer, p, row);
+      transform_window<Strict, false>(p, row, in, V + i * L, plan.v_step);
+    }
   }
   if (!plan.slots) return;
   if (plan.inputs) {  // both transforms are linear: the mean of transformed planes is the mean's transform
+    const int64_t slot = (f.stencil.interleaved ? 1 : C) * L, channel = (f.stencil.interleaved ? f.shape.frames : 1) * L;
     for (int point = 0; point < kPoints; ++point) {
-      for (int t = 0; t < plan.slots; ++t) {
-        const float* a = V + point * plan.v_step;
-        v m = ld(a + stencil_plane(f, t, 0) * L);
-        for (int c = 1; c < C; ++c) m = m + ld(a + stencil_plane(f, t, c) * L);
-        st(mean + point * plan.mean_step + t * L, m);
+      const float* a = V + point * plan.v_step;
+      float* to = mean + point * plan.mean_step;
+      if (C == 3) {
+        for (int t = 0; t < plan.slots; ++t, a += slot, to += L) st(to, ld(a) + ld(a + channel) + ld(a + 2 * channel));
+        continue;
+      }
+      for (int t = 0; t < plan.slots; ++t, a += slot, to += L) {
+        v m = ld(a);
+        for (int c = 1; c < C; ++c) m = m + ld(a + c * channel);
+        st(to, m);
       }
     }
     return;
@@ -380,62 +454,100 @@ static __attribute__((noinline)) void load_block(const Fuse& f, const Plan& plan
     const float* q[4];
     int64_t step[4];
     for (int s = 0; s < 4; ++s) q[s] = total + s * kWindow * kStage, step[s] = kStage;
-    transform_window<Strict>(q, step, mean + t * L, plan.mean_step);
+    transform_window<Strict, false>(q, step, in, mean + t * L, plan.mean_step);
   }
 }
 
-// The stencil's products of one slot: 36 points or 16 positions.
-template <bool Strict>
-SOAP_INLINE void stencil_products(const float* weight, const Plan& plan, const float* mean, int slot, float* m) {
-  const int first = slot > 0 ? -1 : 0, last = slot + 1 < plan.slots ? 1 : 0;
+// The stencil's products of one slot: 36 points or 16 positions. The first slot has none before it, the last none after.
+template <bool Strict, bool Before, bool After>
+SOAP_INLINE void slot_products(const float* weight, const Plan& plan, const float* mean, int slot, float* m) {
+  const auto add = [&](v z, int point, const float* w) {
+    const float* a = mean + point * plan.mean_step + slot * L;
+    if (Before) z = fma(ld(a - L), set1(w[0]), z);
+    z = fma(ld(a), set1(w[1]), z);
+    if (After) z = fma(ld(a + L), set1(w[2]), z);
+    return z;
+  };
   for (int k = 0; k < plan.points; ++k) {
     v z = set1(0.f);
     if (Strict) {
-      for (int tap = 0; tap < 9; ++tap) {
-        const int point = (k / 4 + tap / 3) * kWindow + k % 4 + tap % 3;
-        for (int d = first; d <= last; ++d)
-          z = fma(ld(mean + point * plan.mean_step + (slot + d) * L), set1(weight[tap * 3 + d + 1]), z);
-      }
+      for (int tap = 0; tap < 9; ++tap)
+        z = add(z, (k / 4 + tap / 3) * kWindow + k % 4 + tap % 3, weight + tap * 3);
     } else {
-      for (int d = first; d <= last; ++d)
-        z = fma(ld(mean + k * plan.mean_step + (slot + d) * L), set1(weight[k * 3 + d + 1]), z);
+      z = add(z, k, weight + k * 3);
     }
     st(m + k * L, z);
   }
 }
 
-// Where the next group's pixels lie, to be asked for while this group's products run.
+template <bool Strict>
+SOAP_INLINE void stencil_products(const float* weight, const Plan& plan, const float* mean, int slot, float* m) {
+  const bool before = slot > 0, after = slot + 1 < plan.slots;
+  if (before && after) return slot_products<Strict, true, true>(weight, plan, mean, slot, m);
+  if (before) return slot_products<Strict, true, false>(weight, plan, mean, slot, m);
+  if (after) return slot_products<Strict, false, true>(weight, plan, mean, slot, m);
+  slot_products<Strict, false, false>(weight, plan, mean, slot, m);
+}
+
+// s(stencil) of each slot of a block: 16 positions, computed once and used by all channels.
+template <bool Strict>
+static __attribute__((noinline)) void priors(const Fuse& f, const Plan& plan, const float* mean,
+                                             float* products_of_slot, float* prior) {
+  for (int t = 0; t < plan.slots; ++t) {
+    v z[kTile][kTile];
+    stencil_products<Strict>(f.stencil.weight, plan, mean, t, products_of_slot);
+    positions<Strict>(products_of_slot, z);
+    SOAP_UNROLL(16)
+    for (int k = 0; k < kPositions; ++k) st(prior + (t * kPositions + k) * L, sigmoid2(z[k / 4][k % 4]));
+  }
+}
+
+// Pixels to be asked for while a pair of blocks' products run: the next pair's windows, this pair's gradient.
 struct Ahead {
-  const char* base[2][4];   // by block of a pair and segment: row -1 of plane 0; null: nothing to ask for
+  const char* base[2][4];   // by block of a pair and segment: first row of plane 0; null: nothing to ask for
   int64_t row;              // bytes
   const int64_t* plane;     // elements of 4 bytes
-  int planes;
+  int rows;
 };
 
-SOAP_INLINE Ahead look_ahead(const Source& x, int planes, int64_t clip, const Blocks& grid, int64_t next, int64_t last,
-                             int height, int width) {
+// Blocks next and next + 1, if before last: `rows` rows from row `above` of each segment on.
+SOAP_INLINE Ahead look_ahead(const Source& x, int64_t clip, const Blocks& grid, int64_t next, int64_t last,
+                             int height, int width, int above, int rows) {
   Ahead a = {};
   if (x.dtype != Dtype::f32 || x.col != 1) return a;
   a.row = x.row * 4;
   a.plane = x.plane;
-  a.planes = planes;
+  a.rows = rows;
   for (int h = 0; h < 2 && next + h < last; ++h) {
     Block b;
     locate(grid, next + h, height, width, b);
-    for (int s = 0; s < 4; ++s)
-      if (b.segment[s].inner)
+    for (int s = 0; s < 4; ++s) {
+      const Segment& g = b.segment[s];
+      if (g.rows == kTile && g.row + above >= 0 && g.row + above + rows <= height)
         a.base[h][s] = reinterpret_cast<const char*>(static_cast<const float*>(x.data) + clip * x.clip +
-                                                     (b.segment[s].row - 1) * x.row + b.segment[s].col);
+                                                     (g.row + above) * x.row + g.col);
+    }
   }
   return a;
 }
 
+// The step-th segment row (of 4 * rows) of block h, plane 0; null: nothing to ask for.
+SOAP_INLINE const char* to_ask(const Ahead& a, int h, int step) {
+  if (step >= 4 * a.rows || !a.base[h][step % 4]) return nullptr;
+  return a.base[h][step % 4] + step / 4 * a.row;
+}
+
 // kOutputs outputs x `Pair` blocks: sum over inputs [first, last) of V[i] * weight[i].
-template <int Pair>
+// While it runs, one line of each plane is asked for at up to two places: spread out like this, so that the few buffers
+// for outstanding misses never fill and the arithmetic goes on.
+template <int Pair, int Asks>
 SOAP_INLINE void product(const float* V0, const float* V1, const float* weight, int first, int last, v (&a)[kOutputs],
-                         v (&b)[kOutputs]) {
+                         v (&b)[kOutputs], const char* ask0, const char* ask1, const int64_t* planes0,
+                         const int64_t* planes1) {
   SOAP_UNROLL(1)
   for (int i = first; i < last; ++i) {
+    if (Asks >= 1) prefetch(ask0 + planes0[i] * 4);
+    if (Asks >= 2) prefetch(ask1 + planes1[i] * 4);
     const v x = ld(V0 + i * L);
     const v y = Pair == 2 ? ld(V1 + i * L) : x;
     const float* w = weight + i * kOutputs;
@@ -455,7 +567,8 @@ SOAP_INLINE void product(const float* V0, const float* V1, const float* weight, 
 // Products of outputs [group * plan.group, ...) for one or two blocks. M[o][point].
 template <bool Strict, int Pair>
 static __attribute__((noinline)) void products(const Conv& conv, const Plan& plan, int group, const float* V0,
-                                               const float* V1, float* M0, float* M1, const Ahead& ahead) {
+                                               const float* V1, float* M0, float* M1, const Ahead& ahead,
+                                               const Ahead& beside) {
   const int I = plan.inputs, first = group * plan.group;
   const int count = round_up(plan.outputs, kOutputs) - first < plan.group
                         ? round_up(plan.outputs, kOutputs) - first : plan.group;
@@ -473,25 +586,28 @@ static __attribute__((noinline)) void products(const Conv& conv, const Plan& pla
       if (Strict) {
         for (int tap = 0; tap < 9; ++tap) {
           const int64_t at = ((k / 4 + tap / 3) * kWindow + k % 4 + tap % 3) * plan.v_step;
-          product<Pair>(V0 + at, V1 + at, w + static_cast<int64_t>(tap) * I * kOutputs,
-                        tap == 4 ? 0 : conv.centre_inputs, I, a, b);
+          product<Pair, 0>(V0 + at, V1 + at, w + static_cast<int64_t>(tap) * I * kOutputs,
+                           tap == 4 ? 0 : conv.centre_inputs, I, a, b, nullptr, nullptr, nullptr, nullptr);
         }
       } else {
-        product<Pair>(V0 + k * plan.v_step, V1 + k * plan.v_step, w + static_cast<int64_t>(k) * I * kOutputs, 0, I, a,
-                      b);
+        const float *x = V0 + k * plan.v_step, *y = V1 + k * plan.v_step, *u = w + static_cast<int64_t>(k) * I * kOutputs;
+        // The first two groups of outputs ask for one block each.
+        const int h = o / kOutputs;
+        const char* next = h < 2 ? to_ask(ahead, h, k) : nullptr;
+        const char* grad = h < 2 ? to_ask(beside, h, k) : nullptr;
+        if (next && grad)
+          product<Pair, 2>(x, y, u, 0, I, a, b, next, grad, ahead.plane, beside.plane);
+        else if (next)
+          product<Pair, 1>(x, y, u, 0, I, a, b, next, nullptr, ahead.plane, nullptr);
+        else if (grad)
+          product<Pair, 1>(x, y, u, 0, I, a, b, grad, nullptr, beside.plane, nullptr);
+        else
+          product<Pair, 0>(x, y, u, 0, I, a, b, nullptr, nullptr, nullptr, nullptr);
       }
       SOAP_UNROLL(12)
       for (int j = 0; j < kOutputs; ++j) {
         st(M0 + (o + j) * plan.m_step + k * L, a[j]);
         if (Pair == 2) st(M1 + (o + j) * plan.m_step + k * L, b[j]);
-      }
-    }
-    if (group == 0 && k < 24 && ahead.planes) {
-      const int row = k / 4, s = k % 4;
-      for (int h = 0; h < Pair; ++h) {
-        if (!ahead.base[h][s]) continue;
-        const char* p = ahead.base[h][s] + row * ahead.row;
-        for (int i = 0; i < ahead.planes; ++i) prefetch(p + ahead.plane[i] * 4);
       }
     }
   }
@@ -504,6 +620,7 @@ int gradient_inputs(int inputs);
 int gradient_outputs(int outputs);
 int gradient_group(int outputs);
 size_t sweep_scratch(const Sweep& w);
+void sweep_open(const Sweep& w, float* scratch);
 void sweep_begin(const Sweep& w, float* scratch);
 void sweep(const Sweep& w, int64_t clip, int64_t first, int64_t last, float* scratch, double* gate);
 void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out);

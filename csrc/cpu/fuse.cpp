@@ -21,19 +21,6 @@ Buffers buffers_of(const Plan& p, float* scratch) {
   return b;
 }
 
-// s(stencil) of each slot of a block: 16 positions, computed once and used by all channels.
-template <bool Strict>
-__attribute__((noinline)) void priors(const Fuse& f, const Plan& plan, const float* mean, float* products_of_slot,
-                                      float* prior) {
-  for (int t = 0; t < plan.slots; ++t) {
-    v z[kTile][kTile];
-    stencil_products<Strict>(f.stencil.weight, plan, mean, t, products_of_slot);
-    positions<Strict>(products_of_slot, z);
-    SOAP_UNROLL(16)
-    for (int k = 0; k < kPositions; ++k) st(prior + (t * kPositions + k) * L, sigmoid2(z[k / 4][k % 4]));
-  }
-}
-
 enum class Store { general, plain, stream };
 
 // The last step for one output plane of a block. M: its products, null without a conv; prior: its slot's, or null.
@@ -101,6 +88,7 @@ __attribute__((noinline)) void finish_block(const Fuse& f, const Plan& plan, int
                        f.y.clip % L == 0 && f.shape.pixels() % L == 0 && f.y.plane[0] % L == 0;
   const Store store = aligned ? Store::stream : flat ? Store::plain : Store::general;
   for (int plane = first; plane < last; ++plane) {
+    if (base_in_place && plane + 1 < last) fetch_near<kTile>(f.base, clip, plane + 1, b, 0);
     const int slot = plane / f.shape.channels;
     finish_plane<Strict, Linear>(f, clip, plane, b, plan.outputs ? M + (plane - first) * plan.m_step : nullptr,
                                  plan.slots ? prior + slot * kPositions * L : nullptr, base_in_place, store);
@@ -123,16 +111,16 @@ void fuse_blocks(const Fuse& f, int64_t clip, int64_t first, int64_t last, float
       load_block<Strict>(f, plan, clip, block[k], buf.V + k * plan.v_block, buf.mean + k * plan.mean_block);
       if (plan.slots) priors<Strict>(f, plan, buf.mean + k * plan.mean_block, buf.stencil, buf.prior + k * prior_block);
     }
-    const Ahead ahead = plan.outputs ? look_ahead(f.x, plan.inputs, clip, grid, q + n, last, H, W) : Ahead{};
+    const Ahead ahead = plan.outputs ? look_ahead(f.x, clip, grid, q + n, last, H, W, -1, kWindow) : Ahead{};
     for (int g = 0; g < groups; ++g) {
       if (plan.outputs) {
         for (int k = 0; k < n; k += 2) {
           const float* V = buf.V + k * plan.v_block;
           float* M = buf.M + k * plan.m_block;
           if (k + 1 < n)
-            products<Strict, 2>(f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k ? Ahead{} : ahead);
+            products<Strict, 2>(f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k + g ? Ahead{} : ahead, {});
           else
-            products<Strict, 1>(f.conv, plan, g, V, V, M, M, k ? Ahead{} : ahead);
+            products<Strict, 1>(f.conv, plan, g, V, V, M, M, k + g ? Ahead{} : ahead, {});
         }
       }
       for (int k = 0; k < n; ++k)

@@ -202,7 +202,7 @@ const Stages stages = {
     SOAP_STRING_OF(SOAP_ISA_NS), L, block_grid,
     window_sums, plane_sum, window_sums_backward, conv_groups, conv_group_size, layout_conv, layout_stencil,
     fuse_scratch, fuse,
-    gradient_inputs, gradient_outputs, gradient_group, sweep_scratch, sweep_begin, sweep, sweep_end,
+    gradient_inputs, gradient_outputs, gradient_group, sweep_scratch, sweep_open, sweep_begin, sweep, sweep_end,
 };
 
 }  // namespace soap::SOAP_ISA_NS

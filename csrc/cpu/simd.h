@@ -214,8 +214,10 @@ SOAP_INLINE float sum(v a) {  // in pairs: the same tree for a given width
   return b[0];
 }
 
-// A page of memory that is not in cache costs more than a whole tile: ask for it while the arithmetic runs.
+// Memory is asked for ahead of its use: into the second-level cache while products run, from there into the first one
+// plane ahead.
 SOAP_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+SOAP_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 SOAP_INLINE float to_float(float a) { return a; }
 SOAP_INLINE float to_float(uint8_t a) { return a; }

@@ -109,7 +109,8 @@ struct Stages {
   int (*gradient_outputs)(int outputs);
   int (*gradient_group)(int outputs);
   size_t (*sweep_scratch)(const Sweep&);
-  void (*sweep_begin)(const Sweep&, float* scratch);
+  void (*sweep_open)(const Sweep&, float* scratch);   // once for a scratch
+  void (*sweep_begin)(const Sweep&, float* scratch);  // once for a chunk
   void (*sweep)(const Sweep&, int64_t clip, int64_t first, int64_t last, float* scratch, double* gate);
   void (*sweep_end)(const Sweep&, float* scratch, const ChunkGradients&);
 };

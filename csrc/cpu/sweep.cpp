@@ -11,6 +11,7 @@ struct Buffers {
   float *dU;            // [group of outputs][point or tap][padded input][padded output]
   float *bias;          // [output] x L
   float *stencil;       // [point or tap][3] x L
+  float *gate;          // [plane] x L, of one clip
   float *V, *M, *mean, *slot_products;
   float *prior, *gathered, *spread_slots;  // by block and slot: s1, the gradient's sum over channels, its points
   float *D;             // dz of one block by position and output, tiles in lanes
@@ -24,6 +25,7 @@ struct Sizes {
   int kinds;            // points, or taps if strict
   int groups;
   int64_t dU_group;
+  int64_t d_step, turned_step, z_step;  // between positions or points; a vector more than a power of two, for the caches
 };
 
 Sizes sizes_of(const Plan& p) {
@@ -32,22 +34,28 @@ Sizes sizes_of(const Plan& p) {
   s.inputs_padded = round_up(p.inputs, kInputs);
   s.kinds = p.strict ? 9 : kPoints;
   s.groups = p.group ? (p.outputs + p.group - 1) / p.group : 0;
+  s.d_step = static_cast<int64_t>(s.outputs_padded + 1) * L;
+  s.turned_step = static_cast<int64_t>(s.outputs_padded) * L + L;
+  s.z_step = static_cast<int64_t>(p.blocks) * L * s.outputs_padded + L;
   s.dU_group = static_cast<int64_t>(s.kinds) * s.inputs_padded * s.outputs_padded;
   return s;
 }
 
-int64_t lay(const Plan& p, const Sizes& s, float* base, Buffers* out) {
+// The chunk's accumulators come first, `begins` floats of them.
+int64_t lay(const Plan& p, const Sizes& s, int planes, float* base, Buffers* out, int64_t* begins = nullptr) {
   int64_t used = 0;
   const auto take = [&](int64_t n) {
     float* at = base + used;
     used += (n + 15) / 16 * 16;
     return at;
   };
-  const int64_t slots = static_cast<int64_t>(p.blocks) * p.slots, tiles = static_cast<int64_t>(p.blocks) * L;
+  const int64_t slots = static_cast<int64_t>(p.blocks) * p.slots;
   Buffers b;
   b.dU = take(s.groups * s.dU_group);
   b.bias = take(static_cast<int64_t>(p.outputs) * L);
   b.stencil = take(static_cast<int64_t>(s.kinds) * 3 * L);
+  if (begins) *begins = used;
+  b.gate = take(static_cast<int64_t>(planes) * L);
   b.V = take(p.blocks * p.v_block);
   b.M = take(p.blocks * p.m_block);
   b.mean = take(p.blocks * p.mean_block);
@@ -55,9 +63,9 @@ int64_t lay(const Plan& p, const Sizes& s, float* base, Buffers* out) {
   b.prior = take(slots * kPositions * L);
   b.gathered = take(slots * kPositions * L);
   b.spread_slots = take(static_cast<int64_t>(p.slots) * kPoints * L);
-  b.D = take(static_cast<int64_t>(kPositions) * s.outputs_padded * L);
-  b.turned = take(static_cast<int64_t>(kPositions) * s.outputs_padded * L);
-  b.Z = take(p.points * tiles * s.outputs_padded);
+  b.D = take(kPositions * s.d_step);
+  b.turned = take(kPositions * s.turned_step);
+  b.Z = take(p.points * s.z_step);
   if (out) *out = b;
   return used;
 }
@@ -93,7 +101,7 @@ SOAP_INLINE void write_tiles(const Sink& to, int64_t clip, int plane, const Bloc
 template <bool Strict>
 __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, const Sizes& sizes, int group,
                                              int64_t clip, const Block& b, const float* M, const float* prior,
-                                             float* gathered, float* D, float* bias, double* gate) {
+                                             float* gathered, float* D, float* bias, float* gate) {
   const Fuse& f = w.forward;
   const int H = f.shape.height, W = f.shape.width, C = f.shape.channels, planes = f.shape.planes();
   const int first = group * plan.group;
@@ -103,6 +111,7 @@ __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, c
   const v one = set1(1.f);
   for (int plane = first; plane < last; ++plane) {
     v e[kTile][kTile], z[kTile][kTile] = {};
+    if (grad_in_place && plane + 1 < last) fetch_near<kTile>(w.grad, clip, plane + 1, b, 0);
     gradient_tiles(w.grad, grad_in_place, clip, plane, b, H, W, e);
     v dbase[kTile][kTile] = {};
     if (multiply) {
@@ -117,7 +126,7 @@ __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, c
     v total = set1(0.f);
     SOAP_UNROLL(4)
     for (int k = 0; k < kTile; ++k) total = total + ((e[k][0] + e[k][1]) + (e[k][2] + e[k][3]));
-    if (gate) gate[plane] += sum(total);
+    st(gate + plane * L, ld(gate + plane * L) + total);
     SOAP_UNROLL(4)
     for (int k = 0; k < kTile; ++k) transpose4(e[k][0], e[k][1], e[k][2], e[k][3]);
     if (multiply && w.dbase.data) {
@@ -138,7 +147,7 @@ __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, c
         const v s = sigmoid2(nan_if_infinite(z[k / 4][k % 4]));
         const v d = e[k / 4][k % 4] * (s * (one - s));
         db = db + d;
-        st(D + (k * sizes.outputs_padded + plane - first) * L, d);
+        st(D + k * sizes.d_step + (plane - first) * L, d);
         z[k / 4][k % 4] = s;
         e[k / 4][k % 4] = d;
       }
@@ -180,12 +189,11 @@ __attribute__((noinline)) void differentiate_stencil(const Sweep& w, const Plan&
     for (int q = 0; q < (Strict ? kPositions : 1); ++q) {
       const int from = Strict ? q : k;
       const int point = Strict ? (q / 4 + k / 3) * kWindow + q % 4 + k % 3 : k;
-      for (int t = 0; t < plan.slots; ++t) {
-        const v z = ld(spread_slots + from * plan.mean_step + t * L);
-        const float* m = mean + point * plan.mean_step + t * L;
-        if (t > 0) a[0] = fma(z, ld(m - L), a[0]);
-        a[1] = fma(z, ld(m), a[1]);
-        if (t + 1 < plan.slots) a[2] = fma(z, ld(m + L), a[2]);
+      const float *z = spread_slots + from * plan.mean_step, *m = mean + point * plan.mean_step;
+      for (int t = 0; t < plan.slots; ++t) a[1] = fma(ld(z + t * L), ld(m + t * L), a[1]);
+      for (int t = 1; t < plan.slots; ++t) {
+        a[0] = fma(ld(z + t * L), ld(m + (t - 1) * L), a[0]);
+        a[2] = fma(ld(z + (t - 1) * L), ld(m + t * L), a[2]);
       }
     }
     for (int d = 0; d < 3; ++d) st(acc + (k * 3 + d) * L, a[d]);
@@ -194,19 +202,18 @@ __attribute__((noinline)) void differentiate_stencil(const Sweep& w, const Plan&
 
 // D (tiles in lanes) to Z (outputs in lanes, by point and tile).
 template <bool Strict>
-__attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* turned, float* Z, int64_t tiles) {
+__attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* turned, float* Z) {
   const int P = sizes.outputs_padded;
-  const int64_t step = static_cast<int64_t>(L) * P;  // of a position
   for (int k = 0; k < kPositions; ++k) {
-    float* to = Strict ? Z + k * tiles * P : turned + k * step;
-    for (int o = 0; o < P; o += L) transpose(D + (k * P + o) * L, L, to + o, P);
+    float* to = Strict ? Z + k * sizes.z_step : turned + k * sizes.turned_step;
+    for (int o = 0; o < P; o += L) transpose(D + k * sizes.d_step + o * L, L, to + o, P);
   }
   if (Strict) return;
-  for (int64_t j = 0; j < step; j += L) {
+  for (int64_t j = 0; j < static_cast<int64_t>(L) * P; j += L) {
     v d[kTile][kTile];
     SOAP_UNROLL(16)
-    for (int k = 0; k < kPositions; ++k) d[k / 4][k % 4] = ld(turned + k * step + j);
-    spread<false>(d, Z + j, tiles * P);
+    for (int k = 0; k < kPositions; ++k) d[k / 4][k % 4] = ld(turned + k * sizes.turned_step + j);
+    spread<false>(d, Z + j, sizes.z_step);
   }
 }
 
@@ -216,7 +223,6 @@ template <int N, bool Strict>
 SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind, int input,
                             int output, int blocks, float* dU) {
   const int P = sizes.outputs_padded;
-  const int64_t tiles = static_cast<int64_t>(plan.blocks) * L;
   v a[kInputs][N];
   SOAP_UNROLL(12)
   for (int i = 0; i < kInputs; ++i) {
@@ -225,7 +231,7 @@ SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V
   }
   for (int q = 0; q < (Strict ? kPositions : 1); ++q) {
     const int point = Strict ? (q / 4 + kind / 3) * kWindow + q % 4 + kind % 3 : kind;
-    const float* z = Z + (Strict ? q : kind) * tiles * P + output;
+    const float* z = Z + (Strict ? q : kind) * sizes.z_step + output;
     for (int h = 0; h < blocks; ++h) {
       const float* x = V + h * plan.v_block + point * plan.v_step + input * L;
       SOAP_UNROLL(1)
@@ -270,12 +276,13 @@ void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, flo
   const Plan plan = plan_of(f);
   const Sizes sizes = sizes_of(plan);
   Buffers buf;
-  lay(plan, sizes, scratch, &buf);
+  lay(plan, sizes, f.shape.planes(), scratch, &buf);
   const int H = f.shape.height, W = f.shape.width;
   const Blocks grid = block_grid(H, W);
   const int groups = plan.outputs ? sizes.groups : 1;
   const int64_t slots_block = static_cast<int64_t>(plan.slots) * kPositions * L;
-  const int64_t tiles = static_cast<int64_t>(plan.blocks) * L;
+  const int planes = f.shape.planes();
+  for (int p = 0; p < planes; ++p) st(buf.gate + p * L, set1(0.f));
   Block block[8];
   for (int64_t q = first; q < last; q += plan.blocks) {
     const int n = static_cast<int>(last - q < plan.blocks ? last - q : plan.blocks);
@@ -283,31 +290,26 @@ void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, flo
       locate(grid, q + k, H, W, block[k]);
       float* mean = buf.mean + k * plan.mean_block;
       load_block<Strict>(f, plan, clip, block[k], buf.V + k * plan.v_block, mean);
-      for (int t = 0; t < plan.slots; ++t) {
-        v z[kTile][kTile];
-        stencil_products<Strict>(f.stencil.weight, plan, mean, t, buf.slot_products);
-        positions<Strict>(buf.slot_products, z);
-        for (int p = 0; p < kPositions; ++p)
-          st(buf.prior + k * slots_block + (t * kPositions + p) * L, sigmoid2(z[p / 4][p % 4]));
-      }
+      if (plan.slots) priors<Strict>(f, plan, mean, buf.slot_products, buf.prior + k * slots_block);
     }
-    const Ahead ahead = plan.outputs ? look_ahead(f.x, plan.inputs, clip, grid, q + n, last, H, W) : Ahead{};
+    const Ahead ahead = plan.outputs ? look_ahead(f.x, clip, grid, q + n, last, H, W, -1, kWindow) : Ahead{};
     for (int g = 0; g < groups; ++g) {
       if (plan.outputs) {
         for (int k = 0; k < n; k += 2) {
           const float* V = buf.V + k * plan.v_block;
           float* M = buf.M + k * plan.m_block;
+          const Ahead beside = g ? Ahead{} : look_ahead(w.grad, clip, grid, q + k, last, H, W, 0, kTile);
           if (k + 1 < n)
-            products<Strict, 2>(f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k ? Ahead{} : ahead);
+            products<Strict, 2>(f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k + g ? Ahead{} : ahead, beside);
           else
-            products<Strict, 1>(f.conv, plan, g, V, V, M, M, k ? Ahead{} : ahead);
+            products<Strict, 1>(f.conv, plan, g, V, V, M, M, k + g ? Ahead{} : ahead, beside);
         }
       }
       for (int k = 0; k < n; ++k) {
         differentiate<Strict>(w, plan, sizes, g, clip, block[k], buf.M + k * plan.m_block, buf.prior + k * slots_block,
-                              buf.gathered + k * slots_block, buf.D, buf.bias, gate);
+                              buf.gathered + k * slots_block, buf.D, buf.bias, buf.gate);
         if (plan.outputs)
-          turn<Strict>(sizes, buf.D, buf.turned, buf.Z + static_cast<int64_t>(k) * L * sizes.outputs_padded, tiles);
+          turn<Strict>(sizes, buf.D, buf.turned, buf.Z + static_cast<int64_t>(k) * L * sizes.outputs_padded);
       }
       if (plan.outputs) weight_products<Strict>(plan, sizes, buf.V, buf.Z, n, buf.dU + g * sizes.dU_group);
     }
@@ -317,6 +319,7 @@ void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, flo
                                       buf.prior + k * slots_block, buf.gathered + k * slots_block, buf.spread_slots,
                                       buf.stencil);
   }
+  for (int p = 0; p < planes; ++p) gate[p] += sum(ld(buf.gate + p * L));
 }
 
 }  // namespace
@@ -333,12 +336,19 @@ int gradient_group(int outputs) { return group_outputs(outputs); }
 
 size_t sweep_scratch(const Sweep& w) {
   const Plan plan = plan_of(w.forward);
-  return static_cast<size_t>(lay(plan, sizes_of(plan), nullptr, nullptr));
+  return static_cast<size_t>(lay(plan, sizes_of(plan), w.forward.shape.planes(), nullptr, nullptr));
+}
+
+void sweep_open(const Sweep& w, float* scratch) {
+  // All of it: padded inputs and outputs take part in the products and must stay finite.
+  memset(scratch, 0, sweep_scratch(w) * sizeof(float));
 }
 
 void sweep_begin(const Sweep& w, float* scratch) {
-  // All of it: padded inputs and outputs take part in the products and must stay finite.
-  memset(scratch, 0, sweep_scratch(w) * sizeof(float));
+  const Plan plan = plan_of(w.forward);
+  int64_t accumulators = 0;
+  lay(plan, sizes_of(plan), w.forward.shape.planes(), nullptr, nullptr, &accumulators);
+  memset(scratch, 0, static_cast<size_t>(accumulators) * sizeof(float));
 }
 
 void sweep(const Sweep& w, int64_t clip, int64_t first, int64_t last, float* scratch, double* gate) {
@@ -350,7 +360,7 @@ void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out) {
   const Plan plan = plan_of(w.forward);
   const Sizes sizes = sizes_of(plan);
   Buffers buf;
-  lay(plan, sizes, scratch, &buf);
+  lay(plan, sizes, w.forward.shape.planes(), scratch, &buf);
   const int P = sizes.outputs_padded;
   const int64_t all = static_cast<int64_t>(sizes.groups) * P, plane = sizes.inputs_padded * all;
   const int64_t from = static_cast<int64_t>(sizes.inputs_padded) * P;  // between points of dU

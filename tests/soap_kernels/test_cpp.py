@@ -84,8 +84,18 @@ def test_every_subset_of_parts_equals_the_equations(isa: str, parts: tuple[str, 
     check(torch.randn(2, 4, 3, 9, 35), soap_module(4, 3, parts), precision)
 
 
-@pytest.mark.parametrize("frames", [2, 3, 5, 9, *(pytest.param(t, marks=pytest.mark.slow) for t in (4, 6, 7, 8)),
-                                    *(pytest.param(t, marks=pytest.mark.slow) for t in range(10, 17)), 17])
+@pytest.mark.parametrize(
+    "frames",
+    [
+        2,
+        3,
+        5,
+        9,
+        *(pytest.param(t, marks=pytest.mark.slow) for t in (4, 6, 7, 8)),
+        *(pytest.param(t, marks=pytest.mark.slow) for t in range(10, 17)),
+        17,
+    ],
+)
 def test_any_number_of_frames_with_every_tuple_size_below_it(frames: int) -> None:
     torch.manual_seed(frames)
     check(torch.randn(1, frames, 2, 5, 7), soap_module(frames, 2, PARTS, range(1, frames)))
@@ -468,6 +478,13 @@ def test_misuse_names_the_argument_its_shape_and_what_was_expected(x: Tensor, me
 def test_a_tensor_on_another_device_is_refused_by_name() -> None:
     m = soap_module(4, 3)
     flat = [w.detach() for w in m.weights().flatten()]
-    with pytest.raises(RuntimeError, match=r"backend 'cpp' is absent for tensors on meta: it serves tensors on the CPU"):
-        op.soap(torch.zeros(1, 4, 3, 8, 8, device="meta"), [w.to("meta") for w in flat], m.parts, m.tuple_sizes,
-                backend="cpp")
+    with pytest.raises(
+        RuntimeError, match=r"backend 'cpp' is absent for tensors on meta: it serves tensors on the CPU"
+    ):
+        op.soap(
+            torch.zeros(1, 4, 3, 8, 8, device="meta"),
+            [w.to("meta") for w in flat],
+            m.parts,
+            m.tuple_sizes,
+            backend="cpp",
+        )

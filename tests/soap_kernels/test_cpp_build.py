@@ -74,7 +74,7 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_build_under_one_torch_serves_another(tmp_path: Path) -> None:
-    """SOAP_KERNELS_OTHER_PYTHON names an interpreter of the same version with another torch and this library's needs."""
+    """SOAP_KERNELS_OTHER_PYTHON names an interpreter of the same version with another torch."""
     other = os.environ.get("SOAP_KERNELS_OTHER_PYTHON")
     if not other:
         pytest.skip("SOAP_KERNELS_OTHER_PYTHON names no interpreter with another torch")
@@ -91,7 +91,10 @@ def test_a_build_under_one_torch_serves_another(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_without_a_compiler_the_build_says_what_is_lost_and_goes_on(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path), "SOAP_KERNELS_CUDA": "0"}
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {
+        "PATH": str(tmp_path),
+        "SOAP_KERNELS_CUDA": "0",
+    }
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

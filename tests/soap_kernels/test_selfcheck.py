@@ -14,7 +14,9 @@ def test_it_prints_a_line_for_every_backend_present_and_the_reason_for_an_absent
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selfcheck, "SHAPE", (1, 8, 3, 6, 9))
-    monkeypatch.setattr(selfcheck, "checks", lambda device, names: [selfcheck.check("reference", "cpu", torch.float32, "default")])
+    monkeypatch.setattr(
+        selfcheck, "checks", lambda device, names: [selfcheck.check("reference", "cpu", torch.float32, "default")]
+    )
     assert selfcheck.main(["--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "reference  cpu    float32   default" in printed
