@@ -109,8 +109,9 @@ def tune(kinds: list[str], kernels: list[str], clips: int, size: int, pixels: li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--kernels", nargs="+", choices=("fuse", "sweep", "weigh", "fuse_dx"), default=["fuse",
-    "weigh"])
+    parser.add_argument(
+        "--kernels", nargs="+", choices=("fuse", "sweep", "weigh", "fuse_dx"), default=["fuse", "weigh"]
+    )
     parser.add_argument("--clips", type=int, default=6)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--pixels", type=int, nargs="+", help="only tiles of so many pixels")

@@ -38,7 +38,7 @@ Calls = dict[str, Callable[[], object]]
 def interleaved(calls: Calls, repeats: int) -> dict[str, dict[str, float]]:
     """Median and minimum milliseconds of each call, taken in turn."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
+    for call in calls.values():
         call()
         call()
     for _ in range(repeats):

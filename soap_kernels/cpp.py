@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -42,7 +43,7 @@ _library.define(
 def _load() -> ModuleType | str:
     """The extension module, or why there is none."""
     try:
-        from soap_kernels import _cpp
+        _cpp = import_module("soap_kernels._cpp")
     except ImportError as error:
         return (
             f"the C++ library is not there ({error}); build it with `pip install --no-build-isolation .`,"

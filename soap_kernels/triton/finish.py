@@ -278,8 +278,9 @@ def finish(
                         p - (SIZES[k] + 1) * C, scale, shift, SIZES[k], T, C, TP, CP, JP, KQ, QP, MAPS, NORMALIZE, ONE,
                     )  # fmt: skip
                 elif p == (SIZES[k] + 1) * C + T - SIZES[k]:
-                    finish_motion_bias(dbias, project[k], restore, first, dmotion_bias[k], SIZES[k], T, C, TP, CP, QP,
-                    MAPS)
+                    finish_motion_bias(
+                        dbias, project[k], restore, first, dmotion_bias[k], SIZES[k], T, C, TP, CP, QP, MAPS
+                    )
             at += (SIZES[k] + 1) * C + T - SIZES[k] + 1
             first += T - SIZES[k]
 

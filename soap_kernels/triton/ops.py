@@ -131,8 +131,23 @@ def _prepare(
     share = chunks(height, width)
     planes = x.shape[0] * x.shape[1] * x.shape[2] if layout.hidden else 0
     absent = dict.fromkeys(
-        ["motion", "motion_bias", "project", "project_bias", "restore", "restore_bias", "stencil", "weight", "bias",
-        "expand", "temporal", "temporal_bias", "squeeze", "scale", "shift"]
+        [
+            "motion",
+            "motion_bias",
+            "project",
+            "project_bias",
+            "restore",
+            "restore_bias",
+            "stencil",
+            "weight",
+            "bias",
+            "expand",
+            "temporal",
+            "temporal_bias",
+            "squeeze",
+            "scale",
+            "shift",
+        ]
     )
     launch(
         prepare, (10 + planes * share,), x,
@@ -333,8 +348,17 @@ def soap_backward(
     dweights: list[Tensor] = []
     if needs_weights:
         dweights = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in weights]
-        names = ["motion", "motion_bias", "project", "project_bias", "restore", "expand", "temporal", "temporal_bias",
-        "squeeze"]
+        names = [
+            "motion",
+            "motion_bias",
+            "project",
+            "project_bias",
+            "restore",
+            "expand",
+            "temporal",
+            "temporal_bias",
+            "squeeze",
+        ]
         outputs = "motion motion_bias project project_bias restore restore_bias stencil expand temporal temporal_bias"
         outputs += " squeeze"
         given = _given(w)

@@ -81,8 +81,9 @@ def fold_tap(
                     d += centre.to(tl.float32)
                 place = u - f
                 z = tl.load(
-                    restore + t * MAPS + first + place, mask=real & (c < C) & (place >= 0) & (place < T - SIZES[i]),
-                    other=0.0
+                    restore + t * MAPS + first + place,
+                    mask=real & (c < C) & (place >= 0) & (place < T - SIZES[i]),
+                    other=0.0,
                 )
                 acc += z.to(tl.float32) * d[:, None, :, None]
             first += T - SIZES[i]

@@ -58,7 +58,7 @@ def test_no_function_of_an_instruction_set_can_replace_one_of_another(tmp_path: 
 @pytest.mark.slow
 @needs_compiler
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path) -> None:
-    """All stages on all instruction sets, odd shapes, views at the very end of their memory: tests/cpp/sanitized.cpp."""
+    """tests/cpp/sanitized.cpp: all stages, all instruction sets, odd shapes, views that end where their memory does."""
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     objects = compile_stages(tmp_path, flags)
     program = tmp_path / "sanitized"

@@ -97,9 +97,7 @@ def test_the_loop_over_taps_is_tight(stage: str, compiled: dict[str, tuple[Path,
                 continue
             # An instruction is 16 bytes.
             jumps = [(i, re.search(r"BRA.*?0x([0-9a-f]+)", text)) for i, text in enumerate(instructions)]
-            loops = [
-                (int(m.group(1), 16) // 16, i) for i, m in jumps if m and int(m.group(1), 16) // 16 <= i
-            ]
+            loops = [(int(m.group(1), 16) // 16, i) for i, m in jumps if m and int(m.group(1), 16) // 16 <= i]
             bodies = ["\n".join(instructions[a : b + 1]) for a, b in loops]
             sizes = [body.count("\n") + 1 for body in bodies if "HMMA" in body and "LDG" in body]
             assert sizes, name
