@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soap_kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cuda_cases import FUSIONS, SOAPS, check_fusion, check_soap, check_window_sums
-
 from soap_kernels import cuda
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_cases import FUSIONS, SOAPS, Case, FusionCase, check_fusion, check_soap, check_window_sums, soap_tensors
-from run_cases import use
 
 import build as shim
+from cuda_cases import FUSIONS, SOAPS, Case, FusionCase, check_fusion, check_soap, check_window_sums, soap_tensors
+from run_cases import use
 from soap_kernels import backends, cuda
 
 FOLDER = shim.ROOT / "build" / "cuda_shim"

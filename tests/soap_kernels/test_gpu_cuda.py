@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from cuda_cases import (
     FUSIONS,
     NORMALIZE,
@@ -16,8 +18,6 @@ from cuda_cases import (
     relative,
     soap_tensors,
 )
-from torch import Tensor
-
 from soap_kernels import backends
 from soap_kernels.op import fuse_priors, soap, window_sums
 

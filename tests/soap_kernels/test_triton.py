@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import static_gpu
 import torch
 
+import static_gpu
 from soap_kernels import backends
 from soap_kernels.backends import Options
 from soap_kernels.equations import PARTS
