@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-def build_head(name: str, dim: int, frames: int, **options: Any) -> FewShotHead:
+def build_head(name: str, dim: int, frames: int, /, **options: Any) -> FewShotHead:
     """Build the head ``name`` for ``frames`` frames of ``dim`` features, with its own ``options``.
 
     Raises:
