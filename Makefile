@@ -8,14 +8,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export SOAP_KERNELS_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: help install demo test test-slow lint benchmark clean
+.PHONY: help install demo test test-slow test-gpu-proof lint benchmark clean
 
 help:
-	@echo "make demo       set up $(VENV), train and evaluate SOAP-Net on the embedded data set, with and without SOAP"
-	@echo "make test       set up $(VENV), run ruff, mypy and the quick tests"
-	@echo "make test-slow  run the tests that take longer"
-	@echo "make benchmark  time SOAP's kernels against plain PyTorch on this machine"
-	@echo "make clean      remove $(VENV), build products and runs"
+	@echo "make demo            set up $(VENV), train and evaluate SOAP-Net on embedded videos, with and without SOAP"
+	@echo "make test            set up $(VENV), run ruff, mypy and the quick tests"
+	@echo "make test-slow       run the tests that take longer"
+	@echo "make test-gpu-proof  compile the GPU kernels for four architectures and run them on the CPU"
+	@echo "make benchmark       time SOAP's kernels against plain PyTorch on this machine"
+	@echo "make clean           remove $(VENV), build products and runs"
 
 install: $(INSTALLED)
 
@@ -44,7 +45,11 @@ test: lint
 
 test-slow: $(INSTALLED)
 	@echo "==> Running the slow tests"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not gpu_proof"
+
+test-gpu-proof: $(INSTALLED)
+	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (needs nvcc; tens of minutes)"
+	$(BIN)/python -m pytest -m gpu_proof
 
 benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"

@@ -103,6 +103,7 @@ def run_cases(library: Path, *names: str, **env: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.slow
+@pytest.mark.gpu_proof
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 def test_every_case_in_every_thread_order(order: str) -> None:
     done = run_cases(shim.build(FOLDER), CUDA_SHIM_ORDER=order)
@@ -110,6 +111,7 @@ def test_every_case_in_every_thread_order(order: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.gpu_proof
 def test_no_access_is_out_of_bounds() -> None:
     flags = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1")
     library = shim.build(FOLDER, flags, shim.FEW)
@@ -144,6 +146,7 @@ MUTATIONS = {
 
 
 @pytest.mark.slow
+@pytest.mark.gpu_proof
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_noticed(name: str) -> None:
     library = shim.build(FOLDER, replace=(*shim.FEW, MUTATIONS[name]))

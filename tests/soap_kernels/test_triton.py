@@ -48,6 +48,7 @@ def test_kernels_equal_the_equations_in_the_interpreter() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.gpu_proof
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreted")
 def test_general_shapes_and_precisions_in_the_interpreter() -> None:
     interpret("slow")
@@ -119,6 +120,7 @@ def test_kernels_compile_for_hopper_without_a_spill() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.gpu_proof
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 @pytest.mark.parametrize(
     ("architecture", "kinds"),
