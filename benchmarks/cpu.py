@@ -36,13 +36,16 @@ Calls = dict[str, Callable[[], object]]
 
 
 def interleaved(calls: Calls, repeats: int) -> dict[str, dict[str, float]]:
-    """Median and minimum milliseconds of each call, taken in turn."""
+    """Median and minimum milliseconds of each call, taken in turn, each after one of its own that is not timed.
+
+    Without that one, a call finds the allocator and the caches as the call before it left them.
+    """
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-        call()
     for _ in range(repeats):
         for name, call in calls.items():
+            call()
             start = time.perf_counter()
             call()
             spent[name].append(1e3 * (time.perf_counter() - start))
