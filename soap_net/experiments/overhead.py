@@ -249,7 +249,8 @@ def _plot_curves(path: Path, curves: Curves) -> None:
     right.set(xlabel="optimizer step", ylabel="norm of the gradient", title="Gradients", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if axes.lines:
+            axes.legend(fontsize="x-small")
     save_figure(figure, path)
 
 

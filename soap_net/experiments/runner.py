@@ -382,8 +382,9 @@ def _perform_all(
 ) -> Iterator[tuple[Run, Result]]:
     """The results of `tasks` as they come; the first failure lets the runs under way end, and begins no more."""
     if jobs == 1:
-        for run, config in tasks:
-            yield run, _checked(run, _perform(experiment, run, config, stop))
+        with decoded.keeping(KEPT_CLIPS):
+            for run, config in tasks:
+                yield run, _checked(run, _perform(experiment, run, config, stop))
         return
     context = multiprocessing.get_context("spawn")
     slots = context.Queue()
