@@ -345,7 +345,7 @@ def run_experiment(
                 for run in wanted:
                     path = folder / "runs" / run.folder / "result.json"
                     if (run.cell, run.seed) not in finished and path.exists():
-                        finished[run.cell, run.seed] = json.loads(path.read_text(encoding="utf-8"))
+                        finished[run.cell, run.seed] = _read_json(path)
                 open_runs = [run for run in wanted if (run.cell, run.seed) not in finished]
                 if not open_runs:
                     break
@@ -510,7 +510,7 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     settings = {key: value for key, value in flatten(to_dict(experiment.config)).items() if key not in FREE_TO_CHANGE}
     here = {"experiment": experiment.name, "preset": experiment.preset, **settings}
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = _read_json(path)
         keys = [key for key in {**here, **there} if there.get(key) != here.get(key)]
         if keys:
             differ = ", ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys[:3])
@@ -521,6 +521,15 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(path, json.dumps(here, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What one of the experiment's own files holds; they are written whole, so a broken one was damaged since."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to have it made anew") from error
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------- writing
