@@ -241,9 +241,9 @@ class Experiment(ABC):
         seeds = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
         seeds += " seed" if counts == [1] else " seeds"
         lines = [
-            f"{c.eval.way}-way {c.eval.shot}-shot on unseen classes, {c.eval.tasks} tasks, {seeds}; "
-            f"{c.model.backbone} (weights: {c.model.weights or 'random'}), head {c.model.head}, "
-            f"{c.train.episodes} training episodes, {c.data.frames} frames of {c.data.crop} x {c.data.crop}.",
+            f"{c.eval.way}-way {c.eval.shot}-shot on unseen classes (chance: {100 / c.eval.way:.0f} %), {c.eval.tasks} "
+            f"tasks, {seeds}; {self.model()}, {c.train.episodes} training episodes, {c.data.frames} frames of "
+            f"{c.data.crop} x {c.data.crop}.",
             "Accuracies are means with 95 % intervals over training seeds and test tasks. Differences are paired: the "
             "same seeds, the same test tasks, subtracted task by task. Tasks are drawn from one fixed set of test "
             "clips, so no interval speaks of other clips or classes.",
@@ -256,6 +256,11 @@ class Experiment(ABC):
         if self.note:
             lines.append(self.note)
         return "\n\n".join(lines)
+
+    def model(self) -> str:
+        """What of the model is the same in all runs."""
+        model = self.config.model
+        return f"{model.backbone} (weights: {model.weights or 'random'}), head {model.head}"
 
     def plot(self, path: Path, rows: Sequence[Row], results: Results) -> None:
         """Accuracies with intervals, by series, and the paper's beside them."""
