@@ -30,11 +30,13 @@ from soap_net.data.episodes import Episode, EpisodeSampler
 from soap_net.data.splits import ClipSet, load_split
 from soap_net.data.transforms import ClipLoader, FrameSampling
 from soap_net.errors import UserError
+from soap_net.models.heads import Embedded, FewShotHead, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import Ranks, join
 
 CLIPS_PER_CALL = 8
-TASKS_PER_CALL = 16
+EMBEDDED_LIMIT = 2 * 2**30
+"""Bytes that the embedded clips of an evaluation may take; beyond it each task embeds its own."""
 
 
 class Interrupted(RuntimeError):
@@ -316,7 +318,14 @@ def _run_tasks(
     truth = np.repeat(np.arange(way), config.queries)
     class_ids = np.array([episode.classes for episode in episodes])
     predicted = torch.zeros(len(episodes), len(truth), dtype=torch.int64, device=device)
-    batched = torch.vmap(store.model.head, in_dims=(0, None, 0, None))
+    head, features = store.model.head, store.features
+    classes = group_by_class(support_labels, way)
+    embedded = _embed_all(head, features)
+
+    def score(support: Embedded, query: Embedded) -> Tensor:
+        return head.logits(support, classes, query)
+
+    batched = torch.vmap(score)
     mine = range(ranks.rank, len(episodes), ranks.size)
     with (
         warnings.catch_warnings(),
@@ -324,13 +333,19 @@ def _run_tasks(
     ):
         # Some heads hold an operation that vmap runs task by task; the rest of them still gains.
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        for start in range(0, len(mine), TASKS_PER_CALL):
+        for start in range(0, len(mine), head.tasks_at_once):
             if stop():
                 raise Interrupted
-            tasks = list(mine[start : start + TASKS_PER_CALL])
-            support = store.features[torch.tensor([chosen[t][0] for t in tasks], device=device)]
-            query = store.features[torch.tensor([chosen[t][1] for t in tasks], device=device)]
-            predicted[tasks] = batched(support, support_labels, query, way).argmax(dim=-1)
+            tasks = list(mine[start : start + head.tasks_at_once])
+            sides = []
+            for role in (0, 1):
+                rows = torch.tensor([chosen[task][role] for task in tasks], device=device)
+                if embedded is None:
+                    flat = head.embed(features[rows.flatten()])
+                    sides.append(tuple(tensor.unflatten(0, rows.shape) for tensor in flat))
+                else:
+                    sides.append(tuple(tensor[rows] for tensor in embedded))
+            predicted[tasks] = batched(*sides).argmax(dim=-1)
             bar.update(len(tasks))
     ranks.sum([predicted])
     answers = predicted.cpu().numpy()
@@ -338,6 +353,18 @@ def _run_tasks(
     np.add.at(confusion, (class_ids[:, truth], np.take_along_axis(class_ids, answers, axis=1)), 1)
     correct: np.ndarray = (answers == truth).sum(axis=1)
     return correct, confusion
+
+
+def _embed_all(head: FewShotHead, features: Tensor) -> Embedded | None:
+    """What `head` compares of each clip, ``(N, T, D)``; None where that would take more than `EMBEDDED_LIMIT`."""
+    first = head.embed(features[:1])
+    if len(features) * sum(tensor.nbytes for tensor in first) > EMBEDDED_LIMIT:
+        return None
+    whole = tuple(tensor.new_empty(len(features), *tensor.shape[1:]) for tensor in first)
+    for start in range(0, len(features), CLIPS_PER_CALL):
+        for tensor, part in zip(whole, head.embed(features[start : start + CLIPS_PER_CALL]), strict=True):
+            tensor[start : start + CLIPS_PER_CALL] = part
+    return whole
 
 
 def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, progress: bool = True) -> EvalResult:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from torch import Tensor
 
-from soap_net.data.clips import Clip
+from soap_net.data.clips import Clip, ClipError
 
 
 class ClipMemory:
@@ -33,8 +34,21 @@ class ClipMemory:
         wanted = clip.read(indices)
         frames = clip.num_frames()
         if wanted[0].numel() * frames <= self.limit // 64:
-            self._keep(clip, clip.read(range(frames)))
+            with suppress(ClipError):  # a frame that nobody asked for may be broken
+                self._keep(clip, clip.read(range(frames)))
         return wanted
+
+    @contextmanager
+    def keeping(self, limit: int) -> Iterator[None]:
+        """Keeps clips up to `limit` bytes meanwhile, and forgets them at the end."""
+        before, self.limit = self.limit, limit
+        try:
+            yield
+        finally:
+            self.limit = before
+            if not before:
+                self._kept.clear()
+                self._bytes = 0
 
     def _keep(self, clip: Clip, whole: Tensor) -> None:
         self._kept[clip] = whole

@@ -23,8 +23,7 @@ class Heads(Experiment):
     axis = "head"
     note = (
         f"{PAPER} says that SOAP lifts other few-shot methods; its figures for them are not at hand. All heads train "
-        "with the settings chosen for the SOAP head, so this table can't rank heads; compare with and without SOAP "
-        "within each."
+        "with the same settings, so this table can't rank heads; compare with and without SOAP within each."
     )
 
     @property
@@ -62,6 +61,10 @@ class Heads(Experiment):
             for name, (head, backbone, _) in self.cells.items()
             for soap in (True, False)
         ]
+
+    def model(self) -> str:
+        model = self.config.model
+        return f"{model.backbone} (weights: {model.weights or 'random'}) but for {THREE_D[self.preset]} (random)"
 
     def _head(self, head: str, options: dict[str, Any]) -> dict[str, Any]:
         """The settings of a head: the config's own options where it knows them."""

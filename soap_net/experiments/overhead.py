@@ -30,6 +30,8 @@ BACKBONES = {
 }
 CLIPS = 3
 REPEATS = {"quick": 5, "paper": 15}
+"""Turns that are timed at the least; a small net takes as many as fit into `SECONDS`."""
+SECONDS = 20.0
 SIZE = 224
 PART_NAMES = {"three_dem": "3DEM", "cwem": "CWEM", "hmem": "HMEM"}
 SMOOTHED = 10
@@ -71,12 +73,14 @@ class Overhead(Experiment):
             "training step without, ms", "with, ms ", "SOAP adds, % ", "kept for backward without, MiB", "with, MiB",
         ]  # fmt: skip
         table = "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
+        threads = sorted({one["threads"] for one in results.finished.values() if "threads" in one})
         (folder / "table.md").write_text(
             f"# {self.title}\n\n{table}\n\n"
             f"{CLIPS} clips of {self.config.data.frames} frames of {SIZE} x {SIZE} from uint8, fp32, random weights, "
-            f"head {self.config.model.head}; {torch.get_num_threads()} threads. Times are medians; a percentage is the "
-            "median of the ratios of neighbouring turns, with their quartiles. Kept for backward: the bytes of all "
-            "tensors that autograd holds at the end of a training forward, parameters left out.\n\n"
+            f"head {self.config.model.head}, threads: {' or '.join(map(str, threads)) or 'none yet'}. Times are "
+            "medians; a percentage is the median of the ratios of neighbouring turns, with their quartiles. Kept for "
+            "backward: the bytes of all tensors that autograd holds at the end of a training forward, parameters left "
+            "out.\n\n"
             f"plot.svg and curves.csv: training on {self.config.train.episodes} episodes "
             f"({self.config.model.backbone}), losses and gradient norms averaged over {SMOOTHED} of them; the bands "
             f"reach from the lowest to the highest seed.\n\n{about}",
@@ -139,7 +143,8 @@ def measure(config: Config, repeats: int, stop: Callable[[], bool], size: int = 
             forward(model)
 
     found: dict[str, Any] = {f"{kind}_{name}": [] for kind in ("forward", "step") for name in models}
-    for turn in range(repeats + 1):
+    turn, end = 0, time.perf_counter() + SECONDS
+    while turn <= repeats or time.perf_counter() < end:
         for kind, act, training in (("forward", infer, False), ("step", step, True)):
             for name in ("without", "with") if turn % 2 else ("with", "without"):
                 if stop():
@@ -151,12 +156,14 @@ def measure(config: Config, repeats: int, stop: Callable[[], bool], size: int = 
                 _wait(device)
                 if turn:  # the first is for warming up
                     found[f"{kind}_{name}"].append(time.perf_counter() - began)
+        turn += 1
     for name, model in models.items():
         found[f"kept_{name}"] = kept_bytes(model.train(), partial(forward, model))
     soap = models["with"].soap
     assert soap is not None
     found["soap_parameters"] = sum(p.numel() for p in soap.parameters())
     found["parameters"] = sum(p.numel() for p in models["without"].parameters())
+    found["threads"] = torch.get_num_threads()
     return found
 
 
@@ -249,7 +256,8 @@ def _plot_curves(path: Path, curves: Curves) -> None:
     right.set(xlabel="optimizer step", ylabel="norm of the gradient", title="Gradients", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if axes.lines:
+            axes.legend(fontsize="x-small")
     save_figure(figure, path)
 
 

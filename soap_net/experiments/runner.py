@@ -241,9 +241,9 @@ class Experiment(ABC):
         seeds = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
         seeds += " seed" if counts == [1] else " seeds"
         lines = [
-            f"{c.eval.way}-way {c.eval.shot}-shot on unseen classes, {c.eval.tasks} tasks, {seeds}; "
-            f"{c.model.backbone} (weights: {c.model.weights or 'random'}), head {c.model.head}, "
-            f"{c.train.episodes} training episodes, {c.data.frames} frames of {c.data.crop} x {c.data.crop}.",
+            f"{c.eval.way}-way {c.eval.shot}-shot on unseen classes (chance: {100 / c.eval.way:.0f} %), {c.eval.tasks} "
+            f"tasks, {seeds}; {self.model()}, {c.train.episodes} training episodes, {c.data.frames} frames of "
+            f"{c.data.crop} x {c.data.crop}.",
             "Accuracies are means with 95 % intervals over training seeds and test tasks. Differences are paired: the "
             "same seeds, the same test tasks, subtracted task by task. Tasks are drawn from one fixed set of test "
             "clips, so no interval speaks of other clips or classes.",
@@ -256,6 +256,11 @@ class Experiment(ABC):
         if self.note:
             lines.append(self.note)
         return "\n\n".join(lines)
+
+    def model(self) -> str:
+        """What of the model is the same in all runs."""
+        model = self.config.model
+        return f"{model.backbone} (weights: {model.weights or 'random'}), head {model.head}"
 
     def plot(self, path: Path, rows: Sequence[Row], results: Results) -> None:
         """Accuracies with intervals, by series, and the paper's beside them."""
@@ -345,7 +350,7 @@ def run_experiment(
                 for run in wanted:
                     path = folder / "runs" / run.folder / "result.json"
                     if (run.cell, run.seed) not in finished and path.exists():
-                        finished[run.cell, run.seed] = json.loads(path.read_text(encoding="utf-8"))
+                        finished[run.cell, run.seed] = _read_json(path)
                 open_runs = [run for run in wanted if (run.cell, run.seed) not in finished]
                 if not open_runs:
                     break
@@ -382,8 +387,9 @@ def _perform_all(
 ) -> Iterator[tuple[Run, Result]]:
     """The results of `tasks` as they come; the first failure lets the runs under way end, and begins no more."""
     if jobs == 1:
-        for run, config in tasks:
-            yield run, _checked(run, _perform(experiment, run, config, stop))
+        with decoded.keeping(KEPT_CLIPS):
+            for run, config in tasks:
+                yield run, _checked(run, _perform(experiment, run, config, stop))
         return
     context = multiprocessing.get_context("spawn")
     slots = context.Queue()
@@ -509,7 +515,7 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     settings = {key: value for key, value in flatten(to_dict(experiment.config)).items() if key not in FREE_TO_CHANGE}
     here = {"experiment": experiment.name, "preset": experiment.preset, **settings}
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = _read_json(path)
         keys = [key for key in {**here, **there} if there.get(key) != here.get(key)]
         if keys:
             differ = ", ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys[:3])
@@ -520,6 +526,15 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(path, json.dumps(here, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What one of the experiment's own files holds; they are written whole, so a broken one was damaged since."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to have it made anew") from error
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------- writing

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from soap_net.errors import UserError
-from soap_net.models.heads.base import Classes, FewShotHead, Positions, group_by_class
+from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions, group_by_class
 from soap_net.models.heads.hyrsm import BiMHMHead, HyRSMHead
 from soap_net.models.heads.otam import OTAMHead
 from soap_net.models.heads.prototype import FrameAverageHead, PrototypeHead
@@ -28,6 +28,7 @@ __all__ = [
     "HEADS",
     "BiMHMHead",
     "Classes",
+    "Embedded",
     "FewShotHead",
     "FrameAverageHead",
     "HyRSMHead",

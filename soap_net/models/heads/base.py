@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +60,19 @@ def group_by_class(labels: Tensor, way: int) -> Classes:
     return Classes(index, present)
 
 
+Embedded = tuple[Tensor, ...]
+"""N clips as a head compares them: tensors with N first."""
+
+
 class FewShotHead(nn.Module, ABC):
     """Classifies queries by comparing their frame features with those of a few labelled supports.
 
-    Subclasses take ``(dim, frames, **options)`` and implement `logits`; they hold no state of an episode.
+    Subclasses take ``(dim, frames, **options)`` and implement `logits`, and `embed` where much of the work is a clip's
+    own; they hold no state of an episode.
     """
+
+    tasks_at_once: ClassVar[int] = 16
+    """How many tasks evaluation may run side by side, which takes as many times the memory of one."""
 
     def __init__(self, dim: int, frames: int) -> None:
         super().__init__()
@@ -98,11 +106,18 @@ class FewShotHead(nn.Module, ABC):
             raise UserError(
                 f"{type(self).__name__}: {len(support)} supports, but labels of shape {tuple(support_labels.shape)}"
             )
-        return self.logits(support, group_by_class(support_labels, way), query)
+        return self.logits(self.embed(support), group_by_class(support_labels, way), self.embed(query))
+
+    def embed(self, features: Tensor) -> Embedded:
+        """What a comparison needs of ``(N, T, D)`` clips, each clip's by itself: evaluation computes it once per clip.
+
+        By default the features as they are.
+        """
+        return (features,)
 
     @abstractmethod
-    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        """``(Q, way)`` from ``(S, T, D)`` supports, whose grouping is ``classes``, and ``(Q, T, D)`` queries."""
+    def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        """``(Q, way)`` from S embedded supports, whose grouping is ``classes``, and Q embedded queries."""
 
 
 class Positions(nn.Module):

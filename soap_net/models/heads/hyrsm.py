@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soap_net.errors import UserError
-from soap_net.models.heads.base import Classes, FewShotHead, Positions, cosine_distances, cosines
+from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions, cosine_distances, cosines
 
 
 def mean_hausdorff(distances: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ class BiMHMHead(FewShotHead):
         super().__init__(dim, frames)
         self.scale = float(frames if scale is None else scale)
 
-    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        return -self.scale * classes.mean(mean_hausdorff(cosine_distances(query, support)), dim=1)
+    def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        return -self.scale * classes.mean(mean_hausdorff(cosine_distances(query[0], support[0])), dim=1)
 
 
 class HyRSMHead(FewShotHead):
@@ -77,24 +77,23 @@ class HyRSMHead(FewShotHead):
         self.blend = nn.Linear(2 * dim, dim)
         self.scale = float(frames if scale is None else scale)
 
-    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        support, query = self._intra_relation(support), self._intra_relation(query)
-        prototypes = classes.mean(support)  # (way, T, dim)
-        way, queries = len(prototypes), len(query)
+    def embed(self, features: Tensor) -> Embedded:
+        clips = self.positions(features)
+        normed = self.intra_norm(clips)
+        related, _ = self.intra(normed, normed, normed, need_weights=False)
+        return (F.relu(clips + related),)
+
+    def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        prototypes, (clips,) = classes.mean(support[0]), query  # (way, T, dim) and (Q, T, dim)
+        way, queries = len(prototypes), len(clips)
         # One task per query: the way classes and the query itself, (Q, way + 1, dim).
         shared = prototypes.mean(dim=1).expand(queries, way, -1)
-        task = torch.cat([shared, query.mean(dim=1, keepdim=True).to(shared.dtype)], dim=1)
+        task = torch.cat([shared, clips.mean(dim=1, keepdim=True).to(shared.dtype)], dim=1)
         related, _ = self.inter(task, task, task, need_weights=False)
         related = F.relu(self.inter_norm(task + related))
         # A map of two halves is a sum of two maps; the frames' half is the same for all queries.
         of_frame, of_task = self.blend.weight.chunk(2, dim=1)
         relation = F.linear(related, of_task, self.blend.bias)
         class_frames = F.linear(prototypes, of_frame) + relation[:, :way, None]  # (Q, way, T, dim)
-        query_frames = F.linear(query, of_frame) + relation[:, way:]  # (Q, T, dim)
+        query_frames = F.linear(clips, of_frame) + relation[:, way:]  # (Q, T, dim)
         return -self.scale * mean_hausdorff(1 - cosines(query_frames[:, None], class_frames))
-
-    def _intra_relation(self, clips: Tensor) -> Tensor:
-        clips = self.positions(clips)
-        normed = self.intra_norm(clips)
-        related, _ = self.intra(normed, normed, normed, need_weights=False)
-        return F.relu(clips + related)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from soap_net.errors import UserError
-from soap_net.models.heads.base import Classes, FewShotHead, cosine_distances
+from soap_net.models.heads.base import Classes, Embedded, FewShotHead, cosine_distances
 
 
 class OTAMHead(FewShotHead):
@@ -29,8 +29,8 @@ class OTAMHead(FewShotHead):
             raise UserError(f"smoothing is {smoothing}, expected more than 0")
         self.smoothing = smoothing
 
-    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        distances = cosine_distances(query, support)
+    def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        distances = cosine_distances(query[0], support[0])
         both = alignment_cost(torch.stack([distances, distances.mT]), self.smoothing)
         return -classes.mean(both.sum(dim=0), dim=1)
 

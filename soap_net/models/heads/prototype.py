@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soap_net.errors import UserError
-from soap_net.models.heads.base import Classes, FewShotHead, cosines, no_autocast, wide
+from soap_net.models.heads.base import Classes, Embedded, FewShotHead, cosines, no_autocast, wide
 
 
 class PrototypeHead(FewShotHead):
@@ -31,8 +31,11 @@ class PrototypeHead(FewShotHead):
         if metric == "cosine":
             self.scale = nn.Parameter(torch.tensor(float(scale)))
 
-    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        prototypes, clips = classes.mean(wide(support).mean(dim=1)), wide(query).mean(dim=1)
+    def embed(self, features: Tensor) -> Embedded:
+        return (wide(features).mean(dim=1),)
+
+    def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        prototypes, clips = classes.mean(support[0]), query[0]
         if self.metric == "cosine":
             return self.scale * cosines(clips, prototypes)
         return -(clips[:, None] - prototypes).square().sum(dim=-1)
@@ -54,9 +57,13 @@ class FrameAverageHead(FewShotHead):
         super().__init__(dim, frames)
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
-    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        prototypes = F.normalize(classes.mean(wide(support).mean(dim=1)), dim=-1)
+    def embed(self, features: Tensor) -> Embedded:
         # The prototype is the same for all frames, so the average of cosines is a product with the average direction.
-        directions = F.normalize(wide(query), dim=-1).mean(dim=1)
-        with no_autocast(query):
+        frames = wide(features)
+        return frames.mean(dim=1), F.normalize(frames, dim=-1).mean(dim=1)
+
+    def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        prototypes = F.normalize(classes.mean(support[0]), dim=-1)
+        directions = query[1]
+        with no_autocast(directions):
             return self.scale * (directions @ prototypes.T)

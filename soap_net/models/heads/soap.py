@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from soap_net.models.heads.base import Classes, FewShotHead, Positions
+from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions
 from soap_net.models.heads.trx import TupleAttention
 
 
@@ -27,6 +27,9 @@ class SOAPHead(FewShotHead):
         self.positions = Positions(dim, frames, dropout=dropout)
         self.attention = TupleAttention(dim, frames, cardinality=1, out_dim=out_dim)
 
-    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        scores: Tensor = self.attention(self.positions(support), classes, self.positions(query))
+    def embed(self, features: Tensor) -> Embedded:
+        return self.attention.embed(self.positions(features))
+
+    def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        scores: Tensor = self.attention(support, classes, query)
         return scores

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soap_net.errors import UserError
-from soap_net.models.heads.base import Classes, FewShotHead, Positions, wide
+from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions, wide
 
 
 class TupleAttention(nn.Module):
@@ -48,17 +48,16 @@ class TupleAttention(nn.Module):
         tuples = torch.tensor(list(combinations(range(frames), cardinality)))
         self.register_buffer("tuples", tuples, persistent=False)
 
-    def forward(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        """``(S, T, dim)`` supports and ``(Q, T, dim)`` queries, positions added, to ``(Q, way)`` logits."""
-        both = torch.cat([support, query])
-        keys = self.norm(self._per_tuple(self.keys, both))
-        values = self._per_tuple(self.values, both)
+    def embed(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, both ``(N, L, out_dim)``, of ``(N, T, dim)`` clips with positions added."""
+        return self.norm(self._per_tuple(self.keys, frames)), self._per_tuple(self.values, frames)
+
+    def forward(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        """Keys and values of supports and of queries to ``(Q, way)`` logits."""
         # Supports by class: (way, K * L, out_dim).
-        support_keys = keys[: len(support)][classes.shots].flatten(1, 2)
-        support_values = values[: len(support)][classes.shots].flatten(1, 2)
+        support_keys, support_values = (tensor[classes.shots].flatten(1, 2) for tensor in support)
         present = classes.present.repeat_interleave(len(self.tuples), dim=1)[:, None]
-        query_keys = keys[len(support) :].flatten(0, 1)
-        query_values = values[len(support) :].flatten(0, 1)
+        query_keys, query_values = (tensor.flatten(0, 1) for tensor in query)
 
         way, kept, size = support_keys.shape
         rows = max(1, self.memory // (way * (2 * kept + 2 * size) * 4))
@@ -71,7 +70,7 @@ class TupleAttention(nn.Module):
                 part = _distances(*chunk, support_keys, support_values, present)
             parts.append(part)
         distances = torch.cat(parts, dim=1) if parts else query_values.new_zeros(way, 0)
-        return -distances.unflatten(1, (len(query), len(self.tuples))).mean(dim=2).T
+        return -distances.unflatten(1, (len(query[0]), len(self.tuples))).mean(dim=2).T
 
     def _per_tuple(self, linear: nn.Linear, frames: Tensor) -> Tensor:
         """``linear`` of every tuple, ``(N, T, dim)`` to ``(N, L, out_dim)``.
@@ -111,6 +110,8 @@ class TRXHead(FewShotHead):
         UserError: no cardinality, one given twice, or a tuple longer than the clip.
     """
 
+    tasks_at_once = 1
+
     def __init__(
         self,
         dim: int,
@@ -128,7 +129,17 @@ class TRXHead(FewShotHead):
             TupleAttention(dim, frames, cardinality, out_dim, memory_mib) for cardinality in sorted(cardinalities)
         )
 
-    def logits(self, support: Tensor, classes: Classes, query: Tensor) -> Tensor:
-        support, query = self.positions(support), self.positions(query)
-        scores = [attention(support, classes, query) for attention in self.attentions]
+    def embed(self, features: Tensor) -> Embedded:
+        frames = self.positions(features)
+        embedded: list[Tensor] = []
+        for attention in self.attentions:
+            assert isinstance(attention, TupleAttention)
+            embedded += attention.embed(frames)
+        return tuple(embedded)
+
+    def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
+        scores = [
+            attention(support[2 * i : 2 * i + 2], classes, query[2 * i : 2 * i + 2])
+            for i, attention in enumerate(self.attentions)
+        ]
         return torch.stack(scores).mean(dim=0)

@@ -61,8 +61,10 @@ def test_sensitivity_shows_the_test_classes_to_the_best_choice_and_the_papers_al
 
 
 def test_frame_rate_takes_each_interval_and_native_rates_on_the_motion_set_alone(tiny_data: Path) -> None:
+    for preset, intervals in (("quick", [1, 2, 4, 8]), ("paper", list(range(1, 9)))):
+        elsewhere = build("frame-rate", preset, tiny(tiny_data)).runs([0], Results({}))
+        assert sorted({run.changes["data.interval"] for run in elsewhere}) == intervals
     elsewhere = build("frame-rate", "quick", tiny(tiny_data)).runs([0], Results({}))
-    assert sorted({run.changes["data.interval"] for run in elsewhere}) == list(range(1, 9))
     motion = build("frame-rate", "quick", []).runs([0], Results({}))
     assert len(motion) == len(elsewhere) + 10
     roots = {run.cell: run.changes["data.root"] for run in motion}
@@ -83,13 +85,16 @@ def test_overhead_counts_parameters_and_bytes_kept_and_traces_gradients(
     from soap_net.experiments import overhead
 
     monkeypatch.setattr(overhead, "BACKBONES", {"quick": ("tiny",)})
-    monkeypatch.setattr(overhead, "REPEATS", {"quick": 1})
+    monkeypatch.setattr(overhead, "REPEATS", {"quick": 3})
+    monkeypatch.setattr(overhead, "SECONDS", 0.0)
     monkeypatch.setattr(overhead, "SIZE", 16)
     monkeypatch.setattr(overhead.measure, "__defaults__", (16,))
     _, results = run("overhead", tiny_data, tmp_path)
     cost = results.finished["cost-tiny", 0]
     assert cost["soap_parameters"] == 2274
     assert 0 < cost["kept_without"] < cost["kept_with"]
+    assert all(len(cost[f"{kind}_{name}"]) == 3 for kind in ("forward", "step") for name in ("without", "with"))
+    assert cost["threads"] == torch.get_num_threads()
     curves = results.finished["curve-soap", 0]["curves"]
     assert set(curves) == {"loss", "accuracy", "backbone", "head", "3DEM", "CWEM", "HMEM"}
     assert all(len(values) == 2 and min(values) >= 0 for values in curves.values())

@@ -4,6 +4,9 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from soap_net.cli import main
 from soap_net.config import Config, from_dict
 from soap_net.errors import UserError
 from soap_net.evaluate import Interrupted
@@ -152,6 +156,16 @@ def test_run_that_fails_is_named_and_the_finished_ones_kept(toy: Toy, tmp_path: 
     assert not (tmp_path / "runs/better-seed0/result.json").exists()
 
 
+def test_damaged_result_is_named_in_one_line_and_left_alone(toy: Toy, tmp_path: Path) -> None:
+    run(toy, tmp_path, seeds=1)
+    damaged = tmp_path / "runs/better-seed0/result.json"
+    damaged.write_text('{"tests": ')
+    with pytest.raises(UserError, match=r"better-seed0/result\.json is damaged .* delete it") as caught:
+        run(Toy(Config()), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert damaged.read_text() == '{"tests": '
+
+
 def test_impossible_setting_is_found_before_any_run(tmp_path: Path) -> None:
     class Impossible(Toy):
         def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
@@ -197,6 +211,35 @@ def test_difference_pairs_the_seeds_both_have() -> None:
     results = Results({("a", 0): one([5, 4]), ("b", 0): one([4, 3]), ("a", 1): one([0, 0])})
     assert results.difference(("a", "test"), ("b", "test")) == Estimate(20.0, 0.0, 1, 2)
     assert results.difference(("a", "test"), ("c", "test")) is None
+
+
+@pytest.mark.slow
+def test_experiment_whose_process_was_killed_in_a_training_goes_on_and_ends_as_one_never_killed(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    def command(folder: Path) -> list[str]:
+        return ["experiment", "order", "--seeds=1", "--jobs=1", f"--out={folder}", *tiny(tiny_data)]
+
+    def tests(folder: Path) -> dict[str, dict[str, object]]:
+        found = (folder / "runs").glob("*/result.json")
+        return {path.parent.name: json.loads(path.read_text())["tests"] for path in found}
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-m", "soap_net", *command(killed)], env={**os.environ, **threads})
+    deadline = time.monotonic() + 120
+    while not tests(killed) or len(list((killed / "runs").iterdir())) == len(tests(killed)):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = {path: path.read_bytes() for path in (killed / "runs").glob("*/result.json")}
+    assert 1 <= len(before) < 6
+    assert main(command(killed)) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert main(command(whole)) == 0
+    assert tests(killed) == tests(whole)
 
 
 @pytest.mark.slow

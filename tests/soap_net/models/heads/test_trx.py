@@ -1,9 +1,11 @@
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from soap_net.cli import main
 from soap_net.errors import UserError
 from soap_net.models.heads import SOAPHead, TRXHead, build_head
 
@@ -95,3 +97,17 @@ def test_a_tuple_longer_than_the_clip_is_refused_in_one_line() -> None:
     for bad in ((), (2, 2), (0,)):
         with pytest.raises(UserError):
             build_head("trx", 6, 4, cardinalities=bad)
+
+
+def test_the_command_refuses_such_a_tuple_before_it_makes_a_folder(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "data.root": tiny_data, "data.frames": 3, "model.backbone": "tiny", "model.weights": "random",
+        "model.head": "trx", "model.head_options": '{"cardinalities": [2, 9]}', "model.soap.tuple_sizes": "[1]",
+        "episode.way": 2, "episode.queries": 1, "train.val_every": 0, "out": tmp_path / "run",
+    }  # fmt: skip
+    assert main(["train", *(f"--{key}={value}" for key, value in options.items())]) == 2
+    error = capsys.readouterr().err
+    assert error == "soap-net: head trx: a tuple of 9 frames can't be drawn from a clip of 3\n"
+    assert not (tmp_path / "run").exists()
