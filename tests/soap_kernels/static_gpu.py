@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 
+from soap_kernels.backends import Options
+from soap_kernels.equations import PARTS
+from soap_kernels.modules import SOAP
+
 ARCHITECTURES = (80, 90, 100, 120)
 # Per multiprocessor: registers, threads, shared memory in bytes (CUDA programming guide, compute capabilities).
 PROCESSOR = {
@@ -100,6 +104,26 @@ def recorded(architecture: int = 90) -> Iterator[list[Launch]]:
         for module, launch in before:
             module.launch = launch
         ops.processors = processors
+
+
+def soap_launches(
+    dtype: torch.dtype,
+    out: torch.dtype | None = None,
+    precision: str = "default",
+    needs_x: bool = False,
+    architecture: int = 90,
+) -> list[Launch]:
+    """What the Triton backend launches for 6 clips of 8 x 3 x 224 x 224, forward and backward to all weights."""
+    from soap_kernels.triton import BACKEND
+
+    mean, std = ((0.45,) * 3, (0.22,) * 3) if dtype == torch.uint8 else (None, None)
+    weights = [w.detach().to("meta") for w in SOAP().weights().flatten()]
+    x = torch.empty(6, 8, 3, 224, 224, dtype=dtype, device="meta")
+    options = Options(PARTS, (1, 2, 3), precision, mean, std, out or dtype, False)
+    with recorded(architecture) as found:
+        y, prepared = BACKEND.soap_forward(x, weights, options)
+        BACKEND.soap_backward(y, x, prepared, weights, options, needs_x and dtype != torch.uint8, True)
+    return list(found)
 
 
 _POINTERS = {

@@ -14,7 +14,6 @@ import static_gpu
 from soap_kernels import backends
 from soap_kernels.backends import Options
 from soap_kernels.equations import PARTS
-from soap_kernels.modules import SOAP
 
 HERE = Path(__file__).parent
 
@@ -62,17 +61,7 @@ def test_absence_on_the_cpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def launches(kind: str, needs_x: bool = False, architecture: int = 90) -> list[static_gpu.Launch]:
-    from soap_kernels.triton import BACKEND
-
-    dtype, out, precision = KINDS[kind]
-    mean, std = ((0.45,) * 3, (0.22,) * 3) if dtype == torch.uint8 else (None, None)
-    weights = [w.detach().to("meta") for w in SOAP().weights().flatten()]
-    x = torch.empty(6, 8, 3, 224, 224, dtype=dtype, device="meta")
-    options = Options(PARTS, (1, 2, 3), precision, mean, std, out, False)
-    with static_gpu.recorded(architecture) as found:
-        y, prepared = BACKEND.soap_forward(x, weights, options)
-        BACKEND.soap_backward(y, x, prepared, weights, options, needs_x and dtype != torch.uint8, True)
-    return list(found)
+    return static_gpu.soap_launches(*KINDS[kind], needs_x, architecture)
 
 
 def test_forward_takes_two_launches_and_backward_four() -> None:
