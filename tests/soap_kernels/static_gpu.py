@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -55,7 +56,7 @@ class Facts:
     spilled: int  # bytes of a thread's stack and local memory, and instructions that access them: 0 without a spill
     shared: int
     instructions: Counter[str] = field(repr=False)
-    hot: Counter[str] = field(repr=False)  # instructions within the innermost loops
+    depths: Counter[int] = field(repr=False)  # how many instructions lie in how many loops, one in another
 
     @property
     def occupancy(self) -> float:
@@ -68,6 +69,10 @@ class Facts:
 
     def count(self, *prefixes: str) -> int:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
+
+    def executed(self, *trips: float) -> float:
+        """Instructions that a warp executes when the loops make so many trips, the outermost's first."""
+        return sum(n * math.prod(trips[:depth]) for depth, n in self.depths.items())
 
     def widths(self, *prefixes: str) -> set[int]:
         """Widths in bits of the accesses whose mnemonics start so."""
@@ -195,30 +200,27 @@ def facts_of_cubin(name: str, cubin: bytes, architecture: int, threads: int, sha
     resources = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert resources is not None, usage
     registers, *memory = map(int, resources.groups())
-    instructions, hot = _instructions(sass)
+    instructions, depths = _instructions(sass)
     assert instructions["EXIT"], "the disassembly is not understood"
     local = sum(n for mnemonic, n in instructions.items() if mnemonic.startswith(("LDL", "STL")))
-    return Facts(name, architecture, threads, registers, sum(memory) + local, shared, instructions, hot)
+    return Facts(name, architecture, threads, registers, sum(memory) + local, shared, instructions, depths)
 
 
-def _instructions(sass: str) -> tuple[Counter[str], Counter[str]]:
-    """All instructions by mnemonic, and those within the innermost loops."""
+def _instructions(sass: str) -> tuple[Counter[str], Counter[int]]:
+    """All instructions by mnemonic, and how many lie in no loop, in one, in one within another."""
     listed: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
+    ends: dict[int, int] = {}  # of a loop, by its first instruction
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
             labels[label[1]] = len(listed)
         elif found := re.match(r"^\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
             listed.append(found[1])
             to = re.search(r"(\.L_x_\d+)", found[2]) if found[1].startswith("BRA") else None
-            if to and to[1] in labels and labels[to[1]] < len(listed) - 1:
-                loops.append((labels[to[1]], len(listed)))
-    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    hot: Counter[str] = Counter()
-    for first, last in innermost:
-        hot.update(listed[first:last])
-    return Counter(listed), hot
+            if to and labels.get(to[1], len(listed)) < len(listed) - 1:
+                ends[labels[to[1]]] = len(listed)
+    depths = Counter(sum(first <= i < last for first, last in ends.items()) for i in range(len(listed)))
+    return Counter(listed), depths
 
 
 @dataclass(frozen=True)
