@@ -48,8 +48,8 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu_proof"
 
 test-gpu-proof: $(INSTALLED)
-	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (needs nvcc; tens of minutes)"
-	$(BIN)/python -m pytest -m gpu_proof
+	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
+	$(BIN)/python -m pytest -m gpu_proof -n 2 --dist loadgroup tests/soap_kernels
 
 benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"

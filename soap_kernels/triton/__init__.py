@@ -1,7 +1,7 @@
 """SOAP's ops in Triton: for every GPU that Triton serves, with no compiler of the user's own.
 
-A forward is two launches (``prepare``, ``fuse``), a backward to all weights three (``sweep``, ``reduce``, ``finish``),
-one more (``fuse_dx``) for x's gradient. Triton is imported when the backend is first asked to work.
+A forward is two launches (``prepare``, ``fuse``), a backward to all weights four (``sweep``, ``weigh``, ``reduce``,
+``finish``), one more (``fuse_dx``) for x's gradient. Triton is imported when the backend is first asked to work.
 """
 
 from __future__ import annotations

@@ -87,12 +87,12 @@ def move(v, by: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def tile_pixels(
-    tile, tiles_w, H, W, BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr
+    row, column, H, W, BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr
 ):  # fmt: skip
-    """Row and column of each pixel of a clip's tile, and which of them the tile writes."""
+    """Row and column of each pixel of the tile (row, column) of a clip, and which of them the tile writes."""
     n = tl.arange(0, BH * BW)
-    h = tile // tiles_w * BH + n // BW
-    w = tile % tiles_w * (BW - 2 * HALO) - HALO + n % BW
+    h = row * BH + n // BW
+    w = column * (BW - 2 * HALO) - HALO + n % BW
     own = (h < H) & (w < W) & (n % BW >= HALO) & (n % BW < BW - HALO)
     return h, w, own
 
@@ -171,10 +171,8 @@ def fuse(
     N: tl.constexpr = BH * BW
     pid = tl.program_id(0)
     b = pid // tiles
-    h, w, own = tile_pixels(pid % tiles, tiles_w, H, W, BH, BW, HALO)
+    h, w, own = tile_pixels(pid % tiles // tiles_w, pid % tiles % tiles_w, H, W, BH, BW, HALO)
     pixels = H.to(tl.float32) * W
-    # What does not wait for the convolution is loaded before it: nothing moves up past its barriers.
-    g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
     row, real = row_planes(x, b, sB, sT, sC, T, C, TP, M)
     z = tl.zeros((M, N), tl.float32)
     if CONV:
@@ -184,6 +182,7 @@ def fuse(
             plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
         )  # fmt: skip
         z = sigmoid(z + bias[:, None])
+    g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
     total = priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP)
     seen = real[:, None] & own[None, :]
     at = h * sH + w * sW
@@ -236,7 +235,7 @@ def fuse_dx(
     N: tl.constexpr = BH * BW
     pid = tl.program_id(0)
     b = pid // tiles
-    h, w, own = tile_pixels(pid % tiles, tiles_w, H, W, BH, BW, HALO)
+    h, w, own = tile_pixels(pid % tiles // tiles_w, pid % tiles % tiles_w, H, W, BH, BW, HALO)
     area = H.to(tl.int64) * W
     total = tl.zeros((K, N), tl.float32)
     if CONV:

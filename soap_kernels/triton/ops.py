@@ -18,7 +18,7 @@ from soap_kernels.triton import wide as planes
 from soap_kernels.triton.finish import finish, finish_priors
 from soap_kernels.triton.fuse import fuse, fuse_dx
 from soap_kernels.triton.plan import (
-    PROGRAMS_PER_PROCESSOR,
+    PROGRAMS,
     Cover,
     Layout,
     Numbers,
@@ -207,16 +207,20 @@ def _sweep(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    partial_gate = empty(clips * over.tiles, rows) if mode else None
+    def programs_of(kernel: str, chosen: Tile, tiles: int) -> int:
+        return min(tiles, (chosen.programs or PROGRAMS[kernel]) * processors(x)[0])
+
+    total = clips * over.tiles
+    partial_gate = empty(total, rows) if mode else None
     half = numbers.split == 0 and numbers.dz != torch.float32
     pad, pitch = _pitch(width)
     dz = empty(clips, rows, height, pitch, dtype=numbers.dz if half else torch.float32) if layout.conv else None
     store_direct = needs_x and multiplicative
     direct = empty(*x.shape) if store_direct else grad
     launch(
-        sweep, (clips * over.tiles,), x, grad, pieces.folded, pieces.bias, gate, pieces.means, pieces.cwem, dz,
-        partial_gate, direct, *x.stride(), *grad.stride(), height, width, pitch, over.tiles_w, over.tiles,
-        float(offset),
+        sweep, (programs_of("sweep", chosen, total),), x, grad, pieces.folded, pieces.bias, gate, pieces.means,
+        pieces.cwem, dz, partial_gate, direct, *x.stride(), *grad.stride(), height, width, pitch, over.tiles_h,
+        over.tiles, total, float(offset),
         **layout.grid(), CONV=layout.conv, HMEM=layout.hmem, GATE=mode, STENCIL_GROUP=layout.stencil_group,
         MULTIPLICATIVE=multiplicative, ONE=layout.one, CHUNKS=chunks(height, width),
         WIDE=wide(height, width, x.stride(), grad.stride()), STORE_DIRECT=store_direct, PAD=pad, **numbers.constants(),
@@ -227,13 +231,13 @@ def _sweep(
     if weights:
         heavy, spread = _cover("weigh", numbers, layout, x)
         total = clips * spread.tiles
-        programs = min(total, PROGRAMS_PER_PROCESSOR * processors(x)[0])
+        programs = programs_of("weigh", heavy, total)
         at_once = 3 if rows * columns <= 1024 else 1
         partial, partial_bias = empty(programs, 9, rows, columns), empty(programs, rows)
         layout_constants = {k: v for k, v in layout.grid().items() if k != "CP"}
         launch(
             weigh, (programs, 3 // at_once), x, dz, partial, partial_bias, *x.stride(), height, width, pitch,
-            spread.tiles_w, spread.tiles, total, **layout_constants, ONE=layout.one, PAD=pad, WIDE=wide(height, width,
+            spread.tiles_h, spread.tiles, total, **layout_constants, ONE=layout.one, PAD=pad, WIDE=wide(height, width,
             x.stride()),
             ROWS_AT_ONCE=at_once, **numbers.constants(dz=True), **spread.constants(), **heavy.options(),
         )  # fmt: skip
@@ -246,9 +250,8 @@ def _sweep(
         launch(
             reduce, (own + (clips if mode else 0),), partial, partial_bias, partial_gate, pieces.means, pieces.cwem,
             dfolded, dbias, dgate, dtaps, programs, over.tiles, height, width, **layout.grid(),
-            CHUNKS=chunks(height, width), WEIGHTS=weights, GATE=mode > 0, POOL=mode == 1, BP=REDUCE_ROWS,
-            BC=REDUCE_COLUMNS,
-            num_warps=4,
+            CHUNKS=chunks(height, width), WEIGHTS=weights, GATE=mode > 0, POOL=mode == 1, ONE=layout.one,
+            BP=REDUCE_ROWS, BC=REDUCE_COLUMNS, num_warps=4,
         )  # fmt: skip
     return Swept(dfolded, dbias, dgate, dtaps, dz, direct)
 

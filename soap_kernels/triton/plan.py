@@ -32,9 +32,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def compiled(options: dict[str, Any]) -> dict[str, Any]:
+    """A launch's options with what all kernels are compiled with: multiply-adds fused, whatever Triton's default."""
+    return options if interpreted() else {"enable_fp_fusion": True, **options}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     LAUNCHES[kernel.__name__] += 1
-    kernel[grid](*args, **options)
+    kernel[grid](*args, **compiled(options))
 
 
 def ceil_power(n: int) -> int:
@@ -182,13 +187,18 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Tile:
-    """Pixels of a tile, warps of its program, loads in flight, a cap on a thread's registers, columns of halo."""
+    """Pixels of a tile, warps of its program, loads in flight, a cap on a thread's registers, columns of halo.
+
+    ``programs``: how many a multiprocessor gets of a kernel whose programs walk runs of tiles; a multiple of what it
+    holds at once is best. None: as ``PROGRAMS`` says.
+    """
 
     pixels: int
     warps: int
     stages: int = 1
     registers: int | None = None
     halo: int | None = None  # None: 16 bytes
+    programs: int | None = None
 
     def options(self) -> dict[str, int]:
         cap = {} if self.registers is None or interpreted() else {"maxnreg": self.registers}
@@ -201,8 +211,10 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("fuse", "ieee", 32): Tile(64, 8),
     ("fuse", "ieee0", 32): Tile(128, 4, 3),
     ("fuse", "ieee1", 32): Tile(128, 4),
-    ("fuse", "ieee2", 32): Tile(128, 4, 3),
+    ("fuse", "ieee2", 32): Tile(128, 4, 2),
     ("fuse", "tf320", 32): Tile(128, 4),
+    ("sweep", "ieee1", 32): Tile(128, 4, programs=2),
+    ("sweep", "ieee2", 32): Tile(64, 4, 2),
     ("weigh", "ieee", 32): Tile(32, 8),
     ("weigh", "ieee0", 32): Tile(64, 8),
     ("weigh", "ieee1", 32): Tile(64, 8),
@@ -222,9 +234,11 @@ TILES: dict[tuple[str, str, int], Tile] = {
 # Where an architecture (10 * major + minor) wants another: measured better, or the table's spills there.
 TILES_OF: dict[int, dict[tuple[str, str, int], Tile]] = {
     80: {("sweep", "tf320", 32): Tile(128, 8)},
+    100: {("fuse", "ieee2", 32): Tile(128, 8, 2), ("weigh", "ieee0", 32): Tile(64, 8, registers=128)},
+    120: {("fuse", "ieee2", 32): Tile(128, 8, 2), ("weigh", "ieee2", 32): Tile(32, 8, registers=240)},
 }
 
-PROGRAMS_PER_PROCESSOR = 2  # of weigh, each with partial sums of its own
+PROGRAMS = {"sweep": 6, "weigh": 2}  # a multiprocessor holds 2 or 3 of sweep; each of weigh leaves partial sums
 
 
 @cache
@@ -241,8 +255,12 @@ class Cover:
     bh: int
     bw: int
     halo: int
+    tiles_h: int
     tiles_w: int
-    tiles: int
+
+    @property
+    def tiles(self) -> int:
+        return self.tiles_h * self.tiles_w
 
     def constants(self) -> dict[str, int]:
         return {"BH": self.bh, "BW": self.bw, "HALO": self.halo}
@@ -266,7 +284,7 @@ def cover(height: int, width: int, tile: Tile, aligned: bool, itemsize: int, con
         tiles_h = -(-height // bh)
         cost = tiles_w * tiles_h
         if found is None or cost <= found[0]:
-            found = cost, Cover(bh, bw, halo, tiles_w, cost)
+            found = cost, Cover(bh, bw, halo, tiles_h, tiles_w)
         bw //= 2
     assert found is not None
     return found[1]

@@ -29,6 +29,12 @@ def pick(values, index, n: tl.constexpr):
 
 
 @triton.jit
+def is_column(k, T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, ONE: tl.constexpr):
+    """Whether column k of the folded convolution is a plane or the one that carries normalisation's shift."""
+    return ((k // TP < C) & (k % TP < T)) | (k == ONE)
+
+
+@triton.jit
 def project_motion(
     project, motion, c, q, s, tap, o: tl.constexpr, f: tl.constexpr, C: tl.constexpr, ROW: tl.constexpr
 ):  # fmt: skip
@@ -69,14 +75,17 @@ def fold_tap(
         c3 = tl.arange(0, JP)[:, None, None]
         q3 = tl.arange(0, QP)[None, :, None]
         s3 = tl.arange(0, KQ)[None, None, :]
+        taps = tap + s2 * 0  # a block: in Triton 3.9's interpreter a scalar's comparison is no mask
         for i in tl.static_range(len(SIZES)):
             for f in tl.static_range(SIZES[i] + 1):
                 d = tl.zeros((JP, KQ), tl.float32)
                 if f > 0:
-                    d -= tl.sum(project_motion(project[i], motion[i], c3, q3, s3, tap, SIZES[i], f, C, 9), axis=1)
+                    d -= tl.sum(
+                        project_motion(project[i], motion[i], c3, q3, s3, taps[None, :, :], SIZES[i], f, C, 9), axis=1
+                    )
                 if f < SIZES[i]:
                     centre = tl.load(
-                        project[i] + c2 * (SIZES[i] * C) + f * C + s2, mask=(c2 < C) & (s2 < C) & (tap == 4), other=0.0
+                        project[i] + c2 * (SIZES[i] * C) + f * C + s2, mask=(c2 < C) & (s2 < C) & (taps == 4), other=0.0
                     )
                     d += centre.to(tl.float32)
                 place = u - f

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soap_kernels.triton.prepare import gate_rows
+from soap_kernels.triton.prepare import gate_rows, is_column
 
 
 @triton.jit
@@ -25,8 +25,8 @@ def sum_rows(partial, first, rows, columns, column, ok, BP: tl.constexpr, BC: tl
 def reduce(
     partial, partial_bias, partial_gate, means, cwem, dfolded, dbias, dgate, dtaps, programs, tiles, H, W,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    CHUNKS: tl.constexpr, WEIGHTS: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr,
+    CHUNKS: tl.constexpr, WEIGHTS: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr, ONE: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The first programs take BC columns of the folded weights' gradient each, the next the bias, then one a clip.
 
@@ -41,7 +41,8 @@ def reduce(
     if WEIGHTS:
         if pid < OWN - 1:
             column = pid * BC + tl.arange(0, BC)
-            total = sum_rows(partial, 0, programs, COLUMNS, column, column < COLUMNS, BP, BC)
+            kept = (column < COLUMNS) & is_column(column % (KQ * TP), T, C, TP, ONE)
+            total = sum_rows(partial, 0, programs, COLUMNS, column, kept, BP, BC)
             tl.store(dfolded + column, total, mask=column < COLUMNS)
         if pid == OWN - 1:
             tl.store(dbias + m, sum_rows(partial_bias, 0, programs, M, m, m < M, BP, M))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from soap_kernels.triton.fuse import clip_gate, convolve, load_row, priors, row_planes, split, tile_pixels
-from soap_kernels.triton.prepare import sigmoid
+from soap_kernels.triton.prepare import is_column, sigmoid
 
 
 @triton.jit
@@ -33,80 +33,91 @@ def halves(v, SPLIT: tl.constexpr, DT: tl.constexpr):
     return high, high
 
 
+@triton.jit
+def run_of_tiles(total):
+    """The tiles [first, last) that this program walks, one below the other, so that it meets a halo's rows once."""
+    programs = tl.num_programs(0)
+    pid = tl.program_id(0).to(tl.int64)
+    return (pid * total // programs).to(tl.int32), ((pid + 1) * total // programs).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["H"])
 def sweep(
     x, grad, folded, folded_bias, gate, means, cwem, dz_out, partial_gate, direct,
-    sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, pitch, tiles_w, tiles, offset,
+    sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, pitch, tiles_h, tiles, total_tiles, offset,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
     CONV: tl.constexpr, HMEM: tl.constexpr, GATE: tl.constexpr, STENCIL_GROUP: tl.constexpr,
     MULTIPLICATIVE: tl.constexpr, ONE: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr,
     STORE_DIRECT: tl.constexpr, PAD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a tile from x and the incoming gradient to dz, the gradient before the convolution's sigmoids."""
+    """From x and the incoming gradient to dz, the gradient before the convolution's sigmoids; a program takes a run."""
     M: tl.constexpr = JP * TP
     K: tl.constexpr = KQ * TP
     N: tl.constexpr = BH * BW
-    pid = tl.program_id(0)
-    b = pid // tiles
     pixels = H.to(tl.float32) * W
     area = H.to(tl.int64) * W
     m = tl.arange(0, M)
-    h, w, own = tile_pixels(pid % tiles, tiles_w, H, W, BH, BW, HALO)
-    row, real = row_planes(grad, b, gB, gT, gC, T, C, TP, M)
-    seen = real[:, None] & own[None, :]
-    at = h * gH + w * gW
-    to = h * W + w
-    if WIDE:
-        at = h.to(tl.int64) * gH + w.to(tl.int64) * gW
-        to = h.to(tl.int64) * W + w
-    up = tl.load(row[:, None] + at[None, :], mask=seen, other=0.0).to(tl.float32)
-    z = tl.zeros((M, N), tl.float32)
-    if CONV:
-        bias = tl.load(folded_bias + m)
-        plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
-        z = convolve(
-            plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
-        )  # fmt: skip
-        z = sigmoid(z + bias[:, None])
-    if STORE_DIRECT:
-        g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
-        near = up * (offset + priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP))
-        into = direct + ((b.to(tl.int64) * T + m % TP) * C + m // TP) * area
-        tl.store(into[:, None] + to[None, :], near, mask=seen)
-    if MULTIPLICATIVE:
-        own_row, _ = row_planes(x, b, sB, sT, sC, T, C, TP, M)
-        here = h * sH + w * sW
+    first, last = run_of_tiles(total_tiles)
+    # What does not depend on the tile is computed again in each: kept, it would fill registers.
+    for step in tl.range(0, last - first, num_stages=1, disable_licm=True):
+        tile = first + step
+        b = tile // tiles
+        h, w, own = tile_pixels(tile % tiles % tiles_h, tile % tiles // tiles_h, H, W, BH, BW, HALO)
+        z = tl.zeros((M, N), tl.float32)
+        if CONV:
+            bias = tl.load(folded_bias + m)
+            plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
+            z = convolve(
+                plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
+            )  # fmt: skip
+            z = sigmoid(z + bias[:, None])
+        row, real = row_planes(grad, b, gB, gT, gC, T, C, TP, M)
+        seen = real[:, None] & own[None, :]
+        at = h * gH + w * gW
+        to = h * W + w
         if WIDE:
-            here = h.to(tl.int64) * sH + w.to(tl.int64) * sW
-        up *= tl.load(own_row[:, None] + here[None, :], mask=seen, other=0.0).to(tl.float32)
-    if GATE > 0:
-        tl.store(partial_gate + pid.to(tl.int64) * M + m, tl.sum(up, axis=1))
-    if CONV:
-        if STENCIL_GROUP >= 0:
-            group = tl.arange(0, JP)[:, None, None]
-            by_group = tl.reshape(up, (JP, TP, N))
-            shared = tl.sum(by_group, axis=0)
-            up = tl.reshape(tl.where(group == STENCIL_GROUP, shared[None, :, :], by_group), (M, N))
-        dz = up * (z * (1.0 - z))
-        # Zeros go beside the image, so that weigh need not ask where a row ends.
-        beside = (h < H) & (w >= -PAD) & (w < W + PAD) & ((w < 0) | (w >= W))
-        into = dz_out + (b.to(tl.int64) * M + m) * (H.to(tl.int64) * pitch) + PAD
-        to = h * pitch + w
-        if WIDE:
-            to = h.to(tl.int64) * pitch + w
-        tl.store(into[:, None] + to[None, :], dz.to(dz_out.dtype.element_ty), mask=(own | beside)[None, :])
+            at = h.to(tl.int64) * gH + w.to(tl.int64) * gW
+            to = h.to(tl.int64) * W + w
+        up = tl.load(row[:, None] + at[None, :], mask=seen, other=0.0).to(tl.float32)
+        if STORE_DIRECT:
+            g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
+            near = up * (offset + priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP))
+            into = direct + ((b.to(tl.int64) * T + m % TP) * C + m // TP) * area
+            tl.store(into[:, None] + to[None, :], near, mask=seen)
+        if MULTIPLICATIVE:
+            own_row, _ = row_planes(x, b, sB, sT, sC, T, C, TP, M)
+            here = h * sH + w * sW
+            if WIDE:
+                here = h.to(tl.int64) * sH + w.to(tl.int64) * sW
+            up *= tl.load(own_row[:, None] + here[None, :], mask=seen, other=0.0).to(tl.float32)
+        if GATE > 0:
+            tl.store(partial_gate + tile.to(tl.int64) * M + m, tl.sum(up, axis=1))
+        if CONV:
+            if STENCIL_GROUP >= 0:
+                group = tl.arange(0, JP)[:, None, None]
+                by_group = tl.reshape(up, (JP, TP, N))
+                shared = tl.sum(by_group, axis=0)
+                up = tl.reshape(tl.where(group == STENCIL_GROUP, shared[None, :, :], by_group), (M, N))
+            dz = up * (z * (1.0 - z))
+            # Zeros go beside the image, so that weigh need not ask where a row ends.
+            beside = (h < H) & (w >= -PAD) & (w < W + PAD) & ((w < 0) | (w >= W))
+            into = dz_out + (b.to(tl.int64) * M + m) * (H.to(tl.int64) * pitch) + PAD
+            to = h * pitch + w
+            if WIDE:
+                to = h.to(tl.int64) * pitch + w
+            tl.store(into[:, None] + to[None, :], dz.to(dz_out.dtype.element_ty), mask=(own | beside)[None, :])
 
 
 @triton.jit(do_not_specialize=["H"])
 def weigh(
-    x, dz, partial, partial_bias, sB, sT, sC, sH, sW, H, W, pitch, tiles_w, tiles, total_tiles,
+    x, dz, partial, partial_bias, sB, sT, sC, sH, sW, H, W, pitch, tiles_h, tiles, total_tiles,
     T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
     ONE: tl.constexpr, PAD: tl.constexpr, WIDE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
-    """The folded weights' gradient: program p adds up tiles p, p + programs, ...; ROWS_AT_ONCE 1: axis 1 is the row.
+    """The folded weights' gradient: a program adds up a run of tiles; ROWS_AT_ONCE 1: the grid's axis 1 is the row.
 
     dz's rows come three times, one column to the right, in place and to the left, as one operand of 3 (padded: 4) times
     the rows: the three column taps are one product, and warps share its rows out evenly.
@@ -123,10 +134,11 @@ def weigh(
     d2 = tl.zeros((4 * M, K), tl.float32)
     dbias = tl.zeros((4 * M, 16), tl.float32)
     ones = tl.full((N, 16), 1.0, DT)
-    for step in tl.range(0, tl.cdiv(total_tiles - pid, tl.num_programs(0)), num_stages=1):
-        tile = pid + step * tl.num_programs(0)
+    first, last = run_of_tiles(total_tiles)
+    for step in tl.range(0, last - first, num_stages=1):
+        tile = first + step
         b = tile // tiles
-        h, w, own = tile_pixels(tile % tiles, tiles_w, H, W, BH, BW, HALO)
+        h, w, own = tile_pixels(tile % tiles % tiles_h, tile % tiles // tiles_h, H, W, BH, BW, HALO)
         plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
         at = dz + (b.to(tl.int64) * M + r % M) * (H.to(tl.int64) * pitch) + (PAD + by)
         to = h * pitch + w
@@ -145,11 +157,13 @@ def weigh(
             v, low = split(load_row(plane, live, h + 1, w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
             d2 = outer(z, z_low, v, low, d2, SPLIT, PRECISION)
     TAPS: tl.constexpr = 3 * M * K
-    to = partial + pid.to(tl.int64) * (3 * TAPS) + first_row * TAPS + r[:, None] * K + tl.arange(0, K)[None, :]
-    tl.store(to, d0, mask=(r < 3 * M)[:, None])
+    k = tl.arange(0, K)
+    to = partial + pid.to(tl.int64) * (3 * TAPS) + first_row * TAPS + r[:, None] * K + k[None, :]
+    kept = (r < 3 * M)[:, None] & is_column(k, T, C, TP, ONE)[None, :]
+    tl.store(to, d0, mask=kept)
     if ROWS_AT_ONCE == 3:
-        tl.store(to + TAPS, d1, mask=(r < 3 * M)[:, None])
-        tl.store(to + 2 * TAPS, d2, mask=(r < 3 * M)[:, None])
+        tl.store(to + TAPS, d1, mask=kept)
+        tl.store(to + 2 * TAPS, d2, mask=kept)
     if first_row == 0:
         column = tl.arange(0, 16)
         bias_to = partial_bias + pid * M + r[:, None] - M + column[None, :]

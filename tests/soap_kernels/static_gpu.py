@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from soap_kernels.backends import Options
+from soap_kernels.equations import PARTS
+from soap_kernels.modules import SOAP
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Per multiprocessor: registers, threads, shared memory in bytes (CUDA programming guide, compute capabilities).
@@ -48,10 +53,10 @@ class Facts:
     architecture: int
     threads: int
     registers: int
-    spilled: int  # bytes stored and loaded
+    spilled: int  # bytes of a thread's stack and local memory, and instructions that access them: 0 without a spill
     shared: int
     instructions: Counter[str] = field(repr=False)
-    hot: Counter[str] = field(repr=False)  # instructions within the innermost loops
+    depths: Counter[int] = field(repr=False)  # how many instructions lie in how many loops, one in another
 
     @property
     def occupancy(self) -> float:
@@ -64,6 +69,10 @@ class Facts:
 
     def count(self, *prefixes: str) -> int:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
+
+    def executed(self, *trips: float) -> float:
+        """Instructions that a warp executes when the loops make so many trips, the outermost's first."""
+        return sum(n * math.prod(trips[:depth]) for depth, n in self.depths.items())
 
     def widths(self, *prefixes: str) -> set[int]:
         """Widths in bits of the accesses whose mnemonics start so."""
@@ -100,6 +109,26 @@ def recorded(architecture: int = 90) -> Iterator[list[Launch]]:
         for module, launch in before:
             module.launch = launch
         ops.processors = processors
+
+
+def soap_launches(
+    dtype: torch.dtype,
+    out: torch.dtype | None = None,
+    precision: str = "default",
+    needs_x: bool = False,
+    architecture: int = 90,
+) -> list[Launch]:
+    """What the Triton backend launches for 6 clips of 8 x 3 x 224 x 224, forward and backward to all weights."""
+    from soap_kernels.triton import BACKEND
+
+    mean, std = ((0.45,) * 3, (0.22,) * 3) if dtype == torch.uint8 else (None, None)
+    weights = [w.detach().to("meta") for w in SOAP().weights().flatten()]
+    x = torch.empty(6, 8, 3, 224, 224, dtype=dtype, device="meta")
+    options = Options(PARTS, (1, 2, 3), precision, mean, std, out or dtype, False)
+    with recorded(architecture) as found:
+        y, prepared = BACKEND.soap_forward(x, weights, options)
+        BACKEND.soap_backward(y, x, prepared, weights, options, needs_x and dtype != torch.uint8, True)
+    return list(found)
 
 
 _POINTERS = {
@@ -144,10 +173,12 @@ def compile_launch(launch: Launch, architecture: int) -> Facts:
         else:
             fixed = parameter.do_not_specialize and isinstance(value, int)
             signature[parameter.name] = "i32" if fixed else _specialize((i,), value, constants, attributes)
+    from soap_kernels.triton.plan import compiled as options_of
+
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options_of(launch.options))
     threads = 32 * launch.options.get("num_warps", 4)
-    return facts_of_ptx(launch.name, compiled.asm["ptx"], architecture, threads, compiled.metadata.shared)
+    return facts_of_cubin(launch.name, compiled.asm["cubin"], architecture, threads, compiled.metadata.shared)
 
 
 @cache
@@ -157,75 +188,110 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def facts_of_ptx(name: str, ptx: str, architecture: int, threads: int, shared: int) -> Facts:
-    """Assembles and disassembles with the tools in Triton's wheel."""
-    target = re.search(r"^\.target\s+(\w+)", ptx, re.M)
-    assert target is not None
+def facts_of_cubin(name: str, cubin: bytes, architecture: int, threads: int, shared: int) -> Facts:
+    """Of what Triton itself assembled, by the disassembler in its wheel."""
     with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        source.write_text(ptx)
-        ptxas = _tool("ptxas-blackwell" if architecture >= 100 else "ptxas")
-        command = [ptxas, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(binary)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([_tool("nvdisasm"), "-c", str(binary)], capture_output=True, text=True, check=True).stdout
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert registers is not None
-    instructions, hot = _instructions(sass)
-    spilled = int(spills[1]) + int(spills[2]) if spills else 0
-    return Facts(name, architecture, threads, int(registers[1]), spilled, shared, instructions, hot)
+        binary = Path(folder, "k.cubin")
+        binary.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([*command, str(binary)], capture_output=True, text=True, check=True).stdout
+            for command in ([_tool("cuobjdump"), "-res-usage"], [_tool("nvdisasm"), "-c"])
+        )
+    resources = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert resources is not None, usage
+    registers, *memory = map(int, resources.groups())
+    instructions, depths = _instructions(sass)
+    assert instructions["EXIT"], "the disassembly is not understood"
+    local = sum(n for mnemonic, n in instructions.items() if mnemonic.startswith(("LDL", "STL")))
+    return Facts(name, architecture, threads, registers, sum(memory) + local, shared, instructions, depths)
 
 
-def _instructions(sass: str) -> tuple[Counter[str], Counter[str]]:
-    """All instructions by mnemonic, and those within the innermost loops."""
+def _instructions(sass: str) -> tuple[Counter[str], Counter[int]]:
+    """All instructions by mnemonic, and how many lie in no loop, in one, in one within another."""
     listed: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
+    ends: dict[int, int] = {}  # of a loop, by its first instruction
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
             labels[label[1]] = len(listed)
         elif found := re.match(r"^\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
             listed.append(found[1])
             to = re.search(r"(\.L_x_\d+)", found[2]) if found[1].startswith("BRA") else None
-            if to and to[1] in labels and labels[to[1]] < len(listed) - 1:
-                loops.append((labels[to[1]], len(listed)))
-    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    hot: Counter[str] = Counter()
-    for first, last in innermost:
-        hot.update(listed[first:last])
-    return Counter(listed), hot
+            if to and labels.get(to[1], len(listed)) < len(listed) - 1:
+                ends[labels[to[1]]] = len(listed)
+    depths = Counter(sum(first <= i < last for first, last in ends.items()) for i in range(len(listed)))
+    return Counter(listed), depths
 
 
-def triton_bytes(launch: Launch) -> int:
-    """Bytes of frames, gradient and dz that a launch's programs touch, each address once per program.
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that a launch's programs touch, each address once per program."""
 
-    Of a whole tiling: halo rows and columns count again in each program that reads them. Partial sums and weights,
-    which do not grow with the frames' pixels, are left out.
-    """
+    pixels: int  # of what grows with the pixels: frames, gradient, dz; halo rows and columns count in each program
+    partial: int  # of partial sums, which grow with the programs
+
+
+def _seen(tiles: range, size: int, step: int, around: int, limits: tuple[int, int]) -> int:
+    """Rows or columns that consecutive tiles of so many touch with what they read around them, inside the limits."""
+    first, last = tiles.start * step - around, (tiles.stop - 1) * step + size + around
+    return max(min(last, limits[1]) - max(first, limits[0]), 0)
+
+
+def _walked(launch: Launch, clips: int, height: int, width: int, rows: int, columns: int, beside: int = 0) -> int:
+    """Pixels of a plane that programs touch which walk runs of tiles, with so many rows and columns around."""
     a = launch.arguments
-    if launch.name not in ("prepare", "fuse", "sweep", "weigh", "fuse_dx"):
-        return 0
-    x = a["x"] if launch.name != "fuse_dx" else a["dx"]
-    clips, planes, height, width = x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]
-    one = clips * planes * height * width
-    if launch.name == "prepare":
-        return int(one * x.element_size())
+    down, total, programs = a["tiles_h"], a["total_tiles"], launch.grid[0]
+    assert total == clips * a["tiles"]
     step = a["BW"] - 2 * a["HALO"]
+    touched = 0
+    for p in range(programs):
+        tile, last = p * total // programs, (p + 1) * total // programs
+        while tile < last:
+            end = min(last, (tile // down + 1) * down)
+            column = tile % a["tiles"] // down
+            high = _seen(range(tile % down, tile % down + end - tile), a["BH"], a["BH"], rows, (0, height))
+            touched += high * _seen(range(column, column + 1), step, step, columns, (-beside, width + beside))
+            tile = end
+    return touched
 
-    def touched(rows: int, columns: int) -> int:
-        """Pixels of a clip's plane that tiles with so many rows and columns around them read."""
-        down = sum(min(t + a["BH"] + rows, height) - max(t - rows, 0) for t in range(0, height, a["BH"]))
-        across = sum(min(t + step + columns, width) - max(t - columns, 0) for t in range(0, width, step))
-        return int(clips * down * across)
 
-    row_count = a["JP"] * a["TP"]
+def _tiled(launch: Launch, clips: int, height: int, width: int, rows: int, columns: int) -> int:
+    """The same of programs that take a tile each."""
+    a = launch.arguments
+    step = a["BW"] - 2 * a["HALO"]
+    down = sum(_seen(range(t, t + 1), a["BH"], a["BH"], rows, (0, height)) for t in range(-(-height // a["BH"])))
+    across = sum(_seen(range(t, t + 1), step, step, columns, (0, width)) for t in range(-(-width // step)))
+    return clips * down * across
+
+
+def triton_bytes(launch: Launch) -> Moved:
+    """Weights, whose bytes are few and do not grow, are left out."""
+    a = launch.arguments
+
+    def size(name: str, numel: int | None = None) -> int:
+        return int(a[name].element_size() * (a[name].numel() if numel is None else numel))
+
+    if launch.name == "reduce":
+        real = a["T"] * a["C"] + (a["ONE"] >= 0)
+        sums = 9 * a["JP"] * a["TP"] * real * a["programs"] if a["WEIGHTS"] else 0
+        return Moved(0, 4 * sums + sum(size(n) for n in ("partial_bias", "partial_gate") if a[n] is not None))
+    if launch.name == "finish":
+        return Moved(0, 0)
+    frames = a["dx" if launch.name == "fuse_dx" else "x"]
+    clips, planes, (height, width) = frames.shape[0], frames.shape[1] * frames.shape[2], frames.shape[3:]
+    image = (clips, height, width)
+    if launch.name == "prepare":
+        return Moved(frames.numel() * frames.element_size(), 0)
     if launch.name == "fuse":
-        return planes * touched(1, a["HALO"]) * x.element_size() + one * a["y"].element_size()
+        return Moved(size("x", planes * _tiled(launch, *image, 1, a["HALO"])) + size("y"), 0)
+    row_count = a["JP"] * a["TP"]
     if launch.name == "sweep":
-        dz = a["dz_out"]
-        read = planes * touched(1, a["HALO"]) * x.element_size() + one * a["grad"].element_size()
-        return int(read + dz.numel() * dz.element_size())
+        x = size("x", planes * _walked(launch, *image, 1, a["HALO"]))
+        return Moved(x + size("grad") + size("dz_out"), size("partial_gate"))
     if launch.name == "weigh":
-        return planes * touched(1, 0) * x.element_size() + row_count * touched(0, 1) * int(a["dz"].element_size())
-    direct = one * (a["direct"].element_size() + x.element_size())
-    return row_count * touched(1, a["HALO"]) * int(a["dz"].element_size()) + int(direct)
+        x = size("x", planes * _walked(launch, *image, 1, 0))
+        dz = size("dz", row_count * _walked(launch, *image, 0, 1, beside=1))
+        real = a["T"] * a["C"] + (a["ONE"] >= 0)
+        return Moved(launch.grid[1] * (x + dz), 4 * 9 * row_count * real * launch.grid[0] + size("partial_bias"))
+    assert launch.name == "fuse_dx", launch.name
+    return Moved(size("dz", row_count * _tiled(launch, *image, 1, a["HALO"])) + size("direct") + size("dx"), 0)

@@ -141,6 +141,7 @@ def test_empty_batch() -> None:
         ((1, 4, 4, 2, 9), (1,), PARTS, torch.uint8, ""),
         ((1, 4, 16, 5, 7), (1, 2), PARTS, torch.float32, "channels_last"),
         ((1, 3, 1, 9, 70), (1,), ("3dem", "cwem"), torch.bfloat16, ""),
+        ((3, 2, 1, 5, 80), (1,), PARTS, torch.float32, ""),  # runs of tiles go on in the next column and clip
     ],
     ids=str,
 )
