@@ -34,6 +34,9 @@ SOAP_INLINE int group_outputs(int outputs) {
 // and are worth reading once for more.
 SOAP_INLINE int group_blocks(int inputs) { return inputs <= 128 ? 2 : 8; }
 
+// Outputs in lanes, for the weight gradient: whole vectors, the last perhaps a half.
+SOAP_INLINE int output_lanes(int outputs) { return round_up(outputs, kHalves ? L / 2 : L); }
+
 SOAP_INLINE Blocks block_grid(int height, int width) {
   Blocks b;
   b.tile_rows = (height + kTile - 1) / kTile;

@@ -35,7 +35,7 @@ SOAP_INLINE void finish_plane(const Fuse& f, int64_t clip, int plane, const Bloc
     positions<Strict>(M, z);
     if (!Linear) {
       SOAP_UNROLL(16)
-      for (int k = 0; k < kPositions; ++k) z[k / 4][k % 4] = sigmoid2(nan_if_infinite(z[k / 4][k % 4]));
+      for (int k = 0; k < kPositions; ++k) z[k / 4][k % 4] = sigmoid2_of_finite(z[k / 4][k % 4]);
     }
   } else {
     SOAP_UNROLL(16)

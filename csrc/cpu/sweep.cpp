@@ -20,7 +20,7 @@ struct Buffers {
 };
 
 struct Sizes {
-  int outputs_padded;   // of a group, to whole vectors
+  int outputs_padded;   // of a group, `output_lanes`
   int inputs_padded;
   int kinds;            // points, or taps if strict
   int groups;
@@ -30,7 +30,7 @@ struct Sizes {
 
 Sizes sizes_of(const Plan& p) {
   Sizes s;
-  s.outputs_padded = round_up(p.group, L);
+  s.outputs_padded = output_lanes(p.group);
   s.inputs_padded = round_up(p.inputs, kInputs);
   s.kinds = p.strict ? 9 : kPoints;
   s.groups = p.group ? (p.outputs + p.group - 1) / p.group : 0;
@@ -144,7 +144,7 @@ __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, c
       v db = set1(0.f);
       SOAP_UNROLL(16)
       for (int k = 0; k < kPositions; ++k) {
-        const v s = sigmoid2(nan_if_infinite(z[k / 4][k % 4]));
+        const v s = sigmoid2_of_finite(z[k / 4][k % 4]);
         const v d = e[k / 4][k % 4] * (s * (one - s));
         db = db + d;
         st(D + k * sizes.d_step + (plane - first) * L, d);
@@ -206,7 +206,9 @@ __attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* t
   const int P = sizes.outputs_padded;
   for (int k = 0; k < kPositions; ++k) {
     float* to = Strict ? Z + k * sizes.z_step : turned + k * sizes.turned_step;
-    for (int o = 0; o < P; o += L) transpose(D + k * sizes.d_step + o * L, L, to + o, P);
+    int o = 0;
+    for (; o + L <= P; o += L) transpose(D + k * sizes.d_step + o * L, L, to + o, P);
+    if (o < P) transpose_half(D + k * sizes.d_step + o * L, L, to + o, P);
   }
   if (Strict) return;
   for (int64_t j = 0; j < static_cast<int64_t>(L) * P; j += L) {
@@ -217,17 +219,19 @@ __attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* t
   }
 }
 
-// kInputs inputs x N vectors of outputs: sum over tiles of V[input][tile] Z[tile][output]. `pairs` (strict: 16) windows
-// of V meet positions of Z.
-template <int N, bool Strict>
+// kInputs inputs x N vectors of outputs and, if Half, half a one: sum over tiles of V[input][tile] Z[tile][output].
+// strict: 16 windows of V meet positions of Z.
+template <int N, bool Half, bool Strict>
 SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind, int input,
                             int output, int blocks, float* dU) {
   const int P = sizes.outputs_padded;
-  v a[kInputs][N];
+  v a[kInputs][N + 1];
+  half e[kInputs];
   SOAP_UNROLL(12)
   for (int i = 0; i < kInputs; ++i) {
     SOAP_UNROLL(3)
     for (int n = 0; n < N; ++n) a[i][n] = ld(dU + i * P + n * L);
+    if (Half) e[i] = ld_half(dU + i * P + N * L);
   }
   for (int q = 0; q < (Strict ? kPositions : 1); ++q) {
     const int point = Strict ? (q / 4 + kind / 3) * kWindow + q % 4 + kind % 3 : kind;
@@ -236,14 +240,16 @@ SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V
       const float* x = V + h * plan.v_block + point * plan.v_step + input * L;
       SOAP_UNROLL(1)
       for (int j = 0; j < L; ++j, z += P, ++x) {
-        v b[N];
+        v b[N + 1];
         SOAP_UNROLL(3)
         for (int n = 0; n < N; ++n) b[n] = ld(z + n * L);
+        const half c = Half ? ld_half(z + N * L) : half{};
         SOAP_UNROLL(12)
         for (int i = 0; i < kInputs; ++i) {
           const v u = set1(x[i * L]);
           SOAP_UNROLL(3)
           for (int n = 0; n < N; ++n) a[i][n] = fma(u, b[n], a[i][n]);
+          if (Half) e[i] = fma_half(x[i * L], c, e[i]);
         }
       }
     }
@@ -252,6 +258,7 @@ SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V
   for (int i = 0; i < kInputs; ++i) {
     SOAP_UNROLL(3)
     for (int n = 0; n < N; ++n) st(dU + i * P + n * L, a[i][n]);
+    if (Half) st_half(dU + i * P + N * L, e[i]);
   }
 }
 
@@ -264,8 +271,13 @@ __attribute__((noinline)) void weight_products(const Plan& plan, const Sizes& si
       float* at = dU + (static_cast<int64_t>(kind) * sizes.inputs_padded + i) * P;
       int o = 0;
       for (; o + kVectors * L <= P; o += kVectors * L)
-        accumulate<kVectors, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
-      for (; o < P; o += L) accumulate<1, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
+        accumulate<kVectors, false, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
+      if (kHalves && o + L < P && P % L) {
+        accumulate<1, kHalves, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
+        continue;
+      }
+      for (; o + L <= P; o += L) accumulate<1, false, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
+      if (kHalves && o < P) accumulate<0, kHalves, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
     }
   }
 }
@@ -329,7 +341,7 @@ int gradient_inputs(int inputs) { return round_up(inputs, kInputs); }
 int gradient_outputs(int outputs) {  // whole groups, each padded
   if (!outputs) return 0;
   const int group = group_outputs(outputs);
-  return (outputs + group - 1) / group * round_up(group, L);
+  return (outputs + group - 1) / group * output_lanes(group);
 }
 
 int gradient_group(int outputs) { return group_outputs(outputs); }
@@ -367,10 +379,11 @@ void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out) {
   for (int g = 0; g < sizes.groups; ++g) {
     for (int i = 0; i < sizes.inputs_padded; ++i) {
       for (int o = 0; o < P; o += L) {
+        const int n = P - o < L ? P - o : L;
         const float* u = buf.dU + g * sizes.dU_group + static_cast<int64_t>(i) * P + o;
         float* to = out.conv + i * all + g * P + o;
         if (plan.strict) {
-          for (int k = 0; k < 9; ++k) st(to + k * plane, ld(u + k * from));
+          for (int k = 0; k < 9; ++k) st_head(to + k * plane, ld_head(u + k * from, n), n);
           continue;
         }
         v half[3][kWindow];  // G^T dU
@@ -378,7 +391,7 @@ void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out) {
           for (int r = 0; r < 3; ++r) {
             v s = set1(0.f);
             for (int a = 0; a < kWindow; ++a)
-              if (kG[a][r] != 0) s = fma(ld(u + (a * kWindow + b) * from), set1(static_cast<float>(kG[a][r])), s);
+              if (kG[a][r] != 0) s = fma(ld_head(u + (a * kWindow + b) * from, n), set1(static_cast<float>(kG[a][r])), s);
             half[r][b] = s;
           }
         for (int r = 0; r < 3; ++r)
@@ -386,7 +399,7 @@ void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out) {
             v s = set1(0.f);
             for (int b = 0; b < kWindow; ++b)
               if (kG[b][c] != 0) s = fma(half[r][b], set1(static_cast<float>(kG[b][c])), s);
-            st(to + (r * 3 + c) * plane, s);
+            st_head(to + (r * 3 + c) * plane, s, n);
           }
       }
     }
