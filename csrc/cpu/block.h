@@ -388,6 +388,19 @@ SOAP_INLINE void windows(const Source& x, bool in_place, int64_t clip, int plane
   }
 }
 
+// Both transforms are linear: the mean of transformed planes is the mean's transform. V: the slot's first plane.
+SOAP_INLINE void slot_mean(const Plan& plan, const float* V, int channels, int channel, float* mean) {
+  for (int point = 0; point < kPoints; ++point, V += plan.v_step, mean += plan.mean_step) {
+    if (channels == 3) {
+      st(mean, ld(V) + ld(V + channel) + ld(V + 2 * channel));
+      continue;
+    }
+    v m = ld(V);
+    for (int c = 1; c < channels; ++c) m = m + ld(V + c * channel);
+    st(mean, m);
+  }
+}
+
 // Inputs of one block: V for the conv, means for the stencil.
 template <bool Strict>
 static __attribute__((noinline)) void load_block(const Fuse& f, const Plan& plan, int64_t clip, const Block& b,
@@ -400,39 +413,29 @@ static __attribute__((noinline)) void load_block(const Fuse& f, const Plan& plan
   bool inner = true;
   for (const Segment& g : b.segment) inner &= g.inner;
   const Inside in = inside_of(b, H, W);
-  if (in_place && !inner && kMaskedLoads) {
-    const float* base = static_cast<const float*>(f.x.data) + clip * f.x.clip;
-    for (int i = 0; i < plan.inputs; ++i) {
+  const bool masked = in_place && !inner && kMaskedLoads;
+  for (int i = 0; i < plan.inputs; ++i) {
+    if (masked) {
+      const float* base = static_cast<const float*>(f.x.data) + clip * f.x.clip + f.x.plane[i];
       for (int s = 0; s < 4; ++s) {
         const Segment& g = b.segment[s];
-        p[s] = base + f.x.plane[i] + (g.rows ? (g.row - 1) * f.x.row + g.col - 1 : 0);
+        p[s] = base + (g.rows ? (g.row - 1) * f.x.row + g.col - 1 : 0);
         row[s] = f.x.row;
       }
       transform_window<Strict, true>(p, row, in, V + i * L, plan.v_step);
-    }
-  } else {
-    for (int i = 0; i < plan.inputs; ++i) {
+    } else {
       if (in_place && inner && i + 1 < plan.inputs) fetch_near<kWindow>(f.x, clip, i + 1, b, -1);
       windows(f.x, in_place, clip, i, b, H, W, buffer, p, row);
       transform_window<Strict, false>(p, row, in, V + i * L, plan.v_step);
     }
+    // A slot's planes are summed while they are in the first-level cache.
+    if (plan.slots && !f.stencil.interleaved && i % C == C - 1)
+      slot_mean(plan, V + (i - C + 1) * L, C, L, mean + i / C * L);
   }
   if (!plan.slots) return;
-  if (plan.inputs) {  // both transforms are linear: the mean of transformed planes is the mean's transform
-    const int64_t slot = (f.stencil.interleaved ? 1 : C) * L, channel = (f.stencil.interleaved ? f.shape.frames : 1) * L;
-    for (int point = 0; point < kPoints; ++point) {
-      const float* a = V + point * plan.v_step;
-      float* to = mean + point * plan.mean_step;
-      if (C == 3) {
-        for (int t = 0; t < plan.slots; ++t, a += slot, to += L) st(to, ld(a) + ld(a + channel) + ld(a + 2 * channel));
-        continue;
-      }
-      for (int t = 0; t < plan.slots; ++t, a += slot, to += L) {
-        v m = ld(a);
-        for (int c = 1; c < C; ++c) m = m + ld(a + c * channel);
-        st(to, m);
-      }
-    }
+  if (plan.inputs) {
+    if (f.stencil.interleaved)
+      for (int t = 0; t < plan.slots; ++t) slot_mean(plan, V + t * L, C, plan.slots * L, mean + t * L);
     return;
   }
   alignas(64) float total[4 * kWindow * kStage];
