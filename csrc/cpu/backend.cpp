@@ -75,6 +75,16 @@ void share(Pool& pool, int64_t count, const Body& body) {
   pool.spread(static_cast<int>(std::min<int64_t>(pool.threads(), count)), run);
 }
 
+// For the folds: frames are done before a second thread has woken up.
+Each each_of(const Shape& shape, Pool& pool) {
+  return [&pool, wide = shape.planes() > 64](int count, const std::function<void(int)>& task) {
+    if (wide) return share(pool, count, [&](const auto& take) {
+      for (int64_t k = take(); k >= 0; k = take()) task(static_cast<int>(k));
+    });
+    for (int k = 0; k < count; ++k) task(k);
+  };
+}
+
 // A convolution's weights laid out for the products. One thread for frames (tens of microseconds).
 Scratch lay_out(const Stages& s, const std::vector<float>& conv, int inputs, int outputs, bool strict, double factor,
                 Pool& pool) {
@@ -130,11 +140,14 @@ void lay_out(const Stages& s, const Shape& shape, const Source& x, bool strict, 
   }
 }
 
-int64_t bands_of(int64_t blocks, int64_t at_least) { return std::max<int64_t>(1, std::min(blocks / 8, at_least)); }
+// Bands are cut between groups of blocks; between pairs where there are few (a layer of features).
+int64_t band_unit(int64_t blocks) { return blocks < 64 ? 2 : 8; }
 
-// Blocks of band k of n: whole groups of 8, so that no band splits a group.
+int64_t bands_of(int64_t blocks, int64_t at_least) { return std::max<int64_t>(1, std::min(blocks / std::max<int64_t>(6, band_unit(blocks)), at_least)); }
+
 int64_t band_begin(int64_t blocks, int64_t k, int64_t n) {
-  return k == n ? blocks : blocks / 8 * k / n * 8;
+  const int64_t unit = band_unit(blocks);
+  return k == n ? blocks : (blocks + unit / 2) / unit * k / n * unit;
 }
 
 // `fuse` over all blocks of clips [first, last).
@@ -190,7 +203,7 @@ void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& po
   const Stages& s = stages();
   const Shape& shape = call.shape;
   const int P = shape.planes(), T = shape.frames, C = shape.channels;
-  const Folded folded = fold(call.weights);
+  const Folded folded = fold(call.weights, each_of(shape, pool));
   Laid laid;
   // HMEM's first frame is never the later tuple, so it has no 3x3 taps: strict leaves those zeros out, with their NaN.
   lay_out(s, shape, call.x, call.strict, {&folded.stencil, &folded.conv, &folded.conv_bias, C}, pool, laid);
@@ -269,7 +282,7 @@ Chunks chunks_of(const Shape& shape, int64_t blocks, size_t chunk_bytes) {
   const int64_t total = shape.clips * blocks;
   const double x_bytes = 4. * static_cast<double>(shape.clips * shape.planes()) * static_cast<double>(shape.pixels());
   const int64_t by_memory = std::max<int64_t>(8, static_cast<int64_t>(0.02 * x_bytes / static_cast<double>(chunk_bytes)));
-  const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>({96, by_memory, total / 8}));
+  const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>({96, by_memory, total / 6}));
   Chunks c{1, 1, shape.clips};
   if (shape.clips >= wanted) {
     c.clips = (shape.clips + wanted - 1) / wanted;
@@ -374,7 +387,7 @@ Gradients soap_backward(const SoapCall& call, const Source& grad, const float* p
   const Stages& s = stages();
   const Shape& shape = call.shape;
   const int P = shape.planes(), T = shape.frames, C = shape.channels;
-  const Folded folded = fold(call.weights);
+  const Folded folded = fold(call.weights, each_of(shape, pool));
   Laid laid;
   lay_out(s, shape, call.x, call.strict, {&folded.stencil, &folded.conv, &folded.conv_bias, C}, pool, laid);
   Sweep w;
@@ -401,7 +414,7 @@ Gradients soap_backward(const SoapCall& call, const Source& grad, const float* p
   if (dx.data)
     close_back(s, shape, call.strict, folded.conv, folded.stencil, false, back, grad,
                constant.empty() ? nullptr : constant.data(), dx, pool);
-  return {needs_weights ? unfold(call.weights, g) : std::vector<Numbers>{}};
+  return {needs_weights ? unfold(call.weights, g, each_of(shape, pool)) : std::vector<Numbers>{}};
 }
 
 namespace {

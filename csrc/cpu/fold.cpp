@@ -1,5 +1,6 @@
 #include "fold.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace soap {
@@ -30,21 +31,18 @@ int maps_of(const Weights& w) {
   return maps;
 }
 
-// One tuple's projected difference as a 3x3 conv over the o + 1 frames it spans: [c][f][c'][9]. Frames 0 .. o - 1 enter
-// as they are (the centre tap), frames 1 .. o through the conv with a minus.
-Numbers difference(const Tuple& m, int C) {
-  const int P = m.o * C, span = (m.o + 1) * C;
-  Numbers d(static_cast<size_t>(C) * span * 9, 0.);
-  for (int c = 0; c < C; ++c) {
-    double* row = d.data() + static_cast<size_t>(c) * span * 9;
-    for (int j = 0; j < P; ++j) {
-      const double p = m.project[c * P + j];
-      const double* from = m.motion + static_cast<size_t>(j) * P * 9;
-      double* to = row + C * 9;
-      for (int k = 0; k < P * 9; ++k) to[k] -= p * from[k];
-    }
-    for (int j = 0; j < P; ++j) row[j * 9 + 4] += m.project[c * P + j];
+// Channel c of one tuple's projected difference, as a 3x3 conv over the o + 1 frames it spans: [f][c'][9]. Frames
+// 0 .. o - 1 enter as they are (the centre tap), frames 1 .. o through the conv with a minus.
+Numbers difference(const Tuple& m, int C, int c) {
+  const int P = m.o * C;
+  Numbers d(static_cast<size_t>(m.o + 1) * C * 9, 0.);
+  for (int j = 0; j < P; ++j) {
+    const double p = m.project[c * P + j];
+    const double* from = m.motion + static_cast<size_t>(j) * P * 9;
+    double* to = d.data() + C * 9;
+    for (int k = 0; k < P * 9; ++k) to[k] -= p * from[k];
   }
+  for (int j = 0; j < P; ++j) d[j * 9 + 4] += m.project[c * P + j];
   return d;
 }
 
@@ -54,34 +52,37 @@ double constant(const Tuple& m, int C, int c) {
   return s;
 }
 
-void fold_hmem(const Weights& w, Folded& f) {
+void fold_hmem(const Weights& w, Folded& f, const Each& each) {
   const int T = w.frames, C = w.channels, P = T * C, M = maps_of(w);
   const double *restore = w.tensor[w.tensor.size() - 2].data(), *restore_bias = w.tensor.back().data();
-  Numbers conv(static_cast<size_t>(P) * P * 9, 0.);
-  f.conv_bias.assign(P, 0.);
-  for (int t = 0; t < T; ++t)
-    for (int c = 0; c < C; ++c) f.conv_bias[t * C + c] = restore_bias[t];
-  for (const Tuple& m : tuples_of(w)) {
-    const Numbers d = difference(m, C);
-    const int span = (m.o + 1) * C;
+  const std::vector<Tuple> tuples = tuples_of(w);
+  f.conv.resize(static_cast<size_t>(P) * P * 9);
+  f.conv_bias.resize(P);
+  each(C, [&](int c) {
+    std::vector<Numbers> differences;
+    for (const Tuple& m : tuples) differences.push_back(difference(m, C, c));
+    Numbers row(static_cast<size_t>(P) * 9);
     for (int t = 0; t < T; ++t) {
-      const double* r = restore + t * M + m.first_map;
-      for (int c = 0; c < C; ++c) {
-        double* row = conv.data() + static_cast<size_t>(t * C + c) * P * 9;
+      std::fill(row.begin(), row.end(), 0.);
+      double bias = restore_bias[t];
+      for (size_t k = 0; k < tuples.size(); ++k) {
+        const Tuple& m = tuples[k];
+        const double* r = restore + t * M + m.first_map;
         const double k0 = constant(m, C, c);
+        const Numbers& from = differences[k];
         for (int i = 0; i < m.maps; ++i) {  // the map of the tuple at frame i reads frames i .. i + o
-          const double* from = d.data() + static_cast<size_t>(c) * span * 9;
-          double* to = row + static_cast<size_t>(i) * C * 9;
-          for (int k = 0; k < span * 9; ++k) to[k] += r[i] * from[k];
-          f.conv_bias[t * C + c] += r[i] * k0;
+          double* to = row.data() + static_cast<size_t>(i) * C * 9;
+          for (size_t q = 0; q < from.size(); ++q) to[q] += r[i] * from[q];
+          bias += r[i] * k0;
         }
       }
+      f.conv_bias[t * C + c] = bias;
+      std::copy(row.begin(), row.end(), f.conv.begin() + static_cast<ptrdiff_t>(t * C + c) * P * 9);
     }
-  }
-  f.conv.assign(conv.begin(), conv.end());
+  });
 }
 
-void unfold_hmem(const Weights& w, const FoldedGradients& g, std::vector<Numbers>& out) {
+void unfold_hmem(const Weights& w, const FoldedGradients& g, std::vector<Numbers>& out, const Each& each) {
   const int T = w.frames, C = w.channels, P = T * C, M = maps_of(w);
   const size_t sizes = w.tuple_sizes.size(), at = w.hmem();
   const double* restore = w.tensor[w.tensor.size() - 2].data();
@@ -92,47 +93,58 @@ void unfold_hmem(const Weights& w, const FoldedGradients& g, std::vector<Numbers
   const std::vector<Tuple> tuples = tuples_of(w);
   for (size_t k = 0; k < sizes; ++k) {
     const Tuple& m = tuples[k];
-    const int Q = m.o * C, span = (m.o + 1) * C;
+    const int Q = m.o * C;
     Numbers &dmotion = out[at + 2 * k], &dmotion_bias = out[at + 2 * k + 1];
     Numbers &dproject = out[at + 2 * sizes + 2 * k], &dproject_bias = out[at + 2 * sizes + 2 * k + 1];
-    const Numbers d = difference(m, C);
-    Numbers dd(d.size(), 0.);
-    for (int t = 0; t < T; ++t) {
-      for (int c = 0; c < C; ++c) {
+    // The gradient of channel c's difference, and c's part of that of restore.
+    std::vector<Numbers> dd(C);
+    Numbers by_channel(static_cast<size_t>(C) * T * m.maps);
+    each(C, [&](int c) {
+      const Numbers d = difference(m, C, c);
+      dd[c].assign(d.size(), 0.);
+      const double k0 = constant(m, C, c);
+      for (int t = 0; t < T; ++t) {
         const double* row = g.conv.data() + static_cast<size_t>(t * C + c) * P * 9;
-        const double k0 = constant(m, C, c), db = g.conv_bias[t * C + c];
-        const double* from = d.data() + static_cast<size_t>(c) * span * 9;
-        double* to = dd.data() + static_cast<size_t>(c) * span * 9;
+        const double db = g.conv_bias[t * C + c];
         for (int i = 0; i < m.maps; ++i) {
           const double r = restore[t * M + m.first_map + i];
           const double* x = row + static_cast<size_t>(i) * C * 9;
-          double s = db * k0;
-          for (int q = 0; q < span * 9; ++q) {
-            s += x[q] * from[q];
-            to[q] += r * x[q];
+          double s[4] = {db * k0, 0, 0, 0};  // several chains, so that the additions overlap
+          size_t q = 0;
+          for (; q + 4 <= d.size(); q += 4)
+            for (int u = 0; u < 4; ++u) {
+              s[u] += x[q + u] * d[q + u];
+              dd[c][q + u] += r * x[q + u];
+            }
+          for (; q < d.size(); ++q) {
+            s[0] += x[q] * d[q];
+            dd[c][q] += r * x[q];
           }
-          drestore[t * M + m.first_map + i] += s;
+          by_channel[(static_cast<size_t>(c) * T + t) * m.maps + i] = (s[0] + s[1]) + (s[2] + s[3]);
           dproject_bias[c] += r * db;
         }
       }
-    }
-    for (int c = 0; c < C; ++c) {
-      const double dk = dproject_bias[c];
-      const double* row = dd.data() + static_cast<size_t>(c) * span * 9;
-      for (int j = 0; j < Q; ++j) {
-        const double p = m.project[c * Q + j];
-        const double* motion = m.motion + static_cast<size_t>(j) * Q * 9;
-        double* to = dmotion.data() + static_cast<size_t>(j) * Q * 9;
-        const double* moved = row + C * 9;
-        double s = row[j * 9 + 4] - dk * m.motion_bias[j];
-        for (int q = 0; q < Q * 9; ++q) {
-          s -= moved[q] * motion[q];
-          to[q] -= p * moved[q];
-        }
-        dproject[c * Q + j] = s;
+    });
+    for (int c = 0; c < C; ++c)
+      for (int t = 0; t < T; ++t)
+        for (int i = 0; i < m.maps; ++i)
+          drestore[t * M + m.first_map + i] += by_channel[(static_cast<size_t>(c) * T + t) * m.maps + i];
+    each(Q, [&](int j) {
+      const double* motion = m.motion + static_cast<size_t>(j) * Q * 9;
+      double* to = dmotion.data() + static_cast<size_t>(j) * Q * 9;
+      for (int c = 0; c < C; ++c) {
+        const double dk = dproject_bias[c], p = m.project[c * Q + j];
+        const double* moved = dd[c].data() + C * 9;
+        double s[3] = {dd[c][j * 9 + 4] - dk * m.motion_bias[j], 0, 0};
+        for (int q = 0; q < Q * 9; q += 3)
+          for (int u = 0; u < 3; ++u) {
+            s[u] -= moved[q + u] * motion[q + u];
+            to[q + u] -= p * moved[q + u];
+          }
+        dproject[c * Q + j] = (s[0] + s[1]) + s[2];
         dmotion_bias[j] -= p * dk;
       }
-    }
+    });
   }
 }
 
@@ -181,20 +193,20 @@ void unfold_cwem(const Weights& w, const FoldedGradients& g, std::vector<Numbers
 
 }  // namespace
 
-Folded fold(const Weights& w) {
+Folded fold(const Weights& w, const Each& each) {
   Folded f;
   if (w.has(kThreeDem)) f.stencil = w.tensor[0];
   if (w.has(kCwem)) fold_cwem(w, f);
-  if (w.has(kHmem)) fold_hmem(w, f);
+  if (w.has(kHmem)) fold_hmem(w, f, each);
   return f;
 }
 
-std::vector<Numbers> unfold(const Weights& w, const FoldedGradients& d) {
+std::vector<Numbers> unfold(const Weights& w, const FoldedGradients& d, const Each& each) {
   std::vector<Numbers> out;
   for (const Numbers& t : w.tensor) out.emplace_back(t.size(), 0.);
   if (w.has(kThreeDem)) out[0] = d.stencil;
   if (w.has(kCwem)) unfold_cwem(w, d, out);
-  if (w.has(kHmem)) unfold_hmem(w, d, out);
+  if (w.has(kHmem)) unfold_hmem(w, d, out, each);
   return out;
 }
 
