@@ -315,7 +315,6 @@ void finish(const Shape& shape, const Options& options, const Weights& weights, 
   const int C = shape.channels;
   int largest = 32;
   if (options.hmem && dweights.restore.data) {
-#pragma unroll 1
     for (int k = 0; k < weights.num_sizes; ++k) {
       p.motion_blocks += weights.tuple_sizes[k] * C;
       largest = weights.tuple_sizes[k] * C * C * 9 > largest ? weights.tuple_sizes[k] * C * C * 9 : largest;

@@ -1,9 +1,10 @@
 """Executes the integer part of sm_80 machine code, to count what a warp of a kernel does without a GPU.
 
-A cubin is disassembled and run a warp at a time: registers hold 32 numbers and, of each, whether it is known. Addresses,
-indices, predicates and loop counters follow from the kernel's parameters and the thread's indices and are computed; what
-is loaded from memory and all floating-point arithmetic is unknown. A branch on something unknown is an error, so every
-loop's trips and every branch taken are those of the real launch. Lanes that part meet again at the lowest address.
+A cubin is disassembled and run a warp at a time: registers hold 32 numbers and, of each, whether it is known.
+Addresses, indices, predicates and loop counters follow from the kernel's parameters and the thread's indices and are
+computed; what is loaded from memory and all floating-point arithmetic is unknown. A branch on something unknown is an
+error, so every loop's trips and every branch taken are those of the real launch. Lanes that part meet again at the
+lowest address.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ PARAMETERS = 0x160  # where they begin in constant bank 0 on sm_80
 ZERO = {"RZ", "URZ", "SRZ"}
 U32 = NDArray[np.uint32]
 Bits = NDArray[np.bool_]
+ALL: Bits = np.ones(LANES, dtype=bool)
+NONE: Bits = np.zeros(LANES, dtype=bool)
+NOTHING: U32 = np.zeros(LANES, dtype=np.uint32)
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
+_REGISTER = re.compile(r"^([-~]?)(U?R\d+|U?RZ|SRZ)(?:\.\w+)?$")
+_CONSTANT = re.compile(r"^([-~]?)c\[0x([0-9a-f]+)\]\[(?:(U?R\w+)\+?)?(-?0x[0-9a-f]+)?\]$")
+_NUMBER = re.compile(r"^-?0x[0-9a-f]+$")
 _INSTRUCTION = re.compile(r"^(?:@(!?)(U?P\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*)$")
 
 
@@ -55,6 +62,25 @@ class Instruction:
             return 2
         return 1
 
+    @cached_property
+    def jumps(self) -> bool:
+        return self.parts[0] in ("BRA", "BRX", "BRXU", "EXIT", "CALL", "RET", "JMP")
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """The predicates and registers that it writes, as far as no handler knows better."""
+        if self.parts[0] in ("BSSY", "BSYNC", "BAR", "WARPSYNC", "NOP", "DEPBAR", "LDGDEPBAR", "CCTL", "STS", "STG"):
+            return ()
+        found: list[str] = []
+        for text in self.operands[:2]:
+            if re.match(r"^U?P(\d|T)$", text):
+                found.append(text)
+                continue
+            if (register := re.match(r"^(U?R)(\d+)", text)) and (not found or found[0].lstrip("U").startswith("P")):
+                found += [f"{register[1]}{int(register[2]) + n}" for n in range(self.registers)]
+            break
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class Access:
@@ -70,13 +96,12 @@ class Access:
 class Run:
     """What the warps of a block did."""
 
-    executed: Counter[str] = field(default_factory=Counter)
     accesses: list[Access] = field(default_factory=list)
-    by_address: Counter[int] = field(default_factory=Counter)
+    by_address: Counter[int] = field(default_factory=Counter)  # how often each instruction was issued
 
     @property
     def total(self) -> int:
-        return self.executed.total()
+        return self.by_address.total()
 
 
 def disassemble(tool: str, cubin: Path) -> dict[str, list[Instruction]]:
@@ -94,7 +119,7 @@ def disassemble(tool: str, cubin: Path) -> dict[str, list[Instruction]]:
 
 
 def parse(address: int, text: str) -> Instruction:
-    found = _INSTRUCTION.match(re.sub(r'\(\*.*?\*\)|\{.*?\}', "", text).strip())
+    found = _INSTRUCTION.match(re.sub(r"\(\*.*?\*\)|\{.*?\}", "", text).strip())
     assert found, text
     negated, guard, name, rest = found.groups()
     operands = tuple(o.strip().replace(".reuse", "") for o in rest.split(",")) if rest.strip() else ()
@@ -119,13 +144,19 @@ class Machine:
     """One kernel with the constants of one launch."""
 
     def __init__(
-        self, code: list[Instruction], parameters: bytes, grid: tuple[int, ...], block: tuple[int, ...], bank2: bytes = b""
+        self,
+        code: list[Instruction],
+        parameters: bytes,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        bank2: bytes = b"",
     ) -> None:
         self.code = {i.address: i for i in code}
         head = bytearray(PARAMETERS)
         struct.pack_into("<6I", head, 0, *block, *grid)
         self.banks = {0: bytes(head) + parameters, 2: bank2}
         self.threads = int(np.prod(block))
+        self.fixed: dict[tuple[str, int, bool], tuple[U32, Bits]] = {}  # operands that are the same for all warps
 
     def run_block(self, block: tuple[int, int, int], limit: int = 2_000_000) -> Run:
         run = Run()
@@ -142,6 +173,10 @@ def _low(v: NDArray[np.int64]) -> U32:
     return (v & 0xFFFFFFFF).astype(np.uint32)
 
 
+def _with_sign(sign: str, v: U32) -> U32:
+    return ~v if sign == "~" else _low(-_signed(v)) if sign == "-" else v
+
+
 class Warp:
     def __init__(self, machine: Machine, block: tuple[int, int, int], first: int, run: Run) -> None:
         self.machine, self.block, self.out = machine, block, run
@@ -149,67 +184,59 @@ class Warp:
         self.values: dict[str, U32] = {}
         self.known: dict[str, Bits] = {}
         self.pc = np.zeros(LANES, dtype=np.int64)
-        self.live = np.ones(LANES, dtype=bool)
-        self.active = self.live
-        self.all = np.ones(LANES, dtype=bool)
+        self.live = ALL
+        self.active = ALL
 
     # Operands -------------------------------------------------------------------------------------------------------
 
-    def _constant(self, bank: int, offset: U32 | int, size: int = 4) -> tuple[U32, Bits]:
+    def _constant(self, bank: int, offset: int, size: int) -> tuple[int, bool]:
         data = self.machine.banks.get(bank, b"")
-        offsets = np.broadcast_to(np.asarray(offset, dtype=np.int64), (LANES,))
-        out, known = np.zeros(LANES, dtype=np.uint32), np.zeros(LANES, dtype=bool)
-        for lane, at in enumerate(offsets):
-            if self.active[lane] and 0 <= at <= len(data) - size:
-                out[lane] = int.from_bytes(data[at : at + size], "little")
-                known[lane] = True
-        if np.isscalar(offset) or np.ndim(offset) == 0:
-            first = int(np.argmax(self.active))
-            return np.full(LANES, out[first]), np.full(LANES, known[first])
-        return out, known
+        if not 0 <= offset <= len(data) - size:
+            return 0, False
+        return int.from_bytes(data[offset : offset + size], "little"), True
 
     def register(self, name: str) -> tuple[U32, Bits]:
         if name in ZERO:
-            return np.zeros(LANES, dtype=np.uint32), self.all
+            return NOTHING, ALL
         if name not in self.values:  # read before written: flags kept as the bits of a register begin so
             self.values[name] = np.zeros(LANES, dtype=np.uint32)
-            self.known[name] = self.all
+            self.known[name] = ALL
         return self.values[name], self.known[name]
 
     def value(self, text: str, size: int = 4, high: bool = False) -> tuple[U32, Bits]:
         """An operand's 32 bits; ``high``: of a 64-bit operand the upper ones."""
-        if text.startswith("~"):
-            v, k = self.value(text[1:], size, high)
-            return ~v, k
-        if text.startswith("|"):
+        if found := _REGISTER.match(text):
+            sign, name = found.groups()
+            if high and name not in ZERO:
+                prefix = name.rstrip("0123456789")
+                name = f"{prefix}{int(name.removeprefix(prefix)) + 1}"
+            v, k = self.register(name)
+        elif (text, size, high) in self.machine.fixed:
+            return self.machine.fixed[text, size, high]
+        elif text.startswith("|"):
             v, k = self.value(text.strip("|"), size, high)
             return np.abs(_signed(v)).astype(np.uint32), k
-        if found := re.match(r"^c\[0x([0-9a-f]+)\]\[(?:(U?R\w+)\+?)?(-?0x[0-9a-f]+)?\]$", text.lstrip("-")):
-            bank, index, offset = int(found[1], 16), found[2], int(found[3] or "0", 16) + (4 if high else 0)
+        elif found := _CONSTANT.match(text):
+            sign, bank, index, number = found.groups()
+            offset = int(number or "0", 16) + (4 if high else 0)
             if index:
-                v, k = self.register(index)
-                got, known = self._constant(bank, _signed(v) + offset, size)
-                got, known = got, known & k
+                at, k = self.register(index)
+                lanes = [self._constant(int(bank, 16), int(n) + offset, size) for n in _signed(at)]
+                v, k = np.array([n for n, _ in lanes], dtype=np.uint32), k & np.array([known for _, known in lanes])
             else:
-                got, known = self._constant(bank, offset, size)
-        elif re.match(r"^-?(U?R\d+|U?RZ|SRZ)(\.\w+)?$", text):
-            name = text.lstrip("-").split(".")[0]
-            if high and name not in ZERO:
-                prefix = "UR" if name.startswith("UR") else "R"
-                name = f"{prefix}{int(name.removeprefix(prefix)) + 1}"
-            got, known = self.register(name)
-        elif re.match(r"^-?0x[0-9a-f]+$", text):
-            return np.full(LANES, int(text, 16) & 0xFFFFFFFF, dtype=np.uint32), self.all
-        else:  # a float, or something not modelled
-            return np.zeros(LANES, dtype=np.uint32), np.zeros(LANES, dtype=bool)
-        if text.startswith("-"):
-            return _low(-_signed(got)), known
-        return got, known
+                n, known = self._constant(int(bank, 16), offset, size)
+                v, k = np.full(LANES, n, dtype=np.uint32), np.full(LANES, known)
+                self.machine.fixed[text, size, high] = _with_sign(sign, v), k
+        else:
+            sign, known = "", _NUMBER.match(text) is not None  # else a float, or something not modelled
+            v, k = np.full(LANES, int(text, 16) & 0xFFFFFFFF if known else 0, dtype=np.uint32), np.full(LANES, known)
+            self.machine.fixed[text, size, high] = v, k
+        return _with_sign(sign, v), k
 
     def predicate(self, text: str) -> tuple[Bits, Bits]:
         negated, name = text.startswith("!"), text.lstrip("!")
         if name in ("PT", "UPT"):
-            v, k = self.all, self.all
+            v, k = ALL, ALL
         else:
             if name not in self.values:
                 self.values[name] = np.zeros(LANES, dtype=np.uint32)
@@ -222,9 +249,12 @@ class Warp:
         name = name.split(".")[0]
         if name in ZERO or name in ("PT", "UPT"):
             return
+        if mask is ALL and certain is ALL and name[0] != "U":
+            self.values[name], self.known[name] = value if value.dtype == np.uint32 else value.astype(np.uint32), known
+            return
         old, old_known = self.register(name)
         value = np.asarray(value).astype(np.uint32)
-        if name.startswith("U"):  # one for the warp
+        if name[0] == "U":  # one for the warp
             first = int(np.argmax(mask)) if mask.any() else -1
             if first >= 0:
                 self.values[name] = np.full(LANES, value[first])
@@ -236,38 +266,52 @@ class Warp:
     # Running --------------------------------------------------------------------------------------------------------
 
     def run(self, limit: int) -> None:
+        code = self.machine.code
         for _ in range(limit):
             if not self.live.any():
                 return
             at = int(self.pc[self.live].min())
-            self.active = self.live & (self.pc == at)
-            self.step(self.machine.code[at])
+            here = self.pc == at
+            self.active = ALL if here.all() else self.live & here
+            # Until something jumps, all that is here goes on from line to line, as far as another lane waits there.
+            others = self.pc[self.live & ~self.active]
+            stop = int(others.min()) if others.size else 1 << 62
+            while at < stop:
+                i = code[at]
+                at += 16
+                if i.jumps:
+                    self.pc[self.active] = at
+                    self.step(i)
+                    break
+                self.step(i)
+            else:
+                self.pc[self.active] = at
         raise RuntimeError("the kernel runs on and on")
 
     def step(self, i: Instruction) -> None:
-        self.out.executed[i.name] += 1
         self.out.by_address[i.address] += 1
-        mask, certain = self.active, self.all
+        mask, certain = self.active, ALL
         if i.guard:
             v, k = self.predicate(("!" if i.negated else "") + i.guard)
             mask, certain = self.active & (v | ~k), k
-        self.pc[self.active] += 16
-        base = i.parts[0]
-        if base in ("BRA", "BRX", "BRXU", "EXIT", "CALL", "RET", "JMP"):
+        if i.jumps:
             if not certain[self.active].all():
                 raise RuntimeError(f"{i.address:#x}: a branch on what is not known: {i}")
             self.jump(i, mask)
             return
+        base = i.parts[0]
         handler: Callable[[Instruction, Bits, Bits], bool] | None = getattr(self, f"do_{base}", None)
         if base.startswith("U") and handler is None:
             handler = getattr(self, f"do_{base[1:]}", None)
         if handler is None or not handler(i, mask, certain):
-            self.forget(i, mask)
+            for name in i.targets:
+                self.set(name, NOTHING, NONE, mask, ALL)
 
     def jump(self, i: Instruction, mask: Bits) -> None:
         base = i.parts[0]
         if base == "EXIT":
             self.live = self.live & ~mask
+            self.pc[mask] = -1
             return
         if "DIV" in i.parts:
             return
@@ -290,24 +334,9 @@ class Warp:
                 mask = mask & v
             self.pc[mask] = int(i.operands[-1].split()[-1], 16)
 
-    def forget(self, i: Instruction, mask: Bits) -> None:
-        """Whatever the instruction writes is not known."""
-        nothing = np.zeros(LANES, dtype=np.uint32), np.zeros(LANES, dtype=bool)
-        if not i.operands or i.parts[0] in ("BSSY", "BSYNC", "BAR", "WARPSYNC", "NOP", "DEPBAR", "LDGDEPBAR", "CCTL", "STS"):
-            return
-        for k, text in enumerate(i.operands[:2]):
-            if re.match(r"^U?P(\d|T)$", text):
-                self.set(text, *nothing, mask, self.all)
-                continue
-            if k == 1 and not i.operands[0].lstrip("U").startswith("P"):
-                return
-            if re.match(r"^U?R\d+", text):
-                prefix, number = re.match(r"^(U?R)(\d+)", text).groups()  # type: ignore[union-attr]
-                for n in range(i.registers):
-                    self.set(f"{prefix}{int(number) + n}", *nothing, mask, self.all)
-            return
-
-    def put(self, i: Instruction, v: U32 | NDArray[np.int64], known: Bits, mask: Bits, certain: Bits, at: int = 0) -> bool:
+    def put(
+        self, i: Instruction, v: U32 | NDArray[np.int64], known: Bits, mask: Bits, certain: Bits, at: int = 0
+    ) -> bool:
         out = v if v.dtype == np.uint32 else _low(v.astype(np.int64))
         self.set(i.operands[at], out, known, mask, certain)
         return True
@@ -320,7 +349,7 @@ class Warp:
         self.set(f"{prefix}{int(number) + 1}", (v >> np.uint64(32)).astype(np.uint32), known, mask, certain)
         return True
 
-    # Instructions: True if done, False if the result is not known -------------------------------------------------------
+    # Instructions: True if done, False if the result is not known ----------------------------------------------------
 
     def do_S2R(self, i: Instruction, mask: Bits, certain: Bits) -> bool:
         special = {
@@ -334,7 +363,7 @@ class Warp:
         }
         if i.operands[1] not in special:
             return False
-        return self.put(i, special[i.operands[1]], self.all, mask, certain)
+        return self.put(i, special[i.operands[1]], ALL, mask, certain)
 
     do_S2UR = do_S2R
 
@@ -343,11 +372,18 @@ class Warp:
             return False
         zero = np.zeros(LANES, dtype=np.uint64)
         if "32" in i.parts:
-            return self.put(i, zero.astype(np.uint32), self.all, mask, certain)
-        return self.put_pair(i.operands[0], zero, self.all, mask, certain)
+            return self.put(i, zero.astype(np.uint32), ALL, mask, certain)
+        return self.put_pair(i.operands[0], zero, ALL, mask, certain)
 
     def do_MOV(self, i: Instruction, mask: Bits, certain: Bits) -> bool:
         return self.put(i, *self.value(i.operands[1]), mask, certain)
+
+    def do_HFMA2(self, i: Instruction, mask: Bits, certain: Bits) -> bool:
+        """The way to set a constant that costs another unit: -0 * 0 + a pair of halves."""
+        if tuple(i.operands[1:3]) != ("-RZ", "RZ"):
+            return False
+        high, low = (int(np.float16(float(o)).view(np.uint16)) for o in i.operands[3:5])
+        return self.put(i, np.full(LANES, high << 16 | low, dtype=np.uint32), ALL, mask, certain)
 
     def do_R2UR(self, i: Instruction, mask: Bits, certain: Bits) -> bool:
         return self.put(i, *self.value(i.operands[1]), mask, certain)
@@ -366,7 +402,7 @@ class Warp:
         ops = list(i.operands)
         if "X" in i.parts:  # d, a, b, c, carry
             (a, ka), (b, kb), (c, kc) = (self.value(o) for o in ops[1:4])
-            p, kp = self.predicate(ops[4]) if len(ops) > 4 else (~self.all, self.all)
+            p, kp = self.predicate(ops[4]) if len(ops) > 4 else (~ALL, ALL)
             out = _signed(a) * _signed(b) + _signed(c) + p
             return self.put(i, out, ka & kb & kc & kp, mask, certain)
         if "WIDE" in i.parts:
@@ -391,7 +427,7 @@ class Warp:
             if len(ops) > 3 and ops[3] not in ZERO:
                 high, kh = self.value(ops[3], high=True)
             else:
-                high, kh = np.zeros(LANES, dtype=np.uint32), self.all
+                high, kh = NOTHING, ALL
             if unsigned:
                 product = a.astype(np.uint64) * b.astype(np.uint64)
             else:
@@ -408,7 +444,7 @@ class Warp:
         outs = []
         while re.match(r"^U?P(\d|T)$", ops[1]):
             outs.append(ops.pop(1))
-        total, known = np.zeros(LANES, dtype=np.int64), self.all
+        total, known = np.zeros(LANES, dtype=np.int64), ALL
         extended = "X" in i.parts
         for text in ops[1:4]:
             negative = text.startswith("-")
@@ -474,7 +510,11 @@ class Warp:
         (low, kl), (s, ks), (high, kh) = (self.value(o) for o in i.operands[1:4])
         left, wide, top = "L" in i.parts, "U64" in i.parts or "S64" in i.parts, "HI" in i.parts
         signed = "S32" in i.parts or "S64" in i.parts
-        shift = s.astype(np.int64) & (63 if wide else 31) if "W" in i.parts else np.minimum(s.astype(np.int64), 63 if wide else 32)
+        shift = (
+            s.astype(np.int64) & (63 if wide else 31)
+            if "W" in i.parts
+            else np.minimum(s.astype(np.int64), 63 if wide else 32)
+        )
         both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
         if left:
             out = both << shift.astype(np.uint64)
@@ -502,12 +542,19 @@ class Warp:
                 v = v | lower
             else:
                 v = np.where(x == y, lower, v)
-        other, ko = self.predicate(rest[0]) if rest else (self.all, self.all)
+        other, ko = self.predicate(rest[0]) if rest else (ALL, ALL)
         self.combine(i, first, second, (v, known), (other, ko), mask, certain)
         return True
 
     def combine(
-        self, i: Instruction, first: str, second: str, a: tuple[Bits, Bits], b: tuple[Bits, Bits], mask: Bits, certain: Bits
+        self,
+        i: Instruction,
+        first: str,
+        second: str,
+        a: tuple[Bits, Bits],
+        b: tuple[Bits, Bits],
+        mask: Bits,
+        certain: Bits,
     ) -> None:
         (v, known), (other, ko) = a, b
         for target, w in ((first, v), (second, ~v)):
@@ -617,7 +664,9 @@ class Warp:
         at = at + int(found[3] or "0", 16)
         if not (kl & kh & certain)[mask].all():
             raise RuntimeError(f"{i.address:#x}: an access at what is not known: {i}")
-        width = next((n for p, n in (("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)) if p in i.parts), 4)
+        width = next(
+            (n for p, n in (("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)) if p in i.parts), 4
+        )
         if mask.any():
             self.out.accesses.append(Access(i.address, write, width, tuple(int(a) for a in at[mask])))
 
