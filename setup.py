@@ -40,7 +40,7 @@ ISA_FLAGS = {
     2: ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"],
 }
 STAGES = ("prepare", "fuse", "sweep")
-CUDA_KERNELS = ("sweep", "fuse", "prepare", "finish", "reduce", "exact", "wide", "window_sums")
+CUDA_KERNELS = ("sweep", "exact", "fuse", "window_sums", "wide", "prepare", "finish", "reduce")  # the longest first
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 
 

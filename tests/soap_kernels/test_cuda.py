@@ -139,6 +139,9 @@ def test_no_access_is_out_of_bounds() -> None:
         "bf16",
         "fp32 strict",
         "multiplicative, interleaved",
+        "features bf16",
+        "features, strides",
+        "features multiplicative, interleaved",
     ]
     options = "detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0"
     done = run_cases(library, *names, LD_PRELOAD=asan, ASAN_OPTIONS=options)
@@ -155,6 +158,8 @@ MUTATIONS = {
     "no mask at the right edge": ("tile.cuh", "h < x.height && w >= 0 && w < x.width && edge_c", "h < x.height && w >= 0 && edge_c"),
     "no mask on dz outside the image": ("sweep.cuh", "t >= s.frames || h >= s.height || w >= s.width", "t >= s.frames || w >= s.width"),
     "fragments of A swapped": ("prepare.cu", "4 * tile + 2 * c + half", "4 * tile + 2 * half + c"),
+    "no mask at the end of a plane": ("wide.cu", "seen = i < p.area;", "seen = true;"),
+    "no barrier before warps' sums are added": ("wide.cu", "sum[e];\n  __syncthreads();", "sum[e];"),
 }  # fmt: skip
 
 
@@ -164,4 +169,5 @@ MUTATIONS = {
 def test_a_mutation_is_noticed(name: str) -> None:
     library = shim.build(FOLDER, replace=(*shim.FEW, MUTATIONS[name]))
     orders = ("forward", "reverse", "random")
-    assert any(run_cases(library, "bf16", "fp32 odd size", "2 frames", CUDA_SHIM_ORDER=o).returncode for o in orders)
+    names = ("bf16", "fp32 odd size", "2 frames", "features fp32", "features multiplicative, interleaved")
+    assert any(run_cases(library, *names, CUDA_SHIM_ORDER=o).returncode for o in orders)

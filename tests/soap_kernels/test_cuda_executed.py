@@ -90,7 +90,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     (folder / "instances.cu").write_text(INSTANCES)
     cubins: dict[str, Path] = {}
     code: dict[str, list[sass.Instruction]] = {}
-    for stage, source in (("main", folder / "instances.cu"), ("prepare", shim.SOURCE / "prepare.cu")):
+    sources = {stage: shim.SOURCE / f"{stage}.cu" for stage in ("prepare", "finish")}
+    for stage, source in {"main": folder / "instances.cu", **sources}.items():
         cubins[stage] = folder / f"{stage}.cubin"
         command = [
             str(NVCC),
@@ -163,6 +164,20 @@ def test_the_counts_of_what_is_known_beforehand(compiled: Compiled) -> None:
     machine = compiled.machine(launch, "main")
     run = machine.run_block((1, 0, 0))
     assert sum(n for at, n in run.by_address.items() if machine.code[at].name.startswith("HMMA")) == 9 * 16
+
+
+def test_no_warp_of_finish_is_long(compiled: Compiled) -> None:
+    """finish does little and waits much: its time is that of its longest chain of instructions."""
+    launch = call(CLIPS["float32"]).launch("finish_kernel")
+    machine = compiled.machine(launch, "finish")
+    longest = 0
+    for block in range(launch.blocks):
+        for first in range(0, machine.threads, sass.LANES):
+            run = sass.Run()
+            sass.Warp(machine, (block, 0, 0), first, run).run(100_000)
+            longest = max(longest, run.total)
+    print(f"finish: {longest} instructions in the longest of {launch.blocks} blocks' warps")
+    assert longest <= 2000
 
 
 @pytest.mark.parametrize("case", [
