@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ ISA_FLAGS = {
     2: ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"],
 }
 STAGES = ("prepare", "fuse", "sweep")
-CUDA_KERNELS = ("sweep", "fuse", "prepare", "finish", "reduce", "exact", "window_sums")
+CUDA_KERNELS = ("sweep", "exact", "fuse", "window_sums", "wide", "prepare", "finish", "reduce")  # the longest first
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 
 
@@ -132,6 +133,14 @@ def cuda_architectures(nvcc: str) -> list[str]:
     return flags
 
 
+def cuda_toolkit(nvcc: str) -> Path:
+    """The toolkit's folder, asked of nvcc itself, which may be a link or a script that lies elsewhere."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    plan = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.M)
+    return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
 def cuda_library() -> Library:
     """SOAP on NVIDIA GPUs. Needs nvcc and a PyTorch with CUDA, no GPU."""
     import torch
@@ -144,7 +153,11 @@ def cuda_library() -> Library:
     if nvcc is None:
         raise CannotBuild("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
     cxx = compiler()
-    toolkit = Path(nvcc).resolve().parents[1]
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.", release)
+    if found and found[1] != torch.version.cuda.split(".")[0]:  # one CUDA runtime a process: PyTorch's
+        raise CannotBuild(f"nvcc is of CUDA {found[1]}, this PyTorch of CUDA {torch.version.cuda}")
+    toolkit = cuda_toolkit(nvcc)
     device = [nvcc, "-std=c++17", "-O3", "-ccbin", cxx.split()[0], *cuda_architectures(nvcc)]
     device += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=2"]
     library = Library("soap_kernels._cuda", "SOAP_KERNELS_CUDA")

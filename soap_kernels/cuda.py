@@ -1,8 +1,9 @@
 """SOAP's ops in CUDA C++ (csrc/cuda), through a library that a torch without CUDA never loads.
 
 A forward is two launches (``prepare``, ``fuse``), a backward to all weights three (``sweep``, ``reduce``, ``finish``).
-The hand-written kernels serve clips of up to 3 channels whose tile fits shared memory (40 frames of fp32, 90 of fp16,
-bf16 or uint8); feature maps go to the reference's folded form, whose convolutions are cuDNN's.
+These serve clips of up to 3 channels whose tile fits shared memory (40 frames of fp32, 90 of fp16, bf16 or uint8); for
+feature maps the folded convolution is cuDNN's, with one kernel around it (:mod:`soap_kernels.cuda_wide`). fp64 goes to
+the reference.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soap_kernels import cuda_wide
 from soap_kernels.backends import Fusion, Options
 from soap_kernels.reference import BACKEND as LIBRARY
 
@@ -169,7 +171,8 @@ class CudaBackend:
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
-        if not self._fits(x, mode, options.tuple_sizes, weights) or _any_double(options.out_dtype, weights):
+        fits = self._fits(x, mode, options.tuple_sizes, weights)
+        if _any_double(options.out_dtype, weights) or not (fits or x.numel()):
             with _exact_convolutions(options.precision):
                 y, _ = LIBRARY.soap_forward(x, weights, options)
             return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
@@ -178,6 +181,10 @@ class CudaBackend:
             y = x.new_empty((b, t, height, width, c), dtype=options.out_dtype).movedim(-1, 2)
         else:
             y = x.new_empty(x.shape, dtype=options.out_dtype)
+        if not fits:
+            with _exact_convolutions(options.precision):
+                cuda_wide.soap_forward(x, weights, options, y)
+            return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
         prepared = x.new_empty(prepared_numel(x, flags, mode), dtype=torch.float32)
         if x.numel():
             torch.ops.soap_kernels.cuda_forward(
@@ -201,9 +208,14 @@ class CudaBackend:
         needs_weights: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
-        if not self._fits(x, mode, options.tuple_sizes, weights) or _any_double(grad.dtype, weights):
+        fits = self._fits(x, mode, options.tuple_sizes, weights)
+        if _any_double(grad.dtype, weights) or not (fits or x.numel()):
             with _exact_convolutions(options.precision):
                 return LIBRARY.soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
+        if not fits:
+            with _exact_convolutions(options.precision):
+                dx, dweights = cuda_wide.soap_backward(grad, x, weights, options, needs_x, needs_weights)
+            return x.new_empty(0) if dx is None else dx, dweights
         dweights = [_like(w) for w in weights] if needs_weights else []
         settings = [flags, mode, *options.tuple_sizes] if flags & HMEM else [flags, mode]
         numbers = _numbers(0.0, options.mean, options.std)
@@ -279,10 +291,15 @@ class CudaBackend:
         fusion: Fusion,
     ) -> Tensor:
         given, settings = self._given(x, stencil, gate, weight, bias, fusion)
-        if not self._fits(x, settings[1]) or _any_double(x.dtype, given):
+        fits = self._fits(x, settings[1])
+        if _any_double(x.dtype, given) or not (fits or x.numel()):
             with _exact_convolutions(fusion.precision):
                 return LIBRARY.fuse_priors(x, stencil, gate, weight, bias, fusion)
         y = x.new_empty(x.shape)
+        if not fits:
+            with _exact_convolutions(fusion.precision):
+                cuda_wide.fuse_priors(x, stencil, gate, weight, bias, fusion, y)
+            return y
         if x.numel():
             prepared = x.new_empty(prepared_numel(x, settings[0], settings[1]), dtype=torch.float32)
             weights = [w.contiguous() for w in given]
@@ -301,9 +318,14 @@ class CudaBackend:
         needs: Sequence[bool],
     ) -> list[Tensor]:
         given, settings = self._given(x, stencil, gate, weight, bias, fusion)
-        if not self._fits(x, settings[1]) or _any_double(x.dtype, given):
+        fits = self._fits(x, settings[1])
+        if _any_double(x.dtype, given) or not (fits or x.numel()):
             with _exact_convolutions(fusion.precision):
                 return LIBRARY.fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
+        if not fits:
+            with _exact_convolutions(fusion.precision):
+                wide = cuda_wide.fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
+            return [g if need and g is not None else x.new_empty(0) for g, need in zip(wide, needs, strict=True)]
         dgiven = [_like(w) for w in given]
         dx: Tensor | None = x.new_empty(x.shape)
         if x.numel():

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
   }
 }
 
-__global__ void __launch_bounds__(THREADS) sweep_exact_kernel(const __grid_constant__ SweepParams p) {
+__global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_constant__ SweepParams p) {
   SOAP_SHARED(float, shared);
   const Shape& s = p.shape;
   const Options& o = p.options;

@@ -6,6 +6,7 @@ namespace soap {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int CWEM_BLOCKS = 12;  // that share CWEM's weights: one would take twice as long as any other block
 
 struct FinishParams {
   Shape shape;
@@ -17,7 +18,7 @@ struct FinishParams {
   float* dmeans;
   int64_t numel;
   int copied_sums, copied_gates;  // floats of each that fit shared memory, or 0
-  int motion_blocks, project_blocks, frame_blocks, direct_blocks, mean_blocks;
+  int motion_blocks, project_blocks, frame_blocks, stencil_blocks, cwem_blocks, direct_blocks, mean_blocks;
 };
 
 // A block's view: the weights, and where they fit the sums and gates, in shared memory.
@@ -48,39 +49,47 @@ struct Finish {
     for (int i = 0; i < k; ++i) first += shape.frames - w.tuple_sizes[i];
     return first;
   }
-  // Gradient of project * motion, channel c, tuple plane j, but for the sign.
+  // Gradient of project * motion, channel c, tuple plane j, but for the sign: the sum over 8 lanes, all of which call this
+  // and get it. The loops are latency, one step after another: so they are spread over lanes.
   __device__ __forceinline__ float moved(int k, int first, int c, int j, int tap) const {
     const int maps = shape.frames - w.tuple_sizes[k], jf = j / shape.channels, jc = j % shape.channels;
     float v = 0.f;
 #pragma unroll 1
-    for (int t = 0; t < shape.frames; ++t)
+    for (int t = threadIdx.x & 7; t < shape.frames; t += 8)
 #pragma unroll 1
       for (int i = 0; i < maps; ++i) v = fmaf(restore(t, first + i), weight(t, c, i + 1 + jf, jc, tap), v);
+#pragma unroll
+    for (int e = 1; e < 8; e *= 2) v += __shfl_xor_sync(0xffffffffu, v, e);
     return v;
   }
-  // Gradient of what the maps of tuple size k add to the bias, channel c.
+  // Gradient of what the maps of tuple size k add to the bias, channel c. The work of a warp.
   __device__ __forceinline__ float constant(int k, int first, int c) const {
     const int maps = shape.frames - w.tuple_sizes[k];
     float v = 0.f;
 #pragma unroll 1
-    for (int t = 0; t < shape.frames; ++t) {
-      float reach = 0.f;
-#pragma unroll 1
-      for (int i = 0; i < maps; ++i) reach += restore(t, first + i);
-      v = fmaf(reach, bias(t, c), v);
-    }
-    return v;
+    for (int i = threadIdx.x & 31; i < shape.frames * maps; i += 32) v = fmaf(restore(i / maps, first + i % maps), bias(i / maps, c), v);
+    return warp_sum(v);
   }
 };
+
+// Whole warps' worth of threads for `items` of 8 lanes each.
+__device__ __forceinline__ int lanes_for(int items) { return (items * 8 + 31) / 32 * 32; }
 
 // Motion weights from plane j of the tuple, for every output plane and tap; with j = 0 the biases too.
 __device__ __forceinline__ void finish_motion(const Finish& p, int k, int j, float* shared) {
   const int C = p.shape.channels, planes = p.w.tuple_sizes[k] * C, first = p.first_map(k);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < C * 9; i += THREADS) shared[i] = p.moved(k, first, i / 9, j, i % 9);
+  for (int i = threadIdx.x; i < lanes_for(C * 9); i += THREADS) {
+    const int item = min(i / 8, C * 9 - 1);
+    const float v = p.moved(k, first, item / 9, j, item % 9);
+    if (i % 8 == 0) shared[item] = v;
+  }
   if (j == 0)
 #pragma unroll 1
-    for (int c = threadIdx.x; c < C; c += THREADS) shared[C * 9 + c] = p.constant(k, first, c);
+    for (int c = int(threadIdx.x >> 5); c < C; c += THREADS / 32) {
+      const float v = p.constant(k, first, c);
+      if (threadIdx.x % 32 == 0) shared[C * 9 + c] = v;
+    }
   __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < planes * 9; i += THREADS) {
@@ -106,8 +115,15 @@ __device__ __forceinline__ void finish_motion(const Finish& p, int k, int j, flo
 __device__ __forceinline__ void finish_project(const Finish& p, int k, int c, float* shared) {
   const int C = p.shape.channels, o = p.w.tuple_sizes[k], planes = o * C, first = p.first_map(k), maps = p.shape.frames - o;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < planes * 9; i += THREADS) shared[i] = p.moved(k, first, c, i / 9, i % 9);
-  if (threadIdx.x == THREADS - 1) shared[planes * 9] = p.constant(k, first, c);
+  for (int i = threadIdx.x; i < lanes_for(planes * 9); i += THREADS) {
+    const int item = min(i / 8, planes * 9 - 1);
+    const float v = p.moved(k, first, c, item / 9, item % 9);
+    if (i % 8 == 0) shared[item] = v;
+  }
+  if (threadIdx.x >= THREADS - 32) {
+    const float v = p.constant(k, first, c);
+    if (threadIdx.x == THREADS - 1) shared[planes * 9] = v;
+  }
   __syncthreads();
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
@@ -125,45 +141,38 @@ __device__ __forceinline__ void finish_project(const Finish& p, int k, int c, fl
   }
 }
 
-// Row t of the map over the maps.
-__device__ __forceinline__ void finish_restore(const Finish& p, int t, float* shared) {
-  const int C = p.shape.channels, lane = threadIdx.x & 31;
-  int first = 0;
+// Row t of the map over the maps, those of tuple size k.
+__device__ __forceinline__ void finish_restore(const Finish& p, int t, int k, float* shared) {
+  const int C = p.shape.channels, lane = threadIdx.x & 31, o = p.w.tuple_sizes[k], planes = o * C, maps = p.shape.frames - o, first = p.first_map(k);
 #pragma unroll 1
-  for (int k = 0; k < p.w.num_sizes; ++k) {
-    const int o = p.w.tuple_sizes[k], planes = o * C, maps = p.shape.frames - o;
-    __syncthreads();
+  for (int i = threadIdx.x; i < C * planes * 9; i += THREADS) {
+    const int c = i / 9 / planes, at = i % (planes * 9);
+    float v = 0.f;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < C * planes * 9; i += THREADS) {
-      const int c = i / 9 / planes, at = i % (planes * 9);
-      float v = 0.f;
-#pragma unroll 1
-      for (int q = 0; q < planes; ++q) v = fmaf(p.project(k, c, q), p.s[p.flat.motion[k] + q * planes * 9 + at], v);
-      shared[i] = v;
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int m = threadIdx.x >> 5; m < maps; m += THREADS / 32) {
-      float v = 0.f;
-#pragma unroll 1
-      for (int i = lane; i < C * planes * 9; i += 32) {
-        const int c = i / 9 / planes, j = i / 9 % planes, tap = i % 9;
-        v = fmaf(-shared[i], p.weight(t, c, m + 1 + j / C, j % C, tap), v);
-      }
-#pragma unroll 1
-      for (int i = lane; i < C * planes; i += 32) {
-        const int c = i / planes, q = i % planes;
-        v = fmaf(p.project(k, c, q), p.weight(t, c, m + q / C, q % C, 4), v);
-        v = fmaf(-p.project(k, c, q) * p.s[p.flat.motion_bias[k] + q], p.bias(t, c), v);
-      }
-#pragma unroll 1
-      for (int c = lane; c < C; c += 32) v = fmaf(p.s[p.flat.project_bias[k] + c], p.bias(t, c), v);
-      v = warp_sum(v);
-      if (lane == 0) store_any(p.d.restore, t * p.w.num_maps + first + m, v);
-    }
-    first += maps;
+    for (int q = 0; q < planes; ++q) v = fmaf(p.project(k, c, q), p.s[p.flat.motion[k] + q * planes * 9 + at], v);
+    shared[i] = v;
   }
-  if (threadIdx.x == 0) {
+  __syncthreads();
+#pragma unroll 1
+  for (int m = threadIdx.x >> 5; m < maps; m += THREADS / 32) {
+    float v = 0.f;
+#pragma unroll 1
+    for (int i = lane; i < C * planes * 9; i += 32) {
+      const int c = i / 9 / planes, j = i / 9 % planes, tap = i % 9;
+      v = fmaf(-shared[i], p.weight(t, c, m + 1 + j / C, j % C, tap), v);
+    }
+#pragma unroll 1
+    for (int i = lane; i < C * planes; i += 32) {
+      const int c = i / planes, q = i % planes;
+      v = fmaf(p.project(k, c, q), p.weight(t, c, m + q / C, q % C, 4), v);
+      v = fmaf(-p.project(k, c, q) * p.s[p.flat.motion_bias[k] + q], p.bias(t, c), v);
+    }
+#pragma unroll 1
+    for (int c = lane; c < C; c += 32) v = fmaf(p.s[p.flat.project_bias[k] + c], p.bias(t, c), v);
+    v = warp_sum(v);
+    if (lane == 0) store_any(p.d.restore, t * p.w.num_maps + first + m, v);
+  }
+  if (k == 0 && threadIdx.x == THREADS - 1) {
     float v = 0.f;
 #pragma unroll 1
     for (int c = 0; c < C; ++c) v += p.bias(t, c);
@@ -189,7 +198,8 @@ __device__ __forceinline__ void finish_stencil(const Finish& p) {
   }
 }
 
-__device__ __forceinline__ void finish_cwem(const Finish& p, float* shared) {
+// CWEM's weights; each block their shares `block`, `block` + CWEM_BLOCKS, ...
+__device__ __forceinline__ void finish_cwem(const Finish& p, int block, float* shared) {
   const int C = p.shape.channels, T = p.shape.frames, R = p.w.hidden, planes = T * C, lane = threadIdx.x & 31;
   const int64_t total = p.shape.clips * planes;
   const float *dz = p.gates, *means = p.gates + total;
@@ -209,7 +219,7 @@ __device__ __forceinline__ void finish_cwem(const Finish& p, float* shared) {
   }
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < R * R * 3; i += THREADS) {
+  for (int i = block * THREADS + threadIdx.x; i < R * R * 3; i += CWEM_BLOCKS * THREADS) {
     const int out = i / 3 / R, in = i / 3 % R, dt = i % 3;
     float v = 0.f;
 #pragma unroll 1
@@ -219,7 +229,7 @@ __device__ __forceinline__ void finish_cwem(const Finish& p, float* shared) {
     store_any(p.d.temporal, i, v);
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < R; i += THREADS) {
+  for (int i = block * THREADS + threadIdx.x; i < R; i += CWEM_BLOCKS * THREADS) {
     float v = 0.f;
 #pragma unroll 1
     for (int c = 0; c < C; ++c) v = fmaf(p.s[p.flat.squeeze + c * R + i], dbias[c], v);
@@ -227,7 +237,7 @@ __device__ __forceinline__ void finish_cwem(const Finish& p, float* shared) {
   }
   // A warp an element of squeeze (c, out) and of expand (in, from): sums over the other hidden index.
 #pragma unroll 1
-  for (int i = threadIdx.x >> 5; i < 2 * C * R; i += THREADS / 32) {
+  for (int i = block * (THREADS / 32) + int(threadIdx.x >> 5); i < 2 * C * R; i += CWEM_BLOCKS * (THREADS / 32)) {
     const bool squeeze = i < C * R;
     const int e = squeeze ? i : i - C * R;
     float v = 0.f;
@@ -247,26 +257,29 @@ __device__ __forceinline__ void finish_cwem(const Finish& p, float* shared) {
   }
 }
 
-__global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ FinishParams all) {
+__global__ void __launch_bounds__(THREADS, 2) finish_kernel(const __grid_constant__ FinishParams all) {
   SOAP_SHARED(float, whole);
   const int C = all.shape.channels, T = all.shape.frames;
   int block = blockIdx.x;
-  const int folded_blocks = all.motion_blocks + all.project_blocks + all.frame_blocks + 2;  // those that use shared memory
+  const int summed = all.motion_blocks + all.project_blocks + all.frame_blocks + all.stencil_blocks;  // blocks that need the sums
+  const bool folds = block < summed, gated = !folds && block < summed + all.cwem_blocks;              // and those that need the gates
   float* sums = whole + align4(all.flat.begin[all.flat.count]);
   float* gates = sums + all.copied_sums;
   float* shared = gates + all.copied_gates;
-  if (block < folded_blocks) {
+  if (folds) {
     const float4* from = reinterpret_cast<const float4*>(all.sums);
 #pragma unroll 4
     for (int i = threadIdx.x; i < all.copied_sums / 4; i += THREADS) reinterpret_cast<float4*>(sums)[i] = from[i];
+  } else if (gated) {
 #pragma unroll 2
     for (int i = threadIdx.x; i < all.copied_gates; i += THREADS) gates[i] = all.gates[i];
+  }
+  if (folds || gated) {
     all.flat.load(whole);
     __syncthreads();
   }
-  const bool copied = block < folded_blocks;
   const Finish p{all, all.shape, all.options, all.layout, all.w, all.d, all.flat, all.numel, whole,
-                 copied && all.copied_sums ? sums : all.sums, copied && all.copied_gates ? gates : all.gates};
+                 folds && all.copied_sums ? sums : all.sums, gated && all.copied_gates ? gates : all.gates};
   if (block < all.motion_blocks) {
 #pragma unroll 1
     for (int k = 0; k < p.w.num_sizes; ++k) {
@@ -277,10 +290,12 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__
   block -= all.motion_blocks;
   if (block < all.project_blocks) return finish_project(p, block / C, block % C, shared);
   block -= all.project_blocks;
-  if (block < all.frame_blocks) return finish_restore(p, block, shared);
+  if (block < all.frame_blocks) return finish_restore(p, block % T, block / T, shared);
   block -= all.frame_blocks;
-  if (p.options.stencil && p.d.stencil.data && block-- == 0) return finish_stencil(p);
-  if (p.options.cwem && p.d.squeeze.data && block-- == 0) return finish_cwem(p, shared);
+  if (block < all.stencil_blocks) return finish_stencil(p);
+  block -= all.stencil_blocks;
+  if (block < all.cwem_blocks) return finish_cwem(p, block, shared);
+  block -= all.cwem_blocks;
   if (block < all.direct_blocks) {  // a weight given as it is
     const int64_t i = int64_t(block) * THREADS + threadIdx.x, planes = T * C;
     if (i < planes * planes * 9) {
@@ -311,23 +326,23 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__
 void finish(const Shape& shape, const Options& options, const Weights& weights, const float* prepared, const float* sums, const float* gates,
             const Weights& dweights, float* dmeans, void* stream) {
   const SweepPlan plan = plan_sweep(shape, options);
-  FinishParams p{shape, options, layout(shape, options), weights, dweights, FlatWeights(weights, shape, options), prepared, sums, gates, dmeans, plan.numel, 0, 0, 0, 0, 0, 0, 0};
+  FinishParams p{shape, options, layout(shape, options), weights, dweights, FlatWeights(weights, shape, options), prepared, sums, gates, dmeans, plan.numel};
   const int C = shape.channels;
   int largest = 32;
   if (options.hmem && dweights.restore.data) {
-#pragma unroll 1
     for (int k = 0; k < weights.num_sizes; ++k) {
       p.motion_blocks += weights.tuple_sizes[k] * C;
       largest = weights.tuple_sizes[k] * C * C * 9 > largest ? weights.tuple_sizes[k] * C * C * 9 : largest;
     }
     p.project_blocks = weights.num_sizes * C;
-    p.frame_blocks = shape.frames;
+    p.frame_blocks = shape.frames * weights.num_sizes;
   }
   const int64_t planes = int64_t(shape.frames) * C;
   if (dweights.conv.data || dweights.conv_bias.data) p.direct_blocks = int((planes * planes * 9 + THREADS - 1) / THREADS);
   if (dmeans || dweights.gate.data) p.mean_blocks = int((shape.clips * planes + THREADS - 1) / THREADS);
-  const int blocks = p.motion_blocks + p.project_blocks + p.frame_blocks + p.direct_blocks + p.mean_blocks +
-                     (options.stencil && dweights.stencil.data ? 1 : 0) + (options.cwem && dweights.squeeze.data ? 1 : 0);
+  p.stencil_blocks = options.stencil && dweights.stencil.data ? 1 : 0;
+  p.cwem_blocks = options.cwem && dweights.squeeze.data ? CWEM_BLOCKS : 0;
+  const int blocks = p.motion_blocks + p.project_blocks + p.frame_blocks + p.stencil_blocks + p.cwem_blocks + p.direct_blocks + p.mean_blocks;
   if (blocks == 0) return;
   const int64_t weights_numel = align4(p.flat.total()), rest = align4(largest + C * 9 + C + 3 * C * C + 1), room = 96 * 1024 / 4 - weights_numel - rest;
   if (options.rows() && plan.sums <= room) p.copied_sums = int(plan.sums);

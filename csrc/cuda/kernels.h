@@ -122,5 +122,22 @@ void finish(const Shape&, const Options&, const Weights&, const float* prepared,
 void window_sums(int64_t images, int channels, int height, int width, const Frames& x, float* sums, void* stream);
 void window_sums_backward(int64_t planes, int height, int width, const float* grad, void* dx, int dtype, void* stream);
 
+// Around a library's convolution, for planes too many for one tile. z: (B, rows, H, W), its output without the bias.
+struct Wide {
+  Array z;            // rows of HMEM's planes (frame-major) if `planes`, then of 3DEM's frames if `stencil`
+  const float *bias;  // (T * C) or null
+  const float *gate;  // (B, T, C) or null
+  void *dz;           // backward: like z
+  float *direct;      // backward, multiplicative: (B, T, C, H, W), what reaches x past the priors; null unless needed
+  float *shares;      // backward: (2, B, T, C, chunks), sums over pixels of the gates' and of the bias' gradient
+  bool planes, stencil, multiplicative;
+  float offset;
+
+  SOAP_BOTH int rows(const Shape& s) const { return (planes ? s.frames * s.channels : 0) + (stencil ? s.frames : 0); }
+};
+int wide_chunks(const Shape&, const Frames& x, const Frames& other);
+void join(const Wide&, const Shape&, const Frames& x, const Frames& y, void* stream);
+void part(const Wide&, const Shape&, const Frames& x, const Frames& grad, void* stream);
+
 int64_t launches();  // kernels launched so far by this library
 }  // namespace soap

@@ -180,6 +180,41 @@ void window_sums_backward(const Tensor& grad, const Tensor& dx) {
   soap::window_sums_backward(dx.size(0) * dx.size(1), int(dx.size(2)), int(dx.size(3)), static_cast<const float*>(grad.data_ptr()), dx.data_ptr(), dtype_of(dx), on.stream);
 }
 
+const float* floats_of(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->data_ptr()) : nullptr; }
+
+// settings: whether z has rows of the planes, rows of the frames, and whether the priors multiply x.
+soap::Wide wide_of(const std::optional<Tensor>& z, const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const Ints& settings, double offset) {
+  soap::Wide w{};
+  if (z) w.z = array_of(*z);
+  w.bias = floats_of(bias);
+  w.gate = floats_of(gate);
+  w.planes = settings[0];
+  w.stencil = settings[1];
+  w.multiplicative = settings[2];
+  w.offset = float(offset);
+  return w;
+}
+
+void join(const Tensor& x, const std::optional<Tensor>& z, const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const Ints& settings, double offset, const Tensor& y) {
+  const OnDevice on(x);
+  soap::join(wide_of(z, bias, gate, settings, offset), shape_of(x), frames_of(x), frames_of(y), on.stream);
+}
+
+// Fills dz and direct; returns the sums over pixels of the gradient of the gates and of the bias, (2, B, T, C, chunks).
+Tensor part(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const Ints& settings,
+            double offset, const std::optional<Tensor>& dz, const std::optional<Tensor>& direct) {
+  const OnDevice on(x);
+  soap::Wide w = wide_of(z, bias, gate, settings, offset);
+  const soap::Shape shape = shape_of(x);
+  const int64_t chunks = soap::wide_chunks(shape, frames_of(x), frames_of(grad));
+  const Tensor shares = torch::stable::new_empty(x, {2, x.size(0), x.size(1), x.size(2), chunks}, ScalarType::Float);
+  w.dz = dz ? dz->data_ptr() : nullptr;
+  w.direct = data(direct);
+  w.shares = static_cast<float*>(shares.data_ptr());
+  soap::part(w, shape, frames_of(x), frames_of(grad), on.stream);
+  return shares;
+}
+
 int64_t launches() { return soap::launches(); }
 
 }  // namespace
@@ -188,6 +223,8 @@ STABLE_TORCH_LIBRARY_IMPL(soap_kernels, SOAP_KEY, m) {
   m.impl("cuda_forward", TORCH_BOX(&forward));
   m.impl("cuda_prepare", TORCH_BOX(&prepare));
   m.impl("cuda_backward", TORCH_BOX(&backward));
+  m.impl("cuda_join", TORCH_BOX(&join));
+  m.impl("cuda_part", TORCH_BOX(&part));
   m.impl("cuda_window_sums", TORCH_BOX(&window_sums));
   m.impl("cuda_window_sums_backward", TORCH_BOX(&window_sums_backward));
 }

@@ -225,7 +225,6 @@ __global__ void __launch_bounds__(THREADS) prepare_kernel(const __grid_constant_
 void prepare(const Shape& shape, const Options& options, const Frames& x, const Weights& weights, float* prepared, float* dense, void* stream) {
   Prepare p{shape, options, layout(shape, options), x, weights, FlatWeights(weights, shape, options), prepared, dense, false};
   int64_t planes = shape.clips * shape.frames * shape.channels, moved = 0;
-#pragma unroll 1
   for (int k = 0; options.hmem && k < weights.num_sizes; ++k) moved += weights.tuple_sizes[k] * shape.channels * 9;
   const int64_t blocks = (options.rows() ? p.layout.rows : 0) + (options.cwem ? shape.channels + planes * SEGMENTS : 0);
   if (blocks == 0) return;

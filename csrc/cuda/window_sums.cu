@@ -52,7 +52,7 @@ template <class X> __device__ __forceinline__ void plane_sums(const WindowSums& 
   p.sums[plane * 9 + threadIdx.x] = v;
 }
 
-__global__ void __launch_bounds__(THREADS) window_sums_kernel(const __grid_constant__ WindowSums p) {
+__global__ void __launch_bounds__(THREADS, 2) window_sums_kernel(const __grid_constant__ WindowSums p) {
   SOAP_SHARED(float, scratch);
   if (p.x.dtype == F32) plane_sums<float>(p, scratch);
   else if (p.x.dtype == F16) plane_sums<f16>(p, scratch);

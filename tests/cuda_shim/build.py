@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda"
 SHIM = Path(__file__).resolve().parent / "cuda_shim.h"
-KERNELS = ("prepare", "fuse", "sweep", "reduce", "finish", "exact", "window_sums")
+KERNELS = ("prepare", "fuse", "sweep", "reduce", "finish", "exact", "wide", "window_sums")
 
 
 def cuda_include() -> Path | None:

@@ -7,6 +7,9 @@
 // AddressSanitizer sees an access past it, and a read of what nobody wrote poisons the result. A barrier that not all
 // threads reach, a warp-wide instruction that not all lanes reach, and a misaligned ldmatrix row are errors.
 //
+// CUDA_SHIM_RECORD=FILE: kernels are not run; a line for each launch tells its symbol, grid, block, shared memory and the
+// bytes of its arguments, for whoever runs the compiled kernel elsewhere. CUDA_SHIM_PROCESSORS: multiprocessors, default 2.
+//
 // Of the tensor core instructions it models m16n8k16, m16n8k8 (bf16, fp16) and ldmatrix x2, x4, plain and transposed, by
 // the lane layouts of the PTX manual. Kernels and shim share that reading; what proves it is that the same cases come out
 // right on a GPU (tests/soap_kernels/test_gpu_cuda.py).
@@ -14,12 +17,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -238,6 +243,27 @@ inline void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void
   }
 }
 
+inline int processors() {
+  const char* e = std::getenv("CUDA_SHIM_PROCESSORS");
+  return e && *e ? std::atoi(e) : 2;
+}
+
+// True if launches are only to be written down.
+template <class... Args> inline bool record(void* kernel, const char* text, dim3 grid, dim3 block, size_t shared, const Args&... args) {
+  const char* path = std::getenv("CUDA_SHIM_RECORD");
+  if (!path || !*path) return false;
+  std::FILE* file = std::fopen(path, "a");
+  if (!file) throw std::runtime_error("cuda_shim: cannot write the launches");
+  Dl_info info{};
+  const bool named = dladdr(kernel, &info) && info.dli_sname;
+  std::fprintf(file, "%s %u %u %u %u %u %u %zu ", named ? info.dli_sname : text, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+  const auto bytes = [file](const unsigned char* p, size_t n) { for (size_t i = 0; i < n; ++i) std::fprintf(file, "%02x", p[i]); };
+  (bytes(reinterpret_cast<const unsigned char*>(&args), sizeof(args)), ...);
+  std::fputc('\n', file);
+  std::fclose(file);
+  return true;
+}
+
 inline void sync_block(int line) {
   current->state = State::at_block;
   current->site = line;
@@ -332,13 +358,16 @@ template <int N, bool TRANS> inline void ldmatrix(uint32_t* out, const void* row
 #define __syncthreads() ((__LINE__) == (CUDA_SHIM_DROP_BARRIER) ? void() : cuda_shim::sync_block(__LINE__))
 #define __syncwarp() cuda_shim::sync_warp(__LINE__)
 #define __shfl_xor_sync(mask, v, x) cuda_shim::shuffle_xor(v, x, __LINE__)
-#define SOAP_LAUNCH(kernel, grid, block, smem, stream, ...) cuda_shim::launch(grid, block, smem, [&] { kernel(__VA_ARGS__); })
+#define SOAP_LAUNCH(kernel, grid, block, smem, stream, ...)                                        \
+  (cuda_shim::record(reinterpret_cast<void*>(kernel), #kernel, grid, block, smem, __VA_ARGS__) \
+       ? void()                                                                                    \
+       : cuda_shim::launch(grid, block, smem, [&] { kernel(__VA_ARGS__); }))
 #define SOAP_SHARED(T, name) T* name = reinterpret_cast<T*>(cuda_shim::current->block->shared)
 
 #define cudaGetLastError() cudaSuccess
 #define cudaFuncSetAttribute(...) cudaSuccess
 #define cudaGetDevice(p) (*(p) = 0, cudaSuccess)
-#define cudaDeviceGetAttribute(p, attribute, device) (*(p) = 2, cudaSuccess)
+#define cudaDeviceGetAttribute(p, attribute, device) (*(p) = cuda_shim::processors(), cudaSuccess)
 #define cudaGetErrorString(e) "error"
 
 using std::max;

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soap_kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cuda_cases import FUSIONS, SOAPS, check_fusion, check_soap, check_window_sums
+from cuda_cases import FUSIONS, SOAPS, WIDE_FUSIONS, WIDES, check_fusion, check_soap, check_window_sums
 from soap_kernels import cuda
 
 
@@ -27,11 +27,11 @@ def main(library: str, names: list[str]) -> int:
     torch.set_num_threads(1)
     use(library)
     wrong = 0
-    for case in (*SOAPS, *FUSIONS):
+    for case in (*SOAPS, *FUSIONS, *WIDES, *WIDE_FUSIONS):
         if names and case.name not in names:
             continue
         try:
-            (check_soap if case in SOAPS else check_fusion)(case, cuda.BACKEND, torch.device("cpu"))
+            (check_soap if case in (*SOAPS, *WIDES) else check_fusion)(case, cuda.BACKEND, torch.device("cpu"))
             print(f"right {case.name}", flush=True)
         except (AssertionError, RuntimeError) as error:
             wrong += 1
