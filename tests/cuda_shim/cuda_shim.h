@@ -11,8 +11,8 @@
 // bytes of its arguments, for whoever runs the compiled kernel elsewhere. CUDA_SHIM_PROCESSORS: multiprocessors, default 2.
 //
 // Of the tensor core instructions it models m16n8k16, m16n8k8 (bf16, fp16) and ldmatrix x2, x4, plain and transposed, by
-// the lane layouts of the PTX manual. Kernels and shim share that reading; what proves it is that the same cases come out
-// right on a GPU (tests/soap_kernels/test_gpu_cuda.py).
+// the lane layouts of the PTX manual. Kernels and shim share that reading; Triton's compiler is asked for the layouts of
+// mma too (test_cuda_layouts.py), and the same cases come out right on a GPU (test_gpu_cuda.py).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
