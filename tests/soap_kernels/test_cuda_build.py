@@ -18,12 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 OPS = ("cuda_forward", "cuda_prepare", "cuda_backward", "cuda_window_sums", "cuda_window_sums_backward")
 
-# Every op of the CPU's backends, then what of the CUDA library has come into the process.
+# The package works on the CPU; then what of the CUDA library has come into the process.
 SERVE = """
 import sys, torch
 if sys.argv[1] == "hide": torch.version.cuda = None
 from soap_kernels import backends, selfcheck
-assert all(check.passed for check in selfcheck.checks("cpu", ["reference"]))
+from soap_kernels.op import window_sums
+assert window_sums(torch.ones(1, 2, 4, 4), "auto").max() == 16
+if sys.argv[1] == "check": assert all(check.passed for check in selfcheck.checks("cpu", ["reference"]))
 print(backends.get("cuda").why_absent(torch.device("cuda")))
 print(backends.status("cpu")["cuda"])
 print("soap_kernels/_cuda." in open("/proc/self/maps").read())
@@ -94,7 +96,7 @@ def test_a_torch_without_cuda_leaves_the_library_alone(library: Path, tmp_path: 
     other = os.environ.get("SOAP_KERNELS_CPU_TORCH")
     if not other:
         pytest.skip("SOAP_KERNELS_CPU_TORCH names no interpreter whose PyTorch has no CUDA")
-    why, on_cpu, loaded = run(other, package(tmp_path, library), SERVE, "show")
+    why, on_cpu, loaded = run(other, package(tmp_path, library), SERVE, "check")
     assert why == "this PyTorch is built without CUDA"
     assert "NVIDIA GPU" in on_cpu
     assert loaded == "False"
