@@ -233,9 +233,18 @@ TILES: dict[tuple[str, str, int], Tile] = {
 }
 # Where an architecture (10 * major + minor) wants another: measured better, or the table's spills there.
 TILES_OF: dict[int, dict[tuple[str, str, int], Tile]] = {
-    80: {("sweep", "tf320", 32): Tile(128, 8)},
+    80: {
+        ("sweep", "tf320", 32): Tile(128, 8),
+        ("fuse", "ieee0", 64): Tile(32, 8, 2),
+        ("fuse", "ieee2", 64): Tile(32, 8, 2),
+    },
     100: {("fuse", "ieee2", 32): Tile(128, 8, 2), ("weigh", "ieee0", 32): Tile(64, 8, registers=128)},
-    120: {("fuse", "ieee2", 32): Tile(128, 8, 2), ("weigh", "ieee2", 32): Tile(32, 8, registers=240)},
+    120: {
+        ("fuse", "ieee2", 32): Tile(128, 8, 2),
+        ("weigh", "ieee2", 32): Tile(32, 8, registers=240),
+        ("fuse", "ieee0", 64): Tile(32, 8, 2),
+        ("fuse", "ieee2", 64): Tile(32, 8, 2),
+    },
 }
 
 PROGRAMS = {"sweep": 6, "weigh": 2}  # a multiprocessor holds 2 or 3 of sweep; each of weigh leaves partial sums

@@ -117,13 +117,14 @@ def soap_launches(
     precision: str = "default",
     needs_x: bool = False,
     architecture: int = 90,
+    frames: int = 8,
 ) -> list[Launch]:
-    """What the Triton backend launches for 6 clips of 8 x 3 x 224 x 224, forward and backward to all weights."""
+    """What the Triton backend launches for 6 clips of frames x 3 x 224 x 224, forward and backward to all weights."""
     from soap_kernels.triton import BACKEND
 
     mean, std = ((0.45,) * 3, (0.22,) * 3) if dtype == torch.uint8 else (None, None)
-    weights = [w.detach().to("meta") for w in SOAP().weights().flatten()]
-    x = torch.empty(6, 8, 3, 224, 224, dtype=dtype, device="meta")
+    weights = [w.detach().to("meta") for w in SOAP(frames).weights().flatten()]
+    x = torch.empty(6, frames, 3, 224, 224, dtype=dtype, device="meta")
     options = Options(PARTS, (1, 2, 3), precision, mean, std, out or dtype, False)
     with recorded(architecture) as found:
         y, prepared = BACKEND.soap_forward(x, weights, options)

@@ -158,3 +158,15 @@ def test_kernels_compile_for_hopper_without_a_spill() -> None:
 def test_kernels_compile_without_a_spill(architecture: int, kinds: list[str]) -> None:
     """A share of the kinds on each architecture; compiling takes seconds a kernel."""
     check_compiled(kinds, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_proof
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+@pytest.mark.parametrize(("architecture", "kind"), [(80, "fp32"), (90, "bf16"), (100, "fp32"), (120, "bf16")])
+def test_kernels_of_twice_the_rows_compile_without_a_spill(architecture: int, kind: str) -> None:
+    for launch in static_gpu.soap_launches(*KINDS[kind], needs_x=True, architecture=architecture, frames=16):
+        if launch.name in ("fuse", "sweep", "weigh", "fuse_dx"):
+            facts = static_gpu.compile_launch(launch, architecture)
+            assert facts.spilled == 0, facts
+            assert facts.shared <= 99 * 1024, facts
