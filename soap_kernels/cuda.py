@@ -110,6 +110,14 @@ def prepared_numel(x: Tensor, flags: int, mode: int) -> int:
     return taps + 2 * rows + words * PACKED_TERMS[mode] + means
 
 
+def _new_prepared(x: Tensor, flags: int, mode: int) -> Tensor:
+    numel = prepared_numel(x, flags, mode)
+    if flags & (STENCIL | HMEM | CONV):
+        return x.new_empty(numel, dtype=torch.float32)
+    # Without rows `prepare` writes no biases. The other kernels read them all the same, and take the result 0 times.
+    return x.new_zeros(numel, dtype=torch.float32)
+
+
 def _flags(options: Options) -> int:
     return sum(PART_FLAGS[part] for part in options.parts)
 
@@ -185,7 +193,7 @@ class CudaBackend:
             with _exact_convolutions(options.precision):
                 cuda_wide.soap_forward(x, weights, options, y)
             return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
-        prepared = x.new_empty(prepared_numel(x, flags, mode), dtype=torch.float32)
+        prepared = _new_prepared(x, flags, mode)
         if x.numel():
             torch.ops.soap_kernels.cuda_forward(
                 x,
@@ -301,7 +309,7 @@ class CudaBackend:
                 cuda_wide.fuse_priors(x, stencil, gate, weight, bias, fusion, y)
             return y
         if x.numel():
-            prepared = x.new_empty(prepared_numel(x, settings[0], settings[1]), dtype=torch.float32)
+            prepared = _new_prepared(x, settings[0], settings[1])
             weights = [w.contiguous() for w in given]
             torch.ops.soap_kernels.cuda_forward(x, weights, settings, _numbers(fusion.offset), y, prepared)
         return y
@@ -330,7 +338,7 @@ class CudaBackend:
         dx: Tensor | None = x.new_empty(x.shape)
         if x.numel():
             numbers = _numbers(fusion.offset)
-            prepared = x.new_empty(prepared_numel(x, settings[0], settings[1]), dtype=torch.float32)
+            prepared = _new_prepared(x, settings[0], settings[1])
             torch.ops.soap_kernels.cuda_prepare(x, [w.contiguous() for w in given], settings, numbers, prepared)
             dx = self._backward(grad, x, prepared, given, settings, numbers, dgiven, needs[0])
         else:

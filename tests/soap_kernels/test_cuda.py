@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ QUICK_SOAPS = [
 QUICK_FUSIONS = [c for c in FUSIONS if c.dtype != "float16" and c.shape[1] <= 8]
 
 pytestmark = pytest.mark.skipif(shim.cuda_include() is None, reason="the CUDA headers are not installed")
+
+
+@pytest.fixture(autouse=True)
+def fresh_tensors_hold_nan() -> Iterator[None]:
+    """What a kernel reads and nobody has written then shows, instead of once in many runs."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
