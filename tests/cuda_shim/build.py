@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,8 +77,8 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement,
     library = folder / f"libsoap_shim_{key}.so"
     if library.exists():
         return library
-    work = folder / key
-    work.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=folder))  # another process may be building the same
     for name, text in sources.items():
         (work / name).write_text(text)
     common = [
@@ -114,4 +115,5 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement,
         text=True,
     )
     part.replace(library)
+    shutil.rmtree(work)
     return library
