@@ -12,17 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soap_kernels import reference
 from soap_kernels.backends import Fusion, Options
-from soap_kernels.equations import ThreeDEMWeights, Weights, as_float
-from soap_kernels.fold import (
-    fold_cwem,
-    fold_hmem,
-    fold_three_dem,
-    unfold_cwem,
-    unfold_hmem,
-    unfold_three_dem,
-)
-from soap_kernels.reference import Prepared, _finish_gate, cast, cwem_gate
+from soap_kernels.equations import Weights, as_float
+from soap_kernels.fold import fold_joint, unfold_joint, unfold_three_dem
+from soap_kernels.reference import Prepared
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
 _library.define(
@@ -48,42 +42,35 @@ def _convolved(x: Tensor, precision: str, backward: bool) -> Tensor:
     return x.float() if exact else x
 
 
-def _kernel(p: Prepared, channels: int, fusion: Fusion, dtype: torch.dtype) -> Tensor | None:
-    """The folded convolution, 3DEM's rows behind the planes'; None when no part needs one."""
-    parts = [] if p.weight is None else [p.weight]
-    if p.rows is not None:
-        frames = p.rows.shape[0]
-        plane = torch.arange(frames * channels, device=p.rows.device)
-        slot = plane % frames if fusion.interleaved else plane // channels
-        parts.append(p.rows[:, slot] / channels)
-    return torch.cat(parts).to(dtype) if parts else None
+def _convolve(planes: Tensor, p: Prepared, channels: int, fusion: Fusion) -> tuple[Tensor | None, Tensor | None]:
+    """The folded convolution's kernel and output; None when no part needs one."""
+    joint = fold_joint(p.weight, p.rows, channels, fusion.interleaved)
+    kernel = None if joint is None else joint.to(planes.dtype)
+    return kernel, None if kernel is None else F.conv2d(planes, kernel, padding=1).contiguous()
 
 
-def _settings(p: Prepared, fusion: Fusion) -> list[int]:
-    return [p.weight is not None, p.rows is not None, fusion.multiplicative]
+def _arguments(p: Prepared, fusion: Fusion) -> tuple[Tensor | None, Tensor | None, list[int], float]:
+    """Of both kernels: bias, gate, settings, offset."""
+    bias, gate = (None if v is None else v.contiguous() for v in (p.bias, p.gate))
+    return bias, gate, [p.weight is not None, p.rows is not None, fusion.multiplicative], float(fusion.offset)
 
 
 def _fuse(x: Tensor, p: Prepared, fusion: Fusion, y: Tensor) -> None:
     """Writes y, of any floating dtype and strides."""
-    planes = x.flatten(1, 2)
-    kernel = _kernel(p, x.shape[2], fusion, x.dtype)
-    z = None if kernel is None else F.conv2d(planes, kernel, padding=1).contiguous()
-    torch.ops.soap_kernels.cuda_join(x, z, p.bias, p.gate, _settings(p, fusion), float(fusion.offset), y)
+    _, z = _convolve(x.flatten(1, 2), p, x.shape[2], fusion)
+    torch.ops.soap_kernels.cuda_join(x, z, *_arguments(p, fusion), y)
 
 
 def _sweep(
     grad: Tensor, x: Tensor, p: Prepared, fusion: Fusion, needs_x: bool, needs_weights: bool
 ) -> tuple[Tensor | None, Prepared]:
     """dx in fp32 without CWEM's pool, and the gradients of all that is prepared."""
-    t, c = x.shape[1:3]
+    c = x.shape[2]
     planes = x.flatten(1, 2)
-    kernel = _kernel(p, c, fusion, x.dtype)
-    z = None if kernel is None else F.conv2d(planes, kernel, padding=1).contiguous()
+    kernel, z = _convolve(planes, p, c, fusion)
     dz = None if z is None else torch.empty_like(z)
     direct = torch.empty(x.shape, dtype=torch.float32, device=x.device) if needs_x and fusion.multiplicative else None
-    shares = torch.ops.soap_kernels.cuda_part(
-        grad, x, z, p.bias, p.gate, _settings(p, fusion), float(fusion.offset), dz, direct
-    )
+    shares = torch.ops.soap_kernels.cuda_part(grad, x, z, *_arguments(p, fusion), dz, direct)
     dx = None
     if needs_x:
         dx = grad.float() if direct is None else direct
@@ -94,15 +81,10 @@ def _sweep(
         )
         if dx is not None:
             dx = dx + back.view(x.shape)
-        own = 0 if p.weight is None else t * c
-        if own:
+        if p.weight is not None:
             dbias = shares[1].sum((0, 3)).flatten()
         if needs_weights:
-            if own:
-                dweight = dkernel[:own].float()
-            if p.rows is not None:
-                shape = (t, c, t, 3, 3) if fusion.interleaved else (t, t, c, 3, 3)
-                drows = dkernel[own:].float().view(shape).sum(1 if fusion.interleaved else 2) / c
+            dweight, drows = unfold_joint(dkernel, p.weight, p.rows, c, fusion.interleaved)
     dgate = None if p.gate is None else shares[0].sum(-1)
     return dx, Prepared(drows, dgate, dweight, dbias)
 
@@ -111,26 +93,17 @@ def _additive(options: Options) -> Fusion:
     return Fusion(False, 0.0, False, options.precision)
 
 
-def _prepare(means: Tensor, w: Weights, tuple_sizes: Sequence[int]) -> Prepared:
-    rows = fold_three_dem(w.three_dem, means.shape[1]) if w.three_dem else None
-    gate = cwem_gate(means, *fold_cwem(w.cwem)).contiguous() if w.cwem else None
-    weight, bias = fold_hmem(w.hmem, tuple_sizes) if w.hmem else (None, None)
-    return Prepared(rows, gate, weight, None if bias is None else bias.contiguous())
-
-
-def _means(x: Tensor) -> Tensor:
-    return x.mean((3, 4), dtype=torch.float32)
+def _prepare(frames: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Weights, Prepared]:
+    """The weights in fp32, and what they fold to."""
+    sizes = len(options.tuple_sizes)
+    w = reference.cast(Weights.unflatten(weights, options.parts, sizes), torch.float32, options.parts, sizes)
+    return w, reference.prepare(frames, w, options.tuple_sizes)
 
 
 def soap_forward(x: Tensor, weights: Sequence[Tensor], options: Options, y: Tensor) -> None:
     frames = _frames(x, options, backward=False)
-    w = cast(
-        Weights.unflatten(weights, options.parts, len(options.tuple_sizes)),
-        torch.float32,
-        options.parts,
-        len(options.tuple_sizes),
-    )
-    _fuse(frames, _prepare(_means(frames), w, options.tuple_sizes), _additive(options), y)
+    _, p = _prepare(frames, weights, options)
+    _fuse(frames, p, _additive(options), y)
 
 
 def soap_backward(
@@ -138,33 +111,11 @@ def soap_backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx in x's dtype and the gradients of the weights in theirs."""
     frames = _frames(x, options, backward=True)
-    sizes = len(options.tuple_sizes)
-    w = cast(Weights.unflatten(weights, options.parts, sizes), torch.float32, options.parts, sizes)
-    means = _means(frames)
-    p = _prepare(means, w, options.tuple_sizes)
+    w, p = _prepare(frames, weights, options)
     dx, d = _sweep(grad, frames, p, _additive(options), needs_x, needs_weights)
-    dthree = dcwem = dhmem = None
-    if w.cwem and p.gate is not None and d.gate is not None:
-        dmeans, dtaps, dbias = _finish_gate(means[..., None, None], p.gate, d.gate, fold_cwem(w.cwem)[0])
-        dcwem = unfold_cwem(w.cwem, dtaps, dbias)
-        if dx is not None:
-            dx = dx + dmeans[..., None, None] / (x.shape[3] * x.shape[4])
-    dweights: list[Tensor] = []
-    if needs_weights:
-        if w.hmem and d.weight is not None and d.bias is not None:
-            dhmem = unfold_hmem(w.hmem, options.tuple_sizes, d.weight, d.bias)
-        if d.rows is not None:
-            dthree = unfold_three_dem(d.rows)
-        gradients = Weights(dthree, dcwem, dhmem).flatten()
-        dweights = [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)]
+    dx, gradients = reference.finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
+    dweights = [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)] if needs_weights else []
     return None if dx is None else dx.to(x.dtype).contiguous(), dweights
-
-
-def _given(
-    x: Tensor, stencil: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> Prepared:
-    rows = None if stencil is None else fold_three_dem(ThreeDEMWeights(stencil.float()), x.shape[1])
-    return Prepared(rows, *(None if v is None else v.float().contiguous() for v in (gate, weight, bias)))
 
 
 def fuse_priors(
@@ -177,7 +128,7 @@ def fuse_priors(
     y: Tensor,
 ) -> None:
     frames = _convolved(x, fusion.precision, backward=False)
-    _fuse(frames, _given(x, stencil, gate, weight, bias), fusion, y)
+    _fuse(frames, reference.given(x, stencil, gate, weight, bias, torch.float32), fusion, y)
 
 
 def fuse_priors_backward(
@@ -192,7 +143,7 @@ def fuse_priors_backward(
 ) -> list[Tensor | None]:
     """Gradients of x, stencil, gate, weight and bias, in their dtypes."""
     frames = _convolved(x, fusion.precision, backward=True)
-    p = _given(x, stencil, gate, weight, bias)
+    p = reference.given(x, stencil, gate, weight, bias, torch.float32)
     dx, d = _sweep(grad, frames, p, fusion, needs[0], needs[1] or needs[3])
     dstencil = None if d.rows is None else unfold_three_dem(d.rows).conv
     found = (dx, dstencil, d.gate, d.weight, d.bias)

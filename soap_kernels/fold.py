@@ -120,3 +120,33 @@ def unfold_three_dem(drows: Tensor) -> ThreeDEMWeights:
     """Gradient of 3DEM's weight from that of its rows: the adjoint of :func:`fold_three_dem`."""
     taps = [drows.diagonal(k - 1, 0, 1).sum(-1) for k in range(3)]
     return ThreeDEMWeights(torch.stack(taps)[None, None])
+
+
+def fold_joint(weight: Tensor | None, rows: Tensor | None, channels: int, interleaved: bool) -> Tensor | None:
+    """One convolution for HMEM and 3DEM: ``(TC, TC, 3, 3)`` with ``(T, TC, 3, 3)`` behind it, or what there is of both.
+
+    Args:
+        weight: HMEM folded, ``(TC, TC, 3, 3)``.
+        rows: 3DEM between frames of channel means, ``(T, T, 3, 3)``.
+        channels: C.
+        interleaved: the mean of slot t takes the planes ``c T + t`` instead of ``t C + c``.
+    """
+    parts = [] if weight is None else [weight]
+    if rows is not None:
+        frames = rows.shape[0]
+        plane = torch.arange(frames * channels, device=rows.device)
+        parts.append(rows[:, plane % frames if interleaved else plane // channels] / channels)
+    return torch.cat(parts) if parts else None
+
+
+def unfold_joint(
+    d: Tensor, weight: Tensor | None, rows: Tensor | None, channels: int, interleaved: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``weight`` and ``rows`` from that of :func:`fold_joint`, in fp32."""
+    own = 0 if weight is None else weight.shape[0]
+    dweight = None if weight is None else d[:own].float()
+    if rows is None:
+        return dweight, None
+    t = rows.shape[0]
+    shape = (t, channels, t, 3, 3) if interleaved else (t, t, channels, 3, 3)
+    return dweight, d[own:].float().view(shape).sum(1 if interleaved else 2) / channels

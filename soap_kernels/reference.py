@@ -33,6 +33,7 @@ class Prepared:
     gate: Tensor | None  # CWEM's prior, (B, T, C)
     weight: Tensor | None  # HMEM folded, (TC, TC, 3, 3)
     bias: Tensor | None  # (TC,)
+    means: Tensor | None = None  # of planes, (B, T, C), which the gate is from; None where it was given
 
 
 def cast(weights: Weights, dtype: torch.dtype, parts: Sequence[str], sizes: int) -> Weights:
@@ -54,10 +55,28 @@ def channel_means(x: Tensor, interleaved: bool = False) -> Tensor:
 
 
 def prepare(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> Prepared:
+    """``weights`` in the dtype that sums and folds have; x may be narrower."""
     rows = fold_three_dem(weights.three_dem, x.shape[1]) if weights.three_dem else None
-    gate = cwem_gate(x.mean((3, 4)), *fold_cwem(weights.cwem)) if weights.cwem else None
+    means = gate = None
+    if weights.cwem:
+        taps, constant = fold_cwem(weights.cwem)
+        means = x.mean((3, 4), dtype=taps.dtype)
+        gate = cwem_gate(means, taps, constant)
     weight, bias = fold_hmem(weights.hmem, tuple_sizes) if weights.hmem else (None, None)
-    return Prepared(rows, gate, weight, bias)
+    return Prepared(rows, gate, weight, bias, means)
+
+
+def given(
+    x: Tensor,
+    stencil: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Prepared:
+    """What ``fuse_priors`` is given, as ``prepare`` leaves it."""
+    rows = None if stencil is None else fold_three_dem(ThreeDEMWeights(stencil.to(dtype)), x.shape[1])
+    return Prepared(rows, *(None if v is None else v.to(dtype) for v in (gate, weight, bias)))
 
 
 def stencil_prior(x: Tensor, rows: Tensor, interleaved: bool = False) -> Tensor:
@@ -150,15 +169,40 @@ def _sweep(
     return dx, Prepared(drows, dgate, dweight, dbias)
 
 
-def _finish_gate(x: Tensor, gate: Tensor, dgate: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _finish_gate(means: Tensor, gate: Tensor, dgate: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From the gate's gradient to those of the plane means, the folded taps and the folded bias of CWEM."""
-    t = x.shape[1]
+    t = means.shape[1]
     dz = dgate * gate * (1 - gate)
-    padded = F.pad(x.mean((3, 4)), (0, 0, 1, 1))
+    padded = F.pad(means, (0, 0, 1, 1))
     dtaps = torch.stack([torch.einsum("btp,btq->pq", dz, padded[:, k : k + t]) for k in range(3)])
     around = F.pad(dz, (0, 0, 1, 1))
     dmeans = torch.stack([around[:, 2 - k : 2 - k + t] @ taps[k] for k in range(3)]).sum(0)
     return dmeans, dtaps, dz.sum((0, 1))
+
+
+def finish(
+    w: Weights, tuple_sizes: Sequence[int], p: Prepared, d: Prepared, dx: Tensor | None, pixels: int
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx with what comes through CWEM's pool, and the gradients of the weights whose folds' gradients there are.
+
+    Args:
+        w: as ``prepare`` had them.
+        p: what ``prepare`` left.
+        d: the gradients of it.
+        dx: without the pool; None: not wanted.
+        pixels: H W.
+    """
+    dthree = dcwem = dhmem = None
+    if w.cwem and p.means is not None and p.gate is not None and d.gate is not None:
+        dmeans, dtaps, dbias = _finish_gate(p.means, p.gate, d.gate, fold_cwem(w.cwem)[0])
+        dcwem = unfold_cwem(w.cwem, dtaps, dbias)
+        if dx is not None:
+            dx = dx + dmeans[..., None, None] / pixels
+    if w.hmem and d.weight is not None and d.bias is not None:
+        dhmem = unfold_hmem(w.hmem, tuple_sizes, d.weight, d.bias)
+    if d.rows is not None:
+        dthree = unfold_three_dem(d.rows)
+    return dx, Weights(dthree, dcwem, dhmem).flatten()
 
 
 class ReferenceBackend:
@@ -193,20 +237,10 @@ class ReferenceBackend:
         w = cast(Weights.unflatten(weights, options.parts, sizes), frames.dtype, options.parts, sizes)
         p = prepare(frames, w, options.tuple_sizes)
         dx, d = _sweep(grad.to(frames.dtype), frames, p, needs_x, needs_weights)
-        dthree = dcwem = dhmem = None
-        if w.cwem and p.gate is not None and d.gate is not None:
-            dmeans, dtaps, dbias = _finish_gate(frames, p.gate, d.gate, fold_cwem(w.cwem)[0])
-            dcwem = unfold_cwem(w.cwem, dtaps, dbias)
-            if dx is not None:
-                dx = dx + dmeans[..., None, None] / (x.shape[3] * x.shape[4])
-        dweights: list[Tensor] = []
-        if needs_weights:
-            if w.hmem and d.weight is not None and d.bias is not None:
-                dhmem = unfold_hmem(w.hmem, options.tuple_sizes, d.weight, d.bias)
-            if d.rows is not None:
-                dthree = unfold_three_dem(d.rows)
-            gradients = Weights(dthree, dcwem, dhmem).flatten()
-            dweights = [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)]
+        dx, gradients = finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
+        dweights = (
+            [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)] if needs_weights else []
+        )
         return x.new_empty(0) if dx is None else dx.to(x.dtype).contiguous(), dweights
 
     def window_sums(self, x: Tensor) -> Tensor:
@@ -238,7 +272,7 @@ class ReferenceBackend:
         fusion: Fusion,
     ) -> Tensor:
         frames = x.to(compute_dtype(x))
-        p = self._given(frames, stencil, gate, weight, bias)
+        p = given(frames, stencil, gate, weight, bias, frames.dtype)
         y = fuse(frames, p, fusion.multiplicative, fusion.offset, fusion.interleaved)
         return y.to(x.dtype).contiguous() if y is not x else x.clone(memory_format=torch.contiguous_format)
 
@@ -254,7 +288,7 @@ class ReferenceBackend:
         needs: Sequence[bool],
     ) -> list[Tensor]:
         frames = x.to(compute_dtype(x))
-        p = self._given(frames, stencil, gate, weight, bias)
+        p = given(frames, stencil, gate, weight, bias, frames.dtype)
         dx, d = _sweep(
             grad.to(frames.dtype),
             frames,
@@ -271,14 +305,6 @@ class ReferenceBackend:
             g.to(like.dtype).contiguous() if need and g is not None and like is not None else x.new_empty(0)
             for g, like, need in zip(found, (x, stencil, gate, weight, bias), needs, strict=True)
         ]
-
-    @staticmethod
-    def _given(
-        x: Tensor, stencil: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> Prepared:
-        rows = None if stencil is None else fold_three_dem(ThreeDEMWeights(stencil.to(x.dtype)), x.shape[1])
-        cast_to = [None if v is None else v.to(x.dtype) for v in (gate, weight, bias)]
-        return Prepared(rows, *cast_to)
 
 
 BACKEND = ReferenceBackend()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from soap_kernels import reference
 from soap_kernels.backends import Fusion, Options
-from soap_kernels.equations import ThreeDEMWeights, Weights, as_float, as_output
-from soap_kernels.fold import fold_three_dem, unfold_three_dem
+from soap_kernels.equations import Weights, as_float, as_output
+from soap_kernels.fold import unfold_three_dem
 from soap_kernels.triton import wide as planes
 from soap_kernels.triton.finish import finish, finish_priors
 from soap_kernels.triton.fuse import fuse, fuse_dx
@@ -34,7 +34,6 @@ from soap_kernels.triton.plan import (
 from soap_kernels.triton.prepare import prepare
 from soap_kernels.triton.reduce import reduce
 from soap_kernels.triton.sweep import sweep, weigh
-from soap_kernels.triton.wide import Fused
 from soap_kernels.triton.window_sums import window_sums as window_sums_kernel
 from soap_kernels.triton.window_sums import window_sums_backward as window_sums_backward_kernel
 
@@ -377,19 +376,20 @@ def soap_backward(
     return dx, dweights
 
 
-def _wide(x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Weights, reference.Prepared, Fused]:
+def _wide(x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Weights, reference.Prepared, Fusion]:
     frames = x if options.mean is None else as_float(x, options.mean, options.std)
     sizes = len(options.tuple_sizes)
     w = reference.cast(Weights.unflatten(weights, options.parts, sizes), torch.float32, options.parts, sizes)
-    return frames, w, planes.prepare(frames, w, options.tuple_sizes), Fused(precision=options.precision)
+    additive = Fusion(False, 0.0, False, options.precision)
+    return frames, w, reference.prepare(frames, w, options.tuple_sizes), additive
 
 
 def _wide_backward(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], options: Options, needs_x: bool, needs_weights: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    frames, w, p, fused = _wide(x, weights, options)
-    dx, d = planes.backward(grad, frames, p, fused, needs_x, needs_weights)
-    dx, gradients = planes.finish(frames, w, options.tuple_sizes, p, d, dx)
+    frames, w, p, fusion = _wide(x, weights, options)
+    dx, d = planes.backward(grad, frames, p, fusion, needs_x, needs_weights)
+    dx, gradients = reference.finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
     dweights = [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)] if needs_weights else []
     return x.new_empty(0) if dx is None else dx.to(x.dtype).contiguous(), dweights
 
@@ -411,14 +411,6 @@ def _fusion_pieces(
     return pieces
 
 
-def _fusion_wide(
-    x: Tensor, stencil: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, fusion: Fusion
-) -> tuple[reference.Prepared, Fused]:
-    rows = None if stencil is None else fold_three_dem(ThreeDEMWeights(stencil.float()), x.shape[1])
-    p = reference.Prepared(rows, *(None if v is None else v.float() for v in (gate, weight, bias)))
-    return p, Fused(fusion.multiplicative, fusion.offset, fusion.interleaved, fusion.precision)
-
-
 def fuse_priors(
     x: Tensor, stencil: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, fusion: Fusion
 ) -> Tensor:
@@ -427,7 +419,7 @@ def fuse_priors(
         return y
     layout, numbers = _fusion_layout(x, stencil, weight), Numbers.choose(x.dtype, x.dtype, fusion.precision)
     if not layout.fits:
-        planes.forward(x, *_fusion_wide(x, stencil, gate, weight, bias, fusion), y, False)
+        planes.forward(x, reference.given(x, stencil, gate, weight, bias, torch.float32), fusion, y, False)
         return y
     pieces = _fusion_pieces(x, stencil, weight, bias, layout, numbers, fusion)
     gate = None if gate is None else gate.contiguous()
@@ -447,8 +439,8 @@ def fuse_priors_backward(
         ]
     layout, numbers = _fusion_layout(x, stencil, weight), Numbers.choose(x.dtype, x.dtype, fusion.precision)
     if not layout.fits:
-        p, fused = _fusion_wide(x, stencil, gate, weight, bias, fusion)
-        dx, d = planes.backward(grad, x, p, fused, needs[0], needs[1] or needs[3] or needs[4])
+        p = reference.given(x, stencil, gate, weight, bias, torch.float32)
+        dx, d = planes.backward(grad, x, p, fusion, needs[0], needs[1] or needs[3] or needs[4])
         dstencil = None if d.rows is None else unfold_three_dem(d.rows).conv
         found = (dx, dstencil, d.gate, d.weight, d.bias)
         return [
