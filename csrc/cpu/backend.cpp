@@ -163,9 +163,9 @@ void fuse_clips(const Stages& s, const Fuse& f, int64_t first, int64_t last, Poo
   });
 }
 
-void clip_means(const Stages& s, const SoapCall& call, int64_t clip, int plane, double* mean) {
-  *mean = s.plane_sum(call.x, clip, plane, call.shape.height, call.shape.width) /
-          static_cast<double>(call.shape.pixels());
+void plane_means(const Stages& s, const SoapCall& call, int64_t clip, int first, int count, double* mean) {
+  s.plane_sums(call.x, clip, first, count, call.shape.height, call.shape.width, mean);
+  for (int k = 0; k < count; ++k) mean[k] /= static_cast<double>(call.shape.pixels());
 }
 
 }  // namespace
@@ -227,15 +227,20 @@ void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& po
     const Scratch scratch(s.fuse_scratch(f));
     Numbers mean(P);
     for (int64_t n = take(); n >= 0; n = take()) {
-      for (int p = 0; p < P; ++p) clip_means(s, call, n, p, &mean[p]);
+      plane_means(s, call, n, 0, P, mean.data());
       finish_gate(n, mean.data());
       s.fuse(f, n, 0, blocks, scratch.get());
     }
   });
   if (whole == shape.clips) return;
   Numbers mean((shape.clips - whole) * P);
-  share(pool, (shape.clips - whole) * P, [&](const auto& take) {
-    for (int64_t k = take(); k >= 0; k = take()) clip_means(s, call, whole + k / P, static_cast<int>(k % P), &mean[k]);
+  constexpr int kTogether = 4;
+  const int runs = (P + kTogether - 1) / kTogether;
+  share(pool, (shape.clips - whole) * runs, [&](const auto& take) {
+    for (int64_t k = take(); k >= 0; k = take()) {
+      const int first = static_cast<int>(k % runs) * kTogether;
+      plane_means(s, call, whole + k / runs, first, std::min(kTogether, P - first), &mean[k / runs * P + first]);
+    }
   });
   for (int64_t n = whole; n < shape.clips; ++n) finish_gate(n, mean.data() + (n - whole) * P);
   fuse_clips(s, f, whole, shape.clips, pool);

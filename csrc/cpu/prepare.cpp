@@ -24,22 +24,46 @@ double row_sum(const E* p, int64_t step, int n) {
   return total;
 }
 
-// fp32 in one run of memory: rows need not be told apart.
-double run_sum(const float* p, int64_t n) {
-  constexpr int64_t kRun = 64 * 8 * L;  // so many before the fp32 chains go to double
-  double total = 0;
+// Runs of n fp32 numbers, N of them side by side: more streams from memory at once, and a quarter of the time less.
+constexpr int kStreams = 4;
+
+template <int N>
+SOAP_INLINE void run_sums(const float* const* p, int64_t n, double* total) {
+  constexpr int kChains = kStreams / N < 2 ? 4 : 8;  // of additions, to cover their latency
+  constexpr int64_t kStep = kChains * L, kRun = 64 * kStep;  // so many before the fp32 chains go to double
+  constexpr int64_t kAhead = 256;
+  for (int r = 0; r < N; ++r) total[r] = 0;
   int64_t j = 0;
-  while (n - j >= 8 * L) {
-    v s[8];
-    SOAP_UNROLL(8)
-    for (int k = 0; k < 8; ++k) s[k] = set1(0.f);
-    for (const int64_t end = n - j < kRun ? n : j + kRun; j + 8 * L <= end; j += 8 * L) {
+  while (n - j >= kStep) {
+    v s[N][kChains];
+    SOAP_UNROLL(4)
+    for (int r = 0; r < N; ++r) {
       SOAP_UNROLL(8)
-      for (int k = 0; k < 8; ++k) s[k] = s[k] + ld(p + j + k * L);
+      for (int k = 0; k < kChains; ++k) s[r][k] = set1(0.f);
     }
-    total += sum(((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])));
+    for (const int64_t end = n - j < kRun ? n : j + kRun; j + kStep <= end; j += kStep) {
+      SOAP_UNROLL(4)
+      for (int r = 0; r < N; ++r) {
+        SOAP_UNROLL(8)
+        for (int k = 0; k < kChains; ++k) {
+          if (k * L % 16 == 0) prefetch_near(p[r] + j + kAhead + k * L);
+          s[r][k] = s[r][k] + ld(p[r] + j + k * L);
+        }
+      }
+    }
+    for (int r = 0; r < N; ++r) {
+      v all = (s[r][0] + s[r][1]) + (s[r][2] + s[r][3]);
+      if (kChains == 8) all = all + ((s[r][kChains - 4] + s[r][kChains - 3]) + (s[r][kChains - 2] + s[r][kChains - 1]));
+      total[r] += sum(all);
+    }
   }
-  for (; j < n; ++j) total += p[j];
+  for (int r = 0; r < N; ++r)
+    for (int64_t k = j; k < n; ++k) total[r] += p[r][k];
+}
+
+double run_sum(const float* p, int64_t n) {
+  double total;
+  run_sums<1>(&p, n, &total);
   return total;
 }
 
@@ -90,10 +114,21 @@ double plane_total(const Source& x, int64_t clip, int plane, int height, int wid
   return 0;
 }
 
-double plane_sum(const Source& x, int64_t clip, int plane, int height, int width) {
-  const double total = plane_total(x, clip, plane, height, width, nullptr);
-  if (!x.scale) return total;
-  return x.scale[plane] * total + static_cast<double>(x.shift[plane]) * height * width;
+void plane_sums(const Source& x, int64_t clip, int first, int count, int height, int width, double* out) {
+  const int64_t pixels = static_cast<int64_t>(height) * width;
+  int k = 0;
+  if (direct(x) && x.row == width) {  // a plane is one run of memory: rows need not be told apart
+    for (; k + kStreams <= count; k += kStreams) {
+      const float* p[kStreams];
+      for (int r = 0; r < kStreams; ++r)
+        p[r] = static_cast<const float*>(x.data) + clip * x.clip + x.plane[first + k + r];
+      run_sums<kStreams>(p, pixels, out + k);
+    }
+  }
+  for (; k < count; ++k) {
+    const double total = plane_total(x, clip, first + k, height, width, nullptr);
+    out[k] = x.scale ? x.scale[first + k] * total + static_cast<double>(x.shift[first + k]) * pixels : total;
+  }
 }
 
 double corner(const Source& x, int64_t clip, int plane, int row, int col, int height, int width) {
@@ -200,7 +235,7 @@ void layout_stencil(const double* weight, int channels, bool strict, double fact
 extern const Stages stages;
 const Stages stages = {
     SOAP_STRING_OF(SOAP_ISA_NS), L, block_grid,
-    window_sums, plane_sum, window_sums_backward, conv_groups, conv_group_size, layout_conv, layout_stencil,
+    window_sums, plane_sums, window_sums_backward, conv_groups, conv_group_size, layout_conv, layout_stencil,
     fuse_scratch, fuse,
     gradient_inputs, gradient_outputs, gradient_group, sweep_scratch, sweep_open, sweep_begin, sweep, sweep_end,
 };

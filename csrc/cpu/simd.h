@@ -34,19 +34,25 @@
 
 namespace soap::SOAP_ISA_NS {
 
+SOAP_INLINE double ld64(const float* p) {  // two floats, as they are
+  double a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+
 #if SOAP_ISA == 2
 using v = __m512;
 using vi = int32_t __attribute__((vector_size(64)));
 constexpr int L = 16;
 // Register tiles, measured. 24 accumulators of the 32 registers.
 constexpr int kOutputs = 12;     // forward product: outputs x 2 blocks of tiles, one broadcast weight for both
-constexpr int kInputs = 12;      // weight gradient: inputs x kVectors vectors of outputs
-constexpr int kVectors = 2;
-constexpr bool kHalves = true;   // rows of outputs may end in half a vector: 24 outputs are one and a half
+constexpr int kInputs = 8;       // weight gradient: inputs x kVectors vectors of outputs, two tiles side by side
+constexpr int kVectors = 3;
 SOAP_INLINE v ld(const float* p) { return _mm512_loadu_ps(p); }
 SOAP_INLINE void st(float* p, v a) { _mm512_storeu_ps(p, a); }
 SOAP_INLINE void stream(float* p, v a) { _mm512_stream_ps(p, a); }
 SOAP_INLINE v set1(float a) { return _mm512_set1_ps(a); }
+SOAP_INLINE v set_pair(const float* p) { return _mm512_castpd_ps(_mm512_set1_pd(ld64(p))); }
 SOAP_INLINE v fma(v a, v b, v c) { return _mm512_fmadd_ps(a, b, c); }
 SOAP_INLINE v fnma(v a, v b, v c) { return _mm512_fnmadd_ps(a, b, c); }
 SOAP_INLINE v lo32(v a, v b) { return _mm512_unpacklo_ps(a, b); }
@@ -79,11 +85,11 @@ constexpr int L = 8;
 constexpr int kOutputs = 6;
 constexpr int kInputs = 4;
 constexpr int kVectors = 3;
-constexpr bool kHalves = false;
 SOAP_INLINE v ld(const float* p) { return _mm256_loadu_ps(p); }
 SOAP_INLINE void st(float* p, v a) { _mm256_storeu_ps(p, a); }
 SOAP_INLINE void stream(float* p, v a) { _mm256_stream_ps(p, a); }
 SOAP_INLINE v set1(float a) { return _mm256_set1_ps(a); }
+SOAP_INLINE v set_pair(const float* p) { return _mm256_castpd_ps(_mm256_set1_pd(ld64(p))); }
 SOAP_INLINE v fma(v a, v b, v c) { return _mm256_fmadd_ps(a, b, c); }
 SOAP_INLINE v fnma(v a, v b, v c) { return _mm256_fnmadd_ps(a, b, c); }
 SOAP_INLINE v lo32(v a, v b) { return _mm256_unpacklo_ps(a, b); }
@@ -117,7 +123,6 @@ constexpr int L = 4;
 constexpr int kOutputs = 6;
 constexpr int kInputs = 4;
 constexpr int kVectors = 3;
-constexpr bool kHalves = false;
 SOAP_INLINE v ld(const float* p) {
   v a;
   memcpy(&a, p, sizeof a);
@@ -126,6 +131,7 @@ SOAP_INLINE v ld(const float* p) {
 SOAP_INLINE void st(float* p, v a) { memcpy(p, &a, sizeof a); }
 SOAP_INLINE void stream(float* p, v a) { st(p, a); }
 SOAP_INLINE v set1(float a) { return v{a, a, a, a}; }
+SOAP_INLINE v set_pair(const float* p) { return v{p[0], p[1], p[0], p[1]}; }
 SOAP_INLINE v fma(v a, v b, v c) { return a * b + c; }
 SOAP_INLINE v fnma(v a, v b, v c) { return c - a * b; }
 SOAP_INLINE v lo32(v a, v b) { return v{a[0], b[0], a[1], b[1]}; }
@@ -156,16 +162,6 @@ SOAP_INLINE void st_head(float* p, v a, int n) {
 }
 #endif
 
-// Half a vector, where a whole one would be half padding.
-using half = float __attribute__((vector_size(2 * L)));
-SOAP_INLINE half ld_half(const float* p) {
-  half a;
-  memcpy(&a, p, sizeof a);
-  return a;
-}
-SOAP_INLINE void st_half(float* p, half a) { memcpy(p, &a, sizeof a); }
-SOAP_INLINE half fma_half(float a, half b, half c) { return a * b + c; }  // contracted
-
 // Within each 128-bit lane: rows a, b, c, d become columns.
 SOAP_INLINE void transpose4(v& a, v& b, v& c, v& d) {
   const v t0 = lo32(a, b), t1 = hi32(a, b), t2 = lo32(c, d), t3 = hi32(c, d);
@@ -175,55 +171,44 @@ SOAP_INLINE void transpose4(v& a, v& b, v& c, v& d) {
   d = hi64(t1, t3);
 }
 
-// L x L floats: row i of src (stride ss) becomes column i of dst (stride ds).
-SOAP_INLINE void transpose(const float* src, int64_t ss, float* dst, int64_t ds) {
-  v r[L];
-  SOAP_UNROLL(16)
-  for (int i = 0; i < L; ++i) r[i] = ld(src + i * ss);
+// L / 2 rows of L / 2 pairs of floats: row i of src (stride ss) becomes column i of dst (stride ds).
+SOAP_INLINE void transpose_pairs(const float* src, int64_t ss, float* dst, int64_t ds) {
+  v r[L / 2], t[L / 2];
+  SOAP_UNROLL(8)
+  for (int i = 0; i < L / 2; ++i) r[i] = ld(src + i * ss);
   SOAP_UNROLL(4)
-  for (int i = 0; i < L; i += 4) transpose4(r[i], r[i + 1], r[i + 2], r[i + 3]);
-  // r[4 i + j] now holds, in its lane k, rows 4 i .. 4 i + 3 of column 4 k + j.
+  for (int i = 0; i < L / 2; i += 2) t[i] = lo64(r[i], r[i + 1]), t[i + 1] = hi64(r[i], r[i + 1]);
+  // t[2 i + j] now holds, in its 128-bit lane k, rows 2 i and 2 i + 1 of column 2 k + j.
 #if SOAP_ISA == 2
-  SOAP_UNROLL(4)
-  for (int j = 0; j < 4; ++j) {
-    const v p = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x44), q = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xee);
-    const v s = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x44), u = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xee);
+  SOAP_UNROLL(2)
+  for (int j = 0; j < 2; ++j) {
+    const v p = _mm512_shuffle_f32x4(t[j], t[2 + j], 0x44), q = _mm512_shuffle_f32x4(t[j], t[2 + j], 0xee);
+    const v s = _mm512_shuffle_f32x4(t[4 + j], t[6 + j], 0x44), u = _mm512_shuffle_f32x4(t[4 + j], t[6 + j], 0xee);
     st(dst + (0 + j) * ds, _mm512_shuffle_f32x4(p, s, 0x88));
-    st(dst + (4 + j) * ds, _mm512_shuffle_f32x4(p, s, 0xdd));
-    st(dst + (8 + j) * ds, _mm512_shuffle_f32x4(q, u, 0x88));
-    st(dst + (12 + j) * ds, _mm512_shuffle_f32x4(q, u, 0xdd));
+    st(dst + (2 + j) * ds, _mm512_shuffle_f32x4(p, s, 0xdd));
+    st(dst + (4 + j) * ds, _mm512_shuffle_f32x4(q, u, 0x88));
+    st(dst + (6 + j) * ds, _mm512_shuffle_f32x4(q, u, 0xdd));
   }
 #elif SOAP_ISA == 1
-  SOAP_UNROLL(4)
-  for (int j = 0; j < 4; ++j) {
-    st(dst + j * ds, _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
-    st(dst + (4 + j) * ds, _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+  SOAP_UNROLL(2)
+  for (int j = 0; j < 2; ++j) {
+    st(dst + j * ds, _mm256_permute2f128_ps(t[j], t[2 + j], 0x20));
+    st(dst + (2 + j) * ds, _mm256_permute2f128_ps(t[j], t[2 + j], 0x31));
   }
 #else
-  for (int j = 0; j < 4; ++j) st(dst + j * ds, r[j]);
+  for (int j = 0; j < 2; ++j) st(dst + j * ds, t[j]);
 #endif
 }
 
-// The same for L / 2 rows of src: columns of dst that are L / 2 long.
-SOAP_INLINE void transpose_half(const float* src, int64_t ss, float* dst, int64_t ds) {
-  v r[L / 2];
-  SOAP_UNROLL(8)
-  for (int i = 0; i < L / 2; ++i) r[i] = ld(src + i * ss);
+// The sums of neighbours 0 and 1, 2 and 3, .. of a, then of b.
+SOAP_INLINE v add_pairs(v a, v b) {
 #if SOAP_ISA == 2
-  transpose4(r[0], r[1], r[2], r[3]);
-  transpose4(r[4], r[5], r[6], r[7]);
-  SOAP_UNROLL(4)
-  for (int j = 0; j < 4; ++j) {  // lane k: rows 0 .. 3, and rows 4 .. 7, of column 4 k + j
-    const v p = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x44), q = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xee);
-    const v a = _mm512_shuffle_f32x4(p, p, 0xd8), b = _mm512_shuffle_f32x4(q, q, 0xd8);
-    _mm256_storeu_ps(dst + (0 + j) * ds, _mm512_castps512_ps256(a));
-    _mm256_storeu_ps(dst + (4 + j) * ds, _mm512_extractf32x8_ps(a, 1));
-    _mm256_storeu_ps(dst + (8 + j) * ds, _mm512_castps512_ps256(b));
-    _mm256_storeu_ps(dst + (12 + j) * ds, _mm512_extractf32x8_ps(b, 1));
-  }
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_permutex2var_ps(a, even, b) + _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+#elif SOAP_ISA == 1
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(a, b)), 0xd8));
 #else
-  for (int i = 0; i < L; ++i)
-    for (int k = 0; k < L / 2; ++k) dst[i * ds + k] = r[k][i];
+  return v{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
 #endif
 }
 

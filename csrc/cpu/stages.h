@@ -30,7 +30,7 @@ struct Sink {
 struct Conv {
   int inputs = 0, outputs = 0;
   bool strict = false;          // the direct form: no transform, the error of an ordinary fp32 convolution
-  int centre_inputs = 0;        // strict: the first so many inputs have nothing but a centre tap (frame 0 of HMEM)
+  int centre_inputs = 0;        // the first so many inputs have nothing but a centre tap (frame 0 of HMEM)
   const float* weight = nullptr;
   const float* bias = nullptr;  // by output, already times `factor` of the layout; null: none
 };
@@ -90,7 +90,7 @@ struct Stages {
 
   // prepare
   void (*window_sums)(const Source& x, int64_t clip, int plane, int height, int width, float* out /* 9 */);
-  double (*plane_sum)(const Source& x, int64_t clip, int plane, int height, int width);
+  void (*plane_sums)(const Source& x, int64_t clip, int first, int count, int height, int width, double* out);
   // dx of one plane from the gradient of its 9 sums.
   void (*window_sums_backward)(const Sink& dx, int64_t clip, int plane, int height, int width, const float* grad);
   // Lays out weight[o][i][9] times factor, for a group of outputs out of conv_groups, each of conv_group_size floats.

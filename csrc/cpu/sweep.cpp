@@ -8,19 +8,19 @@ namespace {
 
 // Scratch of a thread beyond the plan's: the accumulators of one chunk first, then what a group of blocks needs.
 struct Buffers {
-  float *dU;            // [group of outputs][point or tap][padded input][padded output]
+  float *dU;            // [group of outputs][point or tap][padded input][padded output][even, odd tiles]
   float *bias;          // [output] x L
   float *stencil;       // [point or tap][3] x L
   float *gate;          // [plane] x L, of one clip
   float *V, *M, *mean, *slot_products;
   float *prior, *gathered, *spread_slots;  // by block and slot: s1, the gradient's sum over channels, its points
   float *D;             // dz of one block by position and output, tiles in lanes
-  float *turned;        // the same, outputs in lanes
-  float *Z;             // by point, tile of the group and output
+  float *turned;        // the same by position, pair of tiles, output and tile of the pair
+  float *Z;             // by point, and so on
 };
 
 struct Sizes {
-  int outputs_padded;   // of a group, `output_lanes`
+  int outputs_padded;   // of a group
   int inputs_padded;
   int kinds;            // points, or taps if strict
   int groups;
@@ -28,16 +28,19 @@ struct Sizes {
   int64_t d_step, turned_step, z_step;  // between positions or points; a vector more than a power of two, for the caches
 };
 
+// A vector holds L / 2 outputs of two tiles side by side, so that few lanes are padding: 24 outputs are three vectors.
+int pad_outputs(int outputs) { return round_up(outputs, L / 2); }
+
 Sizes sizes_of(const Plan& p) {
   Sizes s;
-  s.outputs_padded = output_lanes(p.group);
+  s.outputs_padded = pad_outputs(p.group);
   s.inputs_padded = round_up(p.inputs, kInputs);
   s.kinds = p.strict ? 9 : kPoints;
   s.groups = p.group ? (p.outputs + p.group - 1) / p.group : 0;
   s.d_step = static_cast<int64_t>(s.outputs_padded + 1) * L;
   s.turned_step = static_cast<int64_t>(s.outputs_padded) * L + L;
   s.z_step = static_cast<int64_t>(p.blocks) * L * s.outputs_padded + L;
-  s.dU_group = static_cast<int64_t>(s.kinds) * s.inputs_padded * s.outputs_padded;
+  s.dU_group = static_cast<int64_t>(s.kinds) * s.inputs_padded * s.outputs_padded * 2;
   return s;
 }
 
@@ -190,25 +193,27 @@ __attribute__((noinline)) void differentiate_stencil(const Sweep& w, const Plan&
       const int from = Strict ? q : k;
       const int point = Strict ? (q / 4 + k / 3) * kWindow + q % 4 + k % 3 : k;
       const float *z = spread_slots + from * plan.mean_step, *m = mean + point * plan.mean_step;
-      for (int t = 0; t < plan.slots; ++t) a[1] = fma(ld(z + t * L), ld(m + t * L), a[1]);
-      for (int t = 1; t < plan.slots; ++t) {
-        a[0] = fma(ld(z + t * L), ld(m + (t - 1) * L), a[0]);
-        a[2] = fma(ld(z + (t - 1) * L), ld(m + t * L), a[2]);
+      v z_last = set1(0.f), m_last = set1(0.f);
+      for (int t = 0; t < plan.slots; ++t) {
+        const v z_here = ld(z + t * L), m_here = ld(m + t * L);
+        a[0] = fma(z_here, m_last, a[0]);
+        a[1] = fma(z_here, m_here, a[1]);
+        a[2] = fma(z_last, m_here, a[2]);
+        z_last = z_here;
+        m_last = m_here;
       }
     }
     for (int d = 0; d < 3; ++d) st(acc + (k * 3 + d) * L, a[d]);
   }
 }
 
-// D (tiles in lanes) to Z (outputs in lanes, by point and tile).
+// D (tiles in lanes) to Z (by point and pair of tiles, outputs in lanes).
 template <bool Strict>
 __attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* turned, float* Z) {
   const int P = sizes.outputs_padded;
   for (int k = 0; k < kPositions; ++k) {
     float* to = Strict ? Z + k * sizes.z_step : turned + k * sizes.turned_step;
-    int o = 0;
-    for (; o + L <= P; o += L) transpose(D + k * sizes.d_step + o * L, L, to + o, P);
-    if (o < P) transpose_half(D + k * sizes.d_step + o * L, L, to + o, P);
+    for (int o = 0; o < P; o += L / 2) transpose_pairs(D + k * sizes.d_step + o * L, L, to + 2 * o, 2 * P);
   }
   if (Strict) return;
   for (int64_t j = 0; j < static_cast<int64_t>(L) * P; j += L) {
@@ -219,65 +224,69 @@ __attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* t
   }
 }
 
-// kInputs inputs x N vectors of outputs and, if Half, half a one: sum over tiles of V[input][tile] Z[tile][output].
-// strict: 16 windows of V meet positions of Z.
-template <int N, bool Half, bool Strict>
+// Inputs [From, kInputs) x N vectors of outputs: sum over tiles of V[input][tile] Z[tile][output], even and odd tiles
+// apart. strict: 16 windows of V meet positions of Z.
+template <int N, int From, bool Strict>
 SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind, int input,
-                            int output, int blocks, float* dU) {
-  const int P = sizes.outputs_padded;
-  v a[kInputs][N + 1];
-  half e[kInputs];
-  SOAP_UNROLL(12)
-  for (int i = 0; i < kInputs; ++i) {
+                            int vector, int blocks, float* dU) {
+  const int row = 2 * sizes.outputs_padded;
+  dU += vector * L;
+  v a[kInputs][N];
+  SOAP_UNROLL(8)
+  for (int i = From; i < kInputs; ++i) {
     SOAP_UNROLL(3)
-    for (int n = 0; n < N; ++n) a[i][n] = ld(dU + i * P + n * L);
-    if (Half) e[i] = ld_half(dU + i * P + N * L);
+    for (int n = 0; n < N; ++n) a[i][n] = ld(dU + i * row + n * L);
   }
   for (int q = 0; q < (Strict ? kPositions : 1); ++q) {
     const int point = Strict ? (q / 4 + kind / 3) * kWindow + q % 4 + kind % 3 : kind;
-    const float* z = Z + (Strict ? q : kind) * sizes.z_step + output;
+    const float* z = Z + (Strict ? q : kind) * sizes.z_step + vector * L;
     for (int h = 0; h < blocks; ++h) {
       const float* x = V + h * plan.v_block + point * plan.v_step + input * L;
       SOAP_UNROLL(1)
-      for (int j = 0; j < L; ++j, z += P, ++x) {
-        v b[N + 1];
+      for (int j = 0; j < L; j += 2, z += row, x += 2) {
+        v b[N];
         SOAP_UNROLL(3)
         for (int n = 0; n < N; ++n) b[n] = ld(z + n * L);
-        const half c = Half ? ld_half(z + N * L) : half{};
-        SOAP_UNROLL(12)
-        for (int i = 0; i < kInputs; ++i) {
-          const v u = set1(x[i * L]);
+        SOAP_UNROLL(8)
+        for (int i = From; i < kInputs; ++i) {
+          const v u = set_pair(x + i * L);
           SOAP_UNROLL(3)
           for (int n = 0; n < N; ++n) a[i][n] = fma(u, b[n], a[i][n]);
-          if (Half) e[i] = fma_half(x[i * L], c, e[i]);
         }
       }
     }
   }
-  SOAP_UNROLL(12)
-  for (int i = 0; i < kInputs; ++i) {
+  SOAP_UNROLL(8)
+  for (int i = From; i < kInputs; ++i) {
     SOAP_UNROLL(3)
-    for (int n = 0; n < N; ++n) st(dU + i * P + n * L, a[i][n]);
-    if (Half) st_half(dU + i * P + N * L, e[i]);
+    for (int n = 0; n < N; ++n) st(dU + i * row + n * L, a[i][n]);
   }
 }
 
+template <int From, bool Strict>
+SOAP_INLINE void accumulate_row(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind,
+                                int input, int blocks, float* dU) {
+  const int vectors = sizes.outputs_padded / (L / 2);
+  int k = 0;
+  for (; k + kVectors <= vectors; k += kVectors)
+    accumulate<kVectors, From, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
+  if (vectors - k == 2) accumulate<2, From, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
+  if (vectors - k == 1) accumulate<1, From, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
+}
+
+// `centre`: so many of the first inputs have a gradient at their centre tap alone, and none of `edge` points.
 template <bool Strict>
 __attribute__((noinline)) void weight_products(const Plan& plan, const Sizes& sizes, const float* V, const float* Z,
-                                               int blocks, float* dU) {
-  const int P = sizes.outputs_padded;
+                                               int centre, int blocks, float* dU) {
+  constexpr int kFrame = 3;  // inputs of a first frame left out of a tile that has others
   for (int kind = 0; kind < sizes.kinds; ++kind) {
-    for (int i = 0; i < sizes.inputs_padded; i += kInputs) {
-      float* at = dU + (static_cast<int64_t>(kind) * sizes.inputs_padded + i) * P;
-      int o = 0;
-      for (; o + kVectors * L <= P; o += kVectors * L)
-        accumulate<kVectors, false, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
-      if (kHalves && o + L < P && P % L) {
-        accumulate<1, kHalves, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
-        continue;
-      }
-      for (; o + L <= P; o += L) accumulate<1, false, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
-      if (kHalves && o < P) accumulate<0, kHalves, Strict>(plan, sizes, V, Z, kind, i, o, blocks, at + o);
+    const int from = (Strict ? kind == 4 : sees_centre(kind)) ? 0 : centre;
+    for (int i = from / kInputs * kInputs; i < sizes.inputs_padded; i += kInputs) {
+      float* at = dU + (static_cast<int64_t>(kind) * sizes.inputs_padded + i) * sizes.outputs_padded * 2;
+      if (from - i >= kFrame)
+        accumulate_row<kFrame, Strict>(plan, sizes, V, Z, kind, i, blocks, at);
+      else
+        accumulate_row<0, Strict>(plan, sizes, V, Z, kind, i, blocks, at);
     }
   }
 }
@@ -323,7 +332,7 @@ void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, flo
         if (plan.outputs)
           turn<Strict>(sizes, buf.D, buf.turned, buf.Z + static_cast<int64_t>(k) * L * sizes.outputs_padded);
       }
-      if (plan.outputs) weight_products<Strict>(plan, sizes, buf.V, buf.Z, n, buf.dU + g * sizes.dU_group);
+      if (plan.outputs) weight_products<Strict>(plan, sizes, buf.V, buf.Z, f.conv.centre_inputs, n, buf.dU + g * sizes.dU_group);
     }
     if (plan.slots)
       for (int k = 0; k < n; ++k)
@@ -341,7 +350,7 @@ int gradient_inputs(int inputs) { return round_up(inputs, kInputs); }
 int gradient_outputs(int outputs) {  // whole groups, each padded
   if (!outputs) return 0;
   const int group = group_outputs(outputs);
-  return (outputs + group - 1) / group * output_lanes(group);
+  return (outputs + group - 1) / group * pad_outputs(group);
 }
 
 int gradient_group(int outputs) { return group_outputs(outputs); }
@@ -375,25 +384,30 @@ void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out) {
   lay(plan, sizes, w.forward.shape.planes(), scratch, &buf);
   const int P = sizes.outputs_padded;
   const int64_t all = static_cast<int64_t>(sizes.groups) * P, plane = sizes.inputs_padded * all;
-  const int64_t from = static_cast<int64_t>(sizes.inputs_padded) * P;  // between points of dU
+  const int64_t from = static_cast<int64_t>(sizes.inputs_padded) * P * 2;  // between points of dU
   for (int g = 0; g < sizes.groups; ++g) {
     for (int i = 0; i < sizes.inputs_padded; ++i) {
       for (int o = 0; o < P; o += L) {
-        const int n = P - o < L ? P - o : L;
-        const float* u = buf.dU + g * sizes.dU_group + static_cast<int64_t>(i) * P + o;
+        const int n = P - o < L ? L / 2 : L;
+        const float* u = buf.dU + g * sizes.dU_group + (static_cast<int64_t>(i) * P + o) * 2;
         float* to = out.conv + i * all + g * P + o;
+        const auto both_tiles = [&](int kind) {
+          const float* pairs = u + kind * from;
+          return add_pairs(ld(pairs), n == L ? ld(pairs + L) : set1(0.f));
+        };
         if (plan.strict) {
-          for (int k = 0; k < 9; ++k) st_head(to + k * plane, ld_head(u + k * from, n), n);
+          for (int k = 0; k < 9; ++k) st_head(to + k * plane, both_tiles(k), n);
           continue;
         }
         v half[3][kWindow];  // G^T dU
-        for (int b = 0; b < kWindow; ++b)
-          for (int r = 0; r < 3; ++r) {
-            v s = set1(0.f);
-            for (int a = 0; a < kWindow; ++a)
-              if (kG[a][r] != 0) s = fma(ld_head(u + (a * kWindow + b) * from, n), set1(static_cast<float>(kG[a][r])), s);
-            half[r][b] = s;
+        for (int b = 0; b < kWindow; ++b) {
+          half[0][b] = half[1][b] = half[2][b] = set1(0.f);
+          for (int a = 0; a < kWindow; ++a) {
+            const v d = both_tiles(a * kWindow + b);
+            for (int r = 0; r < 3; ++r)
+              if (kG[a][r] != 0) half[r][b] = fma(d, set1(static_cast<float>(kG[a][r])), half[r][b]);
           }
+        }
         for (int r = 0; r < 3; ++r)
           for (int c = 0; c < 3; ++c) {
             v s = set1(0.f);
