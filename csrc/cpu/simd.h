@@ -46,7 +46,7 @@ using vi = int32_t __attribute__((vector_size(64)));
 constexpr int L = 16;
 // Register tiles, measured. 24 accumulators of the 32 registers.
 constexpr int kOutputs = 12;     // forward product: outputs x 2 blocks of tiles, one broadcast weight for both
-constexpr int kInputs = 8;       // weight gradient: inputs x kVectors vectors of outputs, two tiles side by side
+constexpr int kInputs = 8;       // weight gradient: inputs x kVectors vectors of outputs
 constexpr int kVectors = 3;
 SOAP_INLINE v ld(const float* p) { return _mm512_loadu_ps(p); }
 SOAP_INLINE void st(float* p, v a) { _mm512_storeu_ps(p, a); }
@@ -169,6 +169,35 @@ SOAP_INLINE void transpose4(v& a, v& b, v& c, v& d) {
   b = hi64(t0, t2);
   c = lo64(t1, t3);
   d = hi64(t1, t3);
+}
+
+// L x L floats: row i of src (stride ss) becomes column i of dst (stride ds).
+SOAP_INLINE void transpose(const float* src, int64_t ss, float* dst, int64_t ds) {
+  v r[L];
+  SOAP_UNROLL(16)
+  for (int i = 0; i < L; ++i) r[i] = ld(src + i * ss);
+  SOAP_UNROLL(4)
+  for (int i = 0; i < L; i += 4) transpose4(r[i], r[i + 1], r[i + 2], r[i + 3]);
+  // r[4 i + j] now holds, in its lane k, rows 4 i .. 4 i + 3 of column 4 k + j.
+#if SOAP_ISA == 2
+  SOAP_UNROLL(4)
+  for (int j = 0; j < 4; ++j) {
+    const v p = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x44), q = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xee);
+    const v s = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x44), u = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xee);
+    st(dst + (0 + j) * ds, _mm512_shuffle_f32x4(p, s, 0x88));
+    st(dst + (4 + j) * ds, _mm512_shuffle_f32x4(p, s, 0xdd));
+    st(dst + (8 + j) * ds, _mm512_shuffle_f32x4(q, u, 0x88));
+    st(dst + (12 + j) * ds, _mm512_shuffle_f32x4(q, u, 0xdd));
+  }
+#elif SOAP_ISA == 1
+  SOAP_UNROLL(4)
+  for (int j = 0; j < 4; ++j) {
+    st(dst + j * ds, _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+    st(dst + (4 + j) * ds, _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+  }
+#else
+  for (int j = 0; j < 4; ++j) st(dst + j * ds, r[j]);
+#endif
 }
 
 // L / 2 rows of L / 2 pairs of floats: row i of src (stride ss) becomes column i of dst (stride ds).

@@ -8,18 +8,19 @@ namespace {
 
 // Scratch of a thread beyond the plan's: the accumulators of one chunk first, then what a group of blocks needs.
 struct Buffers {
-  float *dU;            // [group of outputs][point or tap][padded input][padded output][even, odd tiles]
+  float *dU;            // [group of outputs][point or tap][padded input][padded output][tiles side by side]
   float *bias;          // [output] x L
   float *stencil;       // [point or tap][3] x L
   float *gate;          // [plane] x L, of one clip
   float *V, *M, *mean, *slot_products;
   float *prior, *gathered, *spread_slots;  // by block and slot: s1, the gradient's sum over channels, its points
   float *D;             // dz of one block by position and output, tiles in lanes
-  float *turned;        // the same by position, pair of tiles, output and tile of the pair
+  float *turned;        // the same by position, run of `side` tiles, output and tile of the run
   float *Z;             // by point, and so on
 };
 
 struct Sizes {
+  int side;             // tiles side by side in a vector of outputs
   int outputs_padded;   // of a group
   int inputs_padded;
   int kinds;            // points, or taps if strict
@@ -28,11 +29,14 @@ struct Sizes {
   int64_t d_step, turned_step, z_step;  // between positions or points; a vector more than a power of two, for the caches
 };
 
-// A vector holds L / 2 outputs of two tiles side by side, so that few lanes are padding: 24 outputs are three vectors.
-int pad_outputs(int outputs) { return round_up(outputs, L / 2); }
+// Two tiles side by side where that leaves fewer lanes to padding: the 24 outputs of frames are three vectors instead of
+// twice two. It doubles the accumulators, which a layer of features would pay for with memory traffic.
+int tiles_side_by_side(int outputs) { return round_up(outputs, L / 2) < round_up(outputs, L) ? 2 : 1; }
+int pad_outputs(int outputs) { return round_up(outputs, L / tiles_side_by_side(outputs)); }
 
 Sizes sizes_of(const Plan& p) {
   Sizes s;
+  s.side = tiles_side_by_side(p.group);
   s.outputs_padded = pad_outputs(p.group);
   s.inputs_padded = round_up(p.inputs, kInputs);
   s.kinds = p.strict ? 9 : kPoints;
@@ -40,7 +44,7 @@ Sizes sizes_of(const Plan& p) {
   s.d_step = static_cast<int64_t>(s.outputs_padded + 1) * L;
   s.turned_step = static_cast<int64_t>(s.outputs_padded) * L + L;
   s.z_step = static_cast<int64_t>(p.blocks) * L * s.outputs_padded + L;
-  s.dU_group = static_cast<int64_t>(s.kinds) * s.inputs_padded * s.outputs_padded * 2;
+  s.dU_group = static_cast<int64_t>(s.kinds) * s.inputs_padded * s.outputs_padded * s.side;
   return s;
 }
 
@@ -207,13 +211,16 @@ __attribute__((noinline)) void differentiate_stencil(const Sweep& w, const Plan&
   }
 }
 
-// D (tiles in lanes) to Z (by point and pair of tiles, outputs in lanes).
+// D (tiles in lanes) to Z (by point and tile, outputs in lanes).
 template <bool Strict>
 __attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* turned, float* Z) {
   const int P = sizes.outputs_padded;
   for (int k = 0; k < kPositions; ++k) {
     float* to = Strict ? Z + k * sizes.z_step : turned + k * sizes.turned_step;
-    for (int o = 0; o < P; o += L / 2) transpose_pairs(D + k * sizes.d_step + o * L, L, to + 2 * o, 2 * P);
+    if (sizes.side == 2)
+      for (int o = 0; o < P; o += L / 2) transpose_pairs(D + k * sizes.d_step + o * L, L, to + 2 * o, 2 * P);
+    else
+      for (int o = 0; o < P; o += L) transpose(D + k * sizes.d_step + o * L, L, to + o, P);
   }
   if (Strict) return;
   for (int64_t j = 0; j < static_cast<int64_t>(L) * P; j += L) {
@@ -224,12 +231,12 @@ __attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* t
   }
 }
 
-// Inputs [From, kInputs) x N vectors of outputs: sum over tiles of V[input][tile] Z[tile][output], even and odd tiles
-// apart. strict: 16 windows of V meet positions of Z.
-template <int N, int From, bool Strict>
+// Inputs [From, kInputs) x N vectors of outputs: sum over tiles of V[input][tile] Z[tile][output]; with two tiles side by
+// side even and odd ones apart. strict: 16 windows of V meet positions of Z.
+template <int N, int From, int Side, bool Strict>
 SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind, int input,
                             int vector, int blocks, float* dU) {
-  const int row = 2 * sizes.outputs_padded;
+  const int row = Side * sizes.outputs_padded;
   dU += vector * L;
   v a[kInputs][N];
   SOAP_UNROLL(8)
@@ -243,13 +250,13 @@ SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V
     for (int h = 0; h < blocks; ++h) {
       const float* x = V + h * plan.v_block + point * plan.v_step + input * L;
       SOAP_UNROLL(1)
-      for (int j = 0; j < L; j += 2, z += row, x += 2) {
+      for (int j = 0; j < L; j += Side, z += row, x += Side) {
         v b[N];
         SOAP_UNROLL(3)
         for (int n = 0; n < N; ++n) b[n] = ld(z + n * L);
         SOAP_UNROLL(8)
         for (int i = From; i < kInputs; ++i) {
-          const v u = set_pair(x + i * L);
+          const v u = Side == 2 ? set_pair(x + i * L) : set1(x[i * L]);
           SOAP_UNROLL(3)
           for (int n = 0; n < N; ++n) a[i][n] = fma(u, b[n], a[i][n]);
         }
@@ -263,30 +270,30 @@ SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V
   }
 }
 
-template <int From, bool Strict>
+template <int From, int Side, bool Strict>
 SOAP_INLINE void accumulate_row(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind,
                                 int input, int blocks, float* dU) {
-  const int vectors = sizes.outputs_padded / (L / 2);
+  const int vectors = sizes.outputs_padded * Side / L;
   int k = 0;
   for (; k + kVectors <= vectors; k += kVectors)
-    accumulate<kVectors, From, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
-  if (vectors - k == 2) accumulate<2, From, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
-  if (vectors - k == 1) accumulate<1, From, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
+    accumulate<kVectors, From, Side, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
+  if (vectors - k == 2) accumulate<2, From, Side, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
+  if (vectors - k == 1) accumulate<1, From, Side, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
 }
 
 // `centre`: so many of the first inputs have a gradient at their centre tap alone, and none of `edge` points.
-template <bool Strict>
+template <int Side, bool Strict>
 __attribute__((noinline)) void weight_products(const Plan& plan, const Sizes& sizes, const float* V, const float* Z,
                                                int centre, int blocks, float* dU) {
   constexpr int kFrame = 3;  // inputs of a first frame left out of a tile that has others
   for (int kind = 0; kind < sizes.kinds; ++kind) {
     const int from = (Strict ? kind == 4 : sees_centre(kind)) ? 0 : centre;
     for (int i = from / kInputs * kInputs; i < sizes.inputs_padded; i += kInputs) {
-      float* at = dU + (static_cast<int64_t>(kind) * sizes.inputs_padded + i) * sizes.outputs_padded * 2;
+      float* at = dU + (static_cast<int64_t>(kind) * sizes.inputs_padded + i) * sizes.outputs_padded * Side;
       if (from - i >= kFrame)
-        accumulate_row<kFrame, Strict>(plan, sizes, V, Z, kind, i, blocks, at);
+        accumulate_row<kFrame, Side, Strict>(plan, sizes, V, Z, kind, i, blocks, at);
       else
-        accumulate_row<0, Strict>(plan, sizes, V, Z, kind, i, blocks, at);
+        accumulate_row<0, Side, Strict>(plan, sizes, V, Z, kind, i, blocks, at);
     }
   }
 }
@@ -332,7 +339,9 @@ void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, flo
         if (plan.outputs)
           turn<Strict>(sizes, buf.D, buf.turned, buf.Z + static_cast<int64_t>(k) * L * sizes.outputs_padded);
       }
-      if (plan.outputs) weight_products<Strict>(plan, sizes, buf.V, buf.Z, f.conv.centre_inputs, n, buf.dU + g * sizes.dU_group);
+      if (!plan.outputs) continue;
+      const auto weigh = sizes.side == 2 ? weight_products<2, Strict> : weight_products<1, Strict>;
+      weigh(plan, sizes, buf.V, buf.Z, f.conv.centre_inputs, n, buf.dU + g * sizes.dU_group);
     }
     if (plan.slots)
       for (int k = 0; k < n; ++k)
@@ -384,26 +393,26 @@ void sweep_end(const Sweep& w, float* scratch, const ChunkGradients& out) {
   lay(plan, sizes, w.forward.shape.planes(), scratch, &buf);
   const int P = sizes.outputs_padded;
   const int64_t all = static_cast<int64_t>(sizes.groups) * P, plane = sizes.inputs_padded * all;
-  const int64_t from = static_cast<int64_t>(sizes.inputs_padded) * P * 2;  // between points of dU
+  const int64_t from = static_cast<int64_t>(sizes.inputs_padded) * P * sizes.side;  // between points of dU
   for (int g = 0; g < sizes.groups; ++g) {
     for (int i = 0; i < sizes.inputs_padded; ++i) {
       for (int o = 0; o < P; o += L) {
         const int n = P - o < L ? L / 2 : L;
-        const float* u = buf.dU + g * sizes.dU_group + (static_cast<int64_t>(i) * P + o) * 2;
+        const float* u = buf.dU + g * sizes.dU_group + (static_cast<int64_t>(i) * P + o) * sizes.side;
         float* to = out.conv + i * all + g * P + o;
-        const auto both_tiles = [&](int kind) {
-          const float* pairs = u + kind * from;
-          return add_pairs(ld(pairs), n == L ? ld(pairs + L) : set1(0.f));
+        const auto total = [&](int kind) {
+          const float* at = u + kind * from;
+          return sizes.side == 2 ? add_pairs(ld(at), n == L ? ld(at + L) : set1(0.f)) : ld(at);
         };
         if (plan.strict) {
-          for (int k = 0; k < 9; ++k) st_head(to + k * plane, both_tiles(k), n);
+          for (int k = 0; k < 9; ++k) st_head(to + k * plane, total(k), n);
           continue;
         }
         v half[3][kWindow];  // G^T dU
         for (int b = 0; b < kWindow; ++b) {
           half[0][b] = half[1][b] = half[2][b] = set1(0.f);
           for (int a = 0; a < kWindow; ++a) {
-            const v d = both_tiles(a * kWindow + b);
+            const v d = total(a * kWindow + b);
             for (int r = 0; r < 3; ++r)
               if (kG[a][r] != 0) half[r][b] = fma(d, set1(static_cast<float>(kG[a][r])), half[r][b]);
           }
