@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -250,6 +251,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def slug(processor: str) -> str:
+    """Intel(R) Xeon(R) Processor: intel-xeon-processor."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", processor.lower())).strip("-")
+
+
 def measure(quick: bool, repeats: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     record: dict[str, Any] = {"machine": machine()}
@@ -368,7 +374,7 @@ def main() -> int:
     table = as_markdown(record)
     print(table)
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"cpu-{record['machine']['isa']}{'-quick' if options.quick else ''}"
+    stem = f"cpu-{slug(record['machine']['processor'])}-{record['machine']['isa']}{'-quick' if options.quick else ''}"
     (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.out / f"{stem}.md").write_text(table)
     if "growth" in record:

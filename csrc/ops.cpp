@@ -115,15 +115,27 @@ Tensor empty_large(const Ints& sizes, ScalarType dtype, const Tensor& like) {
 
 Ints sizes_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
 
+// Weights are small and many: each is read and written where it lies, since a conversion by torch costs more than SOAP
+// itself on a small clip. Other types and strides than dense fp32 go through torch.
 template <class T>
 std::vector<T> numbers_of(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float && t.is_contiguous()) {
+    const float* p = static_cast<const float*>(t.const_data_ptr());
+    return std::vector<T>(p, p + t.numel());
+  }
   const Tensor dense = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
   const double* p = static_cast<const double*>(dense.const_data_ptr());
   return std::vector<T>(p, p + dense.numel());
 }
 
 Tensor tensor_of(const soap::Numbers& numbers, const Ints& sizes, ScalarType dtype, const Tensor& like) {
-  const Tensor t = empty(sizes, ScalarType::Double, like);
+  const bool single = dtype == ScalarType::Float;
+  const Tensor t = empty(sizes, single ? ScalarType::Float : ScalarType::Double, like);
+  if (single) {
+    float* to = static_cast<float*>(t.mutable_data_ptr());
+    for (const double n : numbers) *to++ = static_cast<float>(n);
+    return t;
+  }
   std::copy(numbers.begin(), numbers.end(), static_cast<double*>(t.mutable_data_ptr()));
   return torch::stable::to(t, dtype);
 }

@@ -68,9 +68,9 @@ def _check_frames(op: str, x: Tensor, rank: int, layout: str, dtypes: Sequence[t
         raise TypeError(f"{op}: x has dtype {str(x.dtype).removeprefix('torch.')}, expected one of {names}")
 
 
-def _check_weight(op: str, name: str, w: Tensor, shape: Sequence[Any], x: Tensor) -> None:
-    if tuple(w.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} has {_shape(w)}, expected {tuple(shape)} for x with {_shape(x)}")
+def _check_weight(op: str, name: str, w: Tensor, shape: tuple[Any, ...], x: Tensor) -> None:
+    if w.shape != shape:
+        raise ValueError(f"{op}: {name} has {_shape(w)}, expected {shape} for x with {_shape(x)}")
     if w.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {w.dtype}, expected a floating one")
     if w.device != x.device:
