@@ -99,6 +99,16 @@ def test_overhead_counts_parameters_and_bytes_kept_and_traces_gradients(
     assert set(curves) == {"loss", "accuracy", "backbone", "head", "3DEM", "CWEM", "HMEM"}
     assert all(len(values) == 2 and min(values) >= 0 for values in curves.values())
     assert (tmp_path / "table.md").read_text().count("| tiny |") == 1
+    assert (tmp_path / "plot.svg").exists()
+    assert (tmp_path / "plot-cost.svg").exists()
+
+
+def test_overhead_adds_up_to_the_quartiles_of_neighbouring_turns() -> None:
+    from soap_net.experiments.overhead import _added
+
+    cost = {"step_without": [1.0, 2.0, 4.0, 1.0, 1.0], "step_with": [1.1, 2.4, 4.0, 1.3, 1.5]}
+    assert _added(cost, "step") == pytest.approx([5.0, 20.0, 40.0])
+    assert _added({"step_without": [2.0], "step_with": [3.0]}, "step") == [50.0] * 3
 
 
 def test_kept_bytes_counts_each_block_once_and_no_parameters() -> None:
