@@ -9,7 +9,7 @@ import torch
 from soap_kernels import SOAP
 from soap_net.cli import main
 from soap_net.errors import UserError
-from soap_net.experiments.command import EXPERIMENTS, build
+from soap_net.experiments.command import EXPERIMENTS, build, default_seeds
 from soap_net.experiments.overhead import kept_bytes
 from soap_net.experiments.runner import Experiment, Results, run_experiment
 from soap_net.models.heads import HEADS
@@ -117,6 +117,13 @@ def test_kept_bytes_counts_each_block_once_and_no_parameters() -> None:
     plain = kept_bytes(torch.nn.Identity(), lambda: (x * 2).sin().sum())
     assert plain == x.numel() * 4
     assert kept_bytes(soap, lambda: soap(x).sum()) >= x.numel() * 4
+
+
+def test_the_largest_grids_take_fewer_seeds_at_the_quick_preset_alone() -> None:
+    assert {name: default_seeds(name, "quick") for name in ("parts", "heads", "frame-rate")} == {
+        "parts": 3, "heads": 2, "frame-rate": 2,
+    }  # fmt: skip
+    assert {default_seeds(name, "paper") for name in EXPERIMENTS} == {3}
 
 
 def test_unknown_experiment_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
