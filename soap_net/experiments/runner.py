@@ -601,7 +601,8 @@ def plot_accuracies(
 ) -> None:
     """Accuracies with intervals, a curve or a row of points for each series; `paper` labels the paper's figures.
 
-    `chance`, in percent, is marked where the figures come near it.
+    Where there are several seeds, each one's accuracy is a cross. `chance`, in percent, is marked where the figures
+    come near it.
     """
     figure, axes = new_figure(8.0, 4.6)
     places = {x: i for i, x in enumerate(dict.fromkeys(row.x for row in rows))}
@@ -609,6 +610,7 @@ def plot_accuracies(
     numeric = len(numbers) == len(rows)
     logarithmic = numeric and max(numbers) > 12
     names = list(dict.fromkeys(row.series for row in rows))
+    singles: list[tuple[float, float]] = []
     for number, name in enumerate(names):
         chosen = [row for row in rows if row.series == name]
         aside = number - (len(names) - 1) / 2  # side by side, so that no interval hides another
@@ -618,6 +620,9 @@ def plot_accuracies(
             xs = [float(row.x) + 0.01 * (max(numbers) - min(numbers)) * aside for row in chosen]
         else:
             xs = [places[row.x] + 0.16 * aside for row in chosen]
+        for x, row in zip(xs, chosen, strict=True):
+            each = results.accuracies(row.cell, row.test, results.seeds(row.cell)).mean(axis=1)
+            singles += [(x, accuracy) for accuracy in each]
         found = [results.accuracy(row.cell, row.test) for row in chosen]
         ys = [one.mean for one in found if one]
         halves = [one.half for one in found if one]
@@ -628,7 +633,11 @@ def plot_accuracies(
         known = [(x, row.paper) for x, row in zip(xs, chosen, strict=True) if row.paper is not None]
         if known:
             axes.plot(*zip(*known, strict=True), "*", ms=9, mfc="none", color="k", label=f"{paper} {name}".strip())
-    if chance > axes.get_ylim()[0] - 10:
+    if len(singles) > len(rows):
+        axes.plot(*zip(*singles, strict=True), "x", ms=4, mew=0.8, color="k", alpha=0.6, label="each training seed")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -3.0), min(high, 103.0))  # intervals may reach beyond what is possible
+    if chance > low - 10:
         axes.axhline(chance, color="0.5", ls=":", lw=1, label="chance")
     if not numeric:
         axes.set_xticks(range(len(places)), [str(x) for x in places], fontsize="small")
