@@ -635,10 +635,10 @@ def plot_accuracies(
             axes.plot(*zip(*known, strict=True), "*", ms=9, mfc="none", color="k", label=f"{paper} {name}".strip())
     if len(singles) > len(rows):
         axes.plot(*zip(*singles, strict=True), "x", ms=4, mew=0.8, color="k", alpha=0.6, label="each training seed")
+    if chance > axes.get_ylim()[0] - 10:
+        axes.axhline(chance, color="0.5", ls=":", lw=1, label="chance")
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -3.0), min(high, 103.0))  # intervals may reach beyond what is possible
-    if chance > low - 10:
-        axes.axhline(chance, color="0.5", ls=":", lw=1, label="chance")
     if not numeric:
         axes.set_xticks(range(len(places)), [str(x) for x in places], fontsize="small")
     elif logarithmic:
