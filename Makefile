@@ -26,7 +26,7 @@ $(INSTALLED): $(SOURCES)
 	@echo "==> Installing PyTorch and the build tools (a few minutes the first time)"
 	$(PIP) install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" torch torchvision
 	@echo "==> Building and installing soap-net with its kernels"
-	$(PIP) install --quiet --no-build-isolation --editable ".[dev,timm,efficientnet-lite0]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[dev,timm,efficientnet-lite0,videomae]"
 	@touch $@
 
 demo: $(INSTALLED)

@@ -80,7 +80,7 @@ def trx(head: FewShotHead, shots: Tensor, query: Tensor) -> Tensor:
 
 def hyrsm(head: FewShotHead, support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
     def intra(clip: Tensor) -> Tensor:
-        clip = head.positions(clip[None])
+        clip = head.positions(clip[None] * head.feature_scale)
         normed = head.intra_norm(clip)
         return F.relu(clip + head.intra(normed, normed, normed, need_weights=False)[0])[0]
 

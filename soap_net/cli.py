@@ -269,17 +269,19 @@ def _leading_path(args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _experiment(args: list[str]) -> int:
-    from soap_net.experiments.command import EXPERIMENTS, PRESETS, SEEDS, build
+    from soap_net.experiments.command import EXPERIMENTS, PRESETS, QUICK_SEEDS, SEEDS, build, default_seeds
 
     own = _Options("experiment", "Put one of the paper's claims to the test: a table, a CSV file and a plot.", SETTINGS)
     own.add_argument("name", help=", ".join(EXPERIMENTS))
     own.add_argument("--preset", default="quick", help=f"{' or '.join(PRESETS)} (default: quick)")
     own.add_argument("--out", type=Path, help="folder; one left unfinished goes on (default: runs/experiments/NAME)")
-    own.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each setting (default: {SEEDS})")
+    fewer = "; at preset quick " + ", ".join(f"{seeds} of {name}" for name, seeds in QUICK_SEEDS.items())
+    own.add_argument("--seeds", type=int, help=f"trainings of each setting (default: {SEEDS}{fewer})")
     own.add_argument("--jobs", type=int, default=0, help="trainings at a time (default: one per GPU or core)")
     options, settings = own.parse_known_args(args)
-    if options.seeds < 1 or options.jobs < 0:
-        raise UserError(f"--seeds is {options.seeds} and --jobs {options.jobs}: they must be at least 1")
+    seeds = default_seeds(options.name, options.preset) if options.seeds is None else options.seeds
+    if seeds < 1 or options.jobs < 0:
+        raise UserError(f"--seeds is {seeds} and --jobs {options.jobs}: they must be at least 1")
     experiment = build(options.name, options.preset, settings)
 
     import torch
@@ -289,9 +291,7 @@ def _experiment(args: list[str]) -> int:
     folder = options.out or Path("runs/experiments") / options.name
     jobs = options.jobs or torch.cuda.device_count() or os.cpu_count() or 1
     try:
-        run_experiment(
-            experiment, folder, seeds=range(options.seeds), jobs=jobs, command=["soap-net", "experiment", *args]
-        )
+        run_experiment(experiment, folder, seeds=range(seeds), jobs=jobs, command=["soap-net", "experiment", *args])
     except ExperimentStopped as stopped:
         print(f"soap-net: {stopped}", file=sys.stderr)
         return 130

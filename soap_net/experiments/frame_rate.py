@@ -86,7 +86,9 @@ class FrameRate(Experiment):
             super().plot(path, intervals, results)
         rates = [row for row in rows if row.labels[0] == "native rate"]
         if rates:
-            plot_accuracies(path.with_stem("plot-native"), rates, results, self.title, "native frames per second")
+            plot_accuracies(
+                path.with_stem("plot-native"), rates, results, self.title, "native frames per second", self.chance
+            )
 
     def _settings(self, cell: _Cell) -> dict[str, Any]:
         settings: dict[str, Any] = {"model.soap.enabled": cell.soap, "data.interval": cell.interval}

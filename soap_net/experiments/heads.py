@@ -56,7 +56,7 @@ class Heads(Experiment):
                 _cell(name, soap),
                 against=(_cell(name, False), "test") if soap else None,
                 series="with SOAP" if soap else "without SOAP",
-                x=name,
+                x=name.replace("-", "\n"),
             )
             for name, (head, backbone, _) in self.cells.items()
             for soap in (True, False)

@@ -20,7 +20,7 @@ class Order(Experiment):
     columns = ("SOAP", "trained on frames", "tested on frames")
     difference = "less the order trained on"
     paper = "paper (Kinetics)"
-    axis = "trained on, tested on"
+    axis = "trained on (above) and tested on (below)"
     note = (
         f"Paper: {PAPER}, Table 4, Kinetics 1-shot, in order and reversed. Support and query clips are put into the "
         "same order. Shuffled: a permutation for each clip, drawn anew each time in training and fixed in the test."
@@ -44,7 +44,7 @@ class Order(Experiment):
                 against=None if tested == trained else (_cell(soap, trained), trained),
                 paper=known.get((trained, tested)) if soap else None,
                 series="with SOAP" if soap else "without SOAP",
-                x=f"{trained},\n{tested}",
+                x=f"{trained}\n{tested}",
             )
             for soap in (True, False)
             for trained in ORDERS

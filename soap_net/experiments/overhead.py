@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from soap_net.config import Config
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
 from soap_net.data.splits import load_split
 from soap_net.evaluate import Interrupted, clip_loader
-from soap_net.experiments.runner import Experiment, Result, Results, Row, Run, changed, new_figure, save_figure
+from soap_net.experiments.runner import MARKERS, Experiment, Result, Results, Row, Run, changed, new_figure, save_figure
 from soap_net.models import build_model
 from soap_net.ranks import pick_device
 from soap_net.train import build_optimizer, learning_rate
@@ -67,7 +67,8 @@ class Overhead(Experiment):
         return {"tests": {}, **trace(config, stop)}
 
     def write(self, folder: Path, results: Results, about: str) -> None:
-        lines = [self._line(row, results) for row in self.rows(results) if results.seeds(row.cell)]
+        rows = [row for row in self.rows(results) if results.seeds(row.cell)]
+        lines = [self._line(row, results) for row in rows]
         heads = [
             "backbone", "parameters", "SOAP adds", "forward without, ms", "with, ms", "SOAP adds, %",
             "training step without, ms", "with, ms ", "SOAP adds, % ", "kept for backward without, MiB", "with, MiB",
@@ -81,6 +82,7 @@ class Overhead(Experiment):
             "medians; a percentage is the median of the ratios of neighbouring turns, with their quartiles. Kept for "
             "backward: the bytes of all tensors that autograd holds at the end of a training forward, parameters left "
             "out.\n\n"
+            "plot-cost.svg shows the percentages. "
             f"plot.svg and curves.csv: training on {self.config.train.episodes} episodes "
             f"({self.config.model.backbone}), losses and gradient norms averaged over {SMOOTHED} of them; the bands "
             f"reach from the lowest to the highest seed.\n\n{about}",
@@ -98,17 +100,25 @@ class Overhead(Experiment):
         if curves:
             _write_curves(folder / "curves.csv", curves)
             _plot_curves(folder / "plot.svg", curves)
+        costs = {row.labels[0]: results.finished[row.cell, results.seeds(row.cell)[0]] for row in rows}
+        if costs:
+            _plot_costs(folder / "plot-cost.svg", costs)
 
     def _line(self, row: Row, results: Results) -> list[str]:
         one = results.finished[row.cell, results.seeds(row.cell)[0]]
         line = [row.labels[0], f"{one['parameters']:,}", f"{one['soap_parameters']:,}"]
         for kind in ("forward", "step"):
-            without, with_soap = (one[f"{kind}_{name}"] for name in ("without", "with"))
-            ratios = [100.0 * (b / a - 1.0) for a, b in zip(without, with_soap, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            line += [f"{1e3 * statistics.median(times):.1f}" for times in (without, with_soap)]
+            line += [f"{1e3 * statistics.median(one[f'{kind}_{name}']):.1f}" for name in ("without", "with")]
+            low, middle, high = _added(one, kind)
             line.append(f"{middle:+.1f} ({low:+.1f} to {high:+.1f})")
         return line + [f"{one[f'kept_{name}'] / 2**20:.1f}" for name in ("without", "with")]
+
+
+def _added(cost: Result, kind: str) -> list[float]:
+    """Quartiles of what SOAP adds to the time of a forward or a step, in percent, from neighbouring turns."""
+    turns = zip(cost[f"{kind}_without"], cost[f"{kind}_with"], strict=True)
+    ratios = [100.0 * (with_soap / without - 1.0) for without, with_soap in turns]
+    return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
 
 
 def _cost(backbone: str) -> str:
@@ -242,7 +252,7 @@ def _write_curves(path: Path, curves: Curves) -> None:
 
 
 def _plot_curves(path: Path, curves: Curves) -> None:
-    figure, (left, right) = new_figure(10.0, 4.2, 2)
+    figure, (left, right) = new_figure(10.0, 5.2, 2)
     for soap in (True, False):
         name, style = ("with SOAP", "-") if soap else ("without SOAP", "--")
         found = [one for (on, _), one in curves.items() if on == soap]
@@ -257,7 +267,24 @@ def _plot_curves(path: Path, curves: Curves) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize="x-small")
+            axes.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    save_figure(figure, path)
+
+
+def _plot_costs(path: Path, costs: Mapping[str, Result]) -> None:
+    figure, axes = new_figure(8.0, 4.2)
+    for number, (kind, label) in enumerate((("forward", "forward"), ("step", "training step"))):
+        quartiles = np.array([_added(cost, kind) for cost in costs.values()])
+        places = np.arange(len(costs)) + 0.16 * (number - 0.5)
+        low, middle, high = quartiles.T
+        axes.errorbar(
+            places, middle, yerr=[middle - low, high - middle], fmt=MARKERS[number], ms=4, lw=1, capsize=4, label=label
+        )
+    axes.set_xticks(range(len(costs)), list(costs))
+    axes.axhline(0.0, color="0.5", lw=1)
+    axes.set(xlabel="backbone", ylabel="SOAP adds, % of the time", title="Time: medians and quartiles")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     save_figure(figure, path)
 
 

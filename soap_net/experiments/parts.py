@@ -37,7 +37,7 @@ class Parts(Experiment):
                 _cell(parts),
                 against=("none", "test") if parts else None,
                 paper=TABLE_2.get(parts),
-                x=_cell(parts),
+                x="\n".join(part.upper() for part in parts) or "none",
             )
             for parts in SUBSETS
         ]

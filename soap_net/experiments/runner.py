@@ -49,6 +49,7 @@ from soap_net.train import FREE_TO_CHANGE, train, versions
 PAPER = "[SOAP, arXiv 2407.16344](https://arxiv.org/abs/2407.16344)"
 KEPT_CLIPS = 512 * 2**20
 """Bytes of decoded clips that each process keeps, as run after run reads the same ones."""
+MARKERS = "os^Dv"
 Result = dict[str, Any]
 
 
@@ -241,7 +242,7 @@ class Experiment(ABC):
         seeds = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
         seeds += " seed" if counts == [1] else " seeds"
         lines = [
-            f"{c.eval.way}-way {c.eval.shot}-shot on unseen classes (chance: {100 / c.eval.way:.0f} %), {c.eval.tasks} "
+            f"{c.eval.way}-way {c.eval.shot}-shot on unseen classes (chance: {self.chance:.0f} %), {c.eval.tasks} "
             f"tasks, {seeds}; {self.model()}, {c.train.episodes} training episodes, {c.data.frames} frames of "
             f"{c.data.crop} x {c.data.crop}.",
             "Accuracies are means with 95 % intervals over training seeds and test tasks. Differences are paired: the "
@@ -262,9 +263,14 @@ class Experiment(ABC):
         model = self.config.model
         return f"{model.backbone} (weights: {model.weights or 'random'}), head {model.head}"
 
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing, in percent."""
+        return 100 / self.config.eval.way
+
     def plot(self, path: Path, rows: Sequence[Row], results: Results) -> None:
         """Accuracies with intervals, by series, and the paper's beside them."""
-        plot_accuracies(path, rows, results, self.title, self.axis, self.paper)
+        plot_accuracies(path, rows, results, self.title, self.axis, self.chance, self.paper)
 
 
 def train_and_test(run: Run, config: Config, stop: Callable[[], bool]) -> Result:
@@ -590,34 +596,59 @@ def _write_csv(path: Path, results: Results) -> None:
                 )
 
 
-def plot_accuracies(path: Path, rows: Sequence[Row], results: Results, title: str, axis: str, paper: str = "") -> None:
-    """Accuracies with intervals, a curve or a row of points for each series; `paper` labels the paper's figures."""
-    figure, axes = new_figure(7.0, 4.2)
-    numeric = all(isinstance(row.x, int | float) for row in rows)
+def plot_accuracies(
+    path: Path, rows: Sequence[Row], results: Results, title: str, axis: str, chance: float, paper: str = ""
+) -> None:
+    """Accuracies with intervals, a curve or a row of points for each series; `paper` labels the paper's figures.
+
+    Where there are several seeds, each one's accuracy is a cross. `chance`, in percent, is marked where the figures
+    come near it.
+    """
+    figure, axes = new_figure(8.0, 4.6)
     places = {x: i for i, x in enumerate(dict.fromkeys(row.x for row in rows))}
+    numbers = [float(row.x) for row in rows if not isinstance(row.x, str)]
+    numeric = len(numbers) == len(rows)
+    logarithmic = numeric and max(numbers) > 12
     names = list(dict.fromkeys(row.series for row in rows))
+    singles: list[tuple[float, float]] = []
     for number, name in enumerate(names):
         chosen = [row for row in rows if row.series == name]
-        shift = 0.0 if numeric else 0.16 * (number - (len(names) - 1) / 2)
-        xs = [float(row.x) if numeric else places[row.x] + shift for row in chosen]
+        aside = number - (len(names) - 1) / 2  # side by side, so that no interval hides another
+        if logarithmic:
+            xs = [float(row.x) * (max(numbers) / min(numbers)) ** (0.01 * aside) for row in chosen]
+        elif numeric:
+            xs = [float(row.x) + 0.01 * (max(numbers) - min(numbers)) * aside for row in chosen]
+        else:
+            xs = [places[row.x] + 0.16 * aside for row in chosen]
+        for x, row in zip(xs, chosen, strict=True):
+            each = results.accuracies(row.cell, row.test, results.seeds(row.cell)).mean(axis=1)
+            singles += [(x, accuracy) for accuracy in each]
         found = [results.accuracy(row.cell, row.test) for row in chosen]
         ys = [one.mean for one in found if one]
         halves = [one.half for one in found if one]
-        style = "o-" if numeric else "o"
-        axes.errorbar(xs, ys, yerr=halves, fmt=style, capsize=3, color=f"C{number}", label=name or "this run")
+        style = MARKERS[number % len(MARKERS)] + ("-" if numeric else "")
+        axes.errorbar(
+            xs, ys, yerr=halves, fmt=style, ms=4, lw=1, capsize=4, color=f"C{number}", label=name or "this run"
+        )
         known = [(x, row.paper) for x, row in zip(xs, chosen, strict=True) if row.paper is not None]
         if known:
-            axes.plot(*zip(*known, strict=True), "D", mfc="none", color=f"C{number}", label=f"{paper} {name}".strip())
+            axes.plot(*zip(*known, strict=True), "*", ms=9, mfc="none", color="k", label=f"{paper} {name}".strip())
+    if len(singles) > len(rows):
+        axes.plot(*zip(*singles, strict=True), "x", ms=4, mew=0.8, color="k", alpha=0.6, label="each training seed")
+    if chance > axes.get_ylim()[0] - 10:
+        axes.axhline(chance, color="0.5", ls=":", lw=1, label="chance")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -3.0), min(high, 103.0))  # intervals may reach beyond what is possible
     if not numeric:
-        axes.set_xticks(range(len(places)), [str(x) for x in places], rotation=25 if len(places) > 4 else 0)
-    elif any(float(row.x) > 12 for row in rows):
+        axes.set_xticks(range(len(places)), [str(x) for x in places], fontsize="small")
+    elif logarithmic:
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(places), [f"{x:g}" for x in places])
     axes.set_xlabel(axis)
     axes.set_ylabel("accuracy, %")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     save_figure(figure, path)
 
 

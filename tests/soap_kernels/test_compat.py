@@ -56,6 +56,23 @@ def test_triple_prior_equals_the_published_equations(backend: str, clips: int, h
     torch.testing.assert_close(gradients(y, inputs), gradients(expected, inputs))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_triple_prior_equals_the_published_equations_on_a_gpu(backend: str) -> None:
+    torch.manual_seed(0)
+    module = TriplePrior(backend=backend).cuda()
+    x = torch.randn(2 * 8, 3, 33, 47, device="cuda", requires_grad=True)
+    wide, x_wide = copy.deepcopy(module).cpu().double(), x.detach().cpu().double().requires_grad_()
+    y, expected = module(x, 8), transcription(wide, x_wide, 8, (1, 2, 3), PARTS)
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn(y.shape, device="cuda")
+    found = torch.autograd.grad(y, [x, *module.parameters()], grad)
+    truth = torch.autograd.grad(expected, [x_wide, *wide.parameters()], grad.cpu().double())
+    for one, true in zip(found, truth, strict=True):
+        assert (one.cpu().double() - true).norm() <= 1e-3 * true.norm()
+
+
 @pytest.mark.parametrize("parts", SUBSETS)
 @pytest.mark.parametrize("backend", ["auto", "equations"])
 def test_release_variant_equals_the_published_equations_for_any_parts(parts: tuple[str, ...], backend: str) -> None:

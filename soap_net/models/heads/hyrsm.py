@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions
 
 
 def mean_hausdorff(distances: Tensor) -> Tensor:
-    """The bidirectional mean Hausdorff metric of frame distances ``(..., T, U)``: ``(...)`` (section 3.3).
+    """The bidirectional mean Hausdorff metric of frame distances ``(..., T, U)``: ``(...)``.
 
     Each frame is matched with the nearest one of the other clip; the matches' distances are averaged over the frames
     of either clip, and the two averages added.
@@ -40,12 +42,14 @@ class BiMHMHead(FewShotHead):
 
 
 class HyRSMHead(FewShotHead):
-    """HyRSM's hybrid relation module (section 3.2) under Bi-MHM.
+    """HyRSM's hybrid relation module under Bi-MHM.
 
-    Intra-relation: each clip's frames attend to one another (positions added, residual, ReLU). A class is then the mean
-    of its clips. Inter-relation: the time averages of all classes and of one query attend to one another (residual,
-    LayerNorm, ReLU). What a clip so learns of its task is set beside each of its frames' features, and a linear map
-    takes the two back to ``dim``. Thus every query sees class features of its own.
+    Intra-relation: each clip's frames attend to one another (residual, ReLU), after positions were added to the
+    features times ``sqrt(dim / 10)``: the authors' code has the factor, and without it the positions, the same in every
+    clip, outweigh the features. A class is then the mean of its clips. Inter-relation: the time averages of all classes
+    and of one query attend to one another (residual, LayerNorm, ReLU). What a clip so learns of its task is set beside
+    each of its frames' features, and a linear map takes the two back to ``dim``. Thus every query sees class features
+    of its own.
 
     Args:
         dim: features per frame.
@@ -69,6 +73,7 @@ class HyRSMHead(FewShotHead):
         super().__init__(dim, frames)
         if attention_heads < 1 or dim % attention_heads:
             raise UserError(f"attention_heads is {attention_heads}, which doesn't divide {dim} features")
+        self.feature_scale = math.sqrt(dim / 10)
         self.positions = Positions(dim, frames, scale=1.0, dropout=dropout)
         self.intra_norm = nn.LayerNorm(dim)
         self.intra = nn.MultiheadAttention(dim, attention_heads, dropout=intra_dropout, batch_first=True)
@@ -78,7 +83,7 @@ class HyRSMHead(FewShotHead):
         self.scale = float(frames if scale is None else scale)
 
     def embed(self, features: Tensor) -> Embedded:
-        clips = self.positions(features)
+        clips = self.positions(features * self.feature_scale)
         normed = self.intra_norm(clips)
         related, _ = self.intra(normed, normed, normed, need_weights=False)
         return (F.relu(clips + related),)

@@ -38,7 +38,7 @@ class OTAMHead(FewShotHead):
 def alignment_cost(distances: Tensor, smoothing: float) -> Tensor:
     """Relaxed cost of the best ordered alignment, ``(..., L, M)`` frame distances to ``(...)``.
 
-    The paper's recursion (section 3.3), with a column of zeros before and after the M frames, so that frames of the
+    The paper's recursion, with a column of zeros before and after the M frames, so that frames of the
     first clip may stay unmatched at its start and end::
 
         c[l, m] = d[l, m] + min(c[l-1, m-1], c[l, m-1])                  inside

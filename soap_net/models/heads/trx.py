@@ -15,7 +15,7 @@ from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions
 
 
 class TupleAttention(nn.Module):
-    """One cardinality of TRX: each tuple of a query attends to all tuples of a class (section 3).
+    """One cardinality of TRX: each tuple of a query attends to all tuples of a class.
 
     A tuple is ``cardinality`` frames in ascending order, concatenated. Scores are products of LayerNormed keys over
     ``sqrt(out_dim)``, their softmax runs over all ``K * L`` tuples of a class, L tuples a clip; the result is the
@@ -96,7 +96,7 @@ def _distances(query_keys: Tensor, query_values: Tensor, keys: Tensor, values: T
 
 
 class TRXHead(FewShotHead):
-    """TRX: the mean of `TupleAttention` over cardinalities (section 3), on positioned frames.
+    """TRX: the mean of `TupleAttention` over cardinalities, on positioned frames.
 
     Args:
         dim: features per frame.

@@ -9,7 +9,7 @@ import torch
 from soap_kernels import SOAP
 from soap_net.cli import main
 from soap_net.errors import UserError
-from soap_net.experiments.command import EXPERIMENTS, build
+from soap_net.experiments.command import EXPERIMENTS, build, default_seeds
 from soap_net.experiments.overhead import kept_bytes
 from soap_net.experiments.runner import Experiment, Results, run_experiment
 from soap_net.models.heads import HEADS
@@ -99,6 +99,16 @@ def test_overhead_counts_parameters_and_bytes_kept_and_traces_gradients(
     assert set(curves) == {"loss", "accuracy", "backbone", "head", "3DEM", "CWEM", "HMEM"}
     assert all(len(values) == 2 and min(values) >= 0 for values in curves.values())
     assert (tmp_path / "table.md").read_text().count("| tiny |") == 1
+    assert (tmp_path / "plot.svg").exists()
+    assert (tmp_path / "plot-cost.svg").exists()
+
+
+def test_overhead_adds_up_to_the_quartiles_of_neighbouring_turns() -> None:
+    from soap_net.experiments.overhead import _added
+
+    cost = {"step_without": [1.0, 2.0, 4.0, 1.0, 1.0], "step_with": [1.1, 2.4, 4.0, 1.3, 1.5]}
+    assert _added(cost, "step") == pytest.approx([5.0, 20.0, 40.0])
+    assert _added({"step_without": [2.0], "step_with": [3.0]}, "step") == [50.0] * 3
 
 
 def test_kept_bytes_counts_each_block_once_and_no_parameters() -> None:
@@ -107,6 +117,13 @@ def test_kept_bytes_counts_each_block_once_and_no_parameters() -> None:
     plain = kept_bytes(torch.nn.Identity(), lambda: (x * 2).sin().sum())
     assert plain == x.numel() * 4
     assert kept_bytes(soap, lambda: soap(x).sum()) >= x.numel() * 4
+
+
+def test_the_largest_grids_take_fewer_seeds_at_the_quick_preset_alone() -> None:
+    assert {name: default_seeds(name, "quick") for name in ("parts", "heads", "frame-rate")} == {
+        "parts": 3, "heads": 2, "frame-rate": 2,
+    }  # fmt: skip
+    assert {default_seeds(name, "paper") for name in EXPERIMENTS} == {3}
 
 
 def test_unknown_experiment_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +142,23 @@ def test_every_experiment_has_runs_of_possible_settings_in_both_presets(name: st
         runs = experiment.runs([0], Results({}))
         assert len({run.folder for run in runs}) == len(runs)
         run_config(experiment.config, runs[-1], Path("out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "overhead"])
+def test_every_experiment_runs_whole_on_another_data_set(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    # `overhead` is run above, with smaller backbones.
+    experiment, results = run(name, tiny_data, tmp_path)
+    rows = experiment.rows(results)
+    shown = [row for row in rows if results.seeds(row.cell)]
+    expected = len(rows) if name != "sensitivity" else sum(row.labels[2] == "val" for row in rows) + 2
+    assert len(shown) in (expected, expected - 1)  # sensitivity's best choice may be the paper's own
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert sum(line.startswith("| ") for line in lines) == len(shown) + 2
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    for (cell, _), result in results.finished.items():
+        off = cell == "none" or "plain" in cell
+        assert (result["soap_parameters"] == 0) == off
 
 
 def test_unknown_preset_and_setting_are_refused() -> None:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soap_net.errors import UserError
 from soap_net.models.heads import HEADS, Positions, build_head, group_by_class
@@ -88,6 +89,29 @@ def test_every_head_runs_under_autocast_and_returns_at_least_float32(name: str) 
         got = head(support.bfloat16(), labels, query.bfloat16(), 2)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+
+
+class CountOperations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_no_head_loops_over_queries_classes_or_shots(name: str) -> None:
+    head = build_head(name, 16, 4).eval()
+
+    def operations(way: int, shots: int, queries: int) -> int:
+        support, labels = torch.randn(way * shots, 4, 16), torch.arange(way).repeat(shots)
+        with CountOperations() as mode, torch.no_grad():
+            head(support, labels, torch.randn(queries, 4, 16), way)
+        return mode.count
+
+    assert operations(2, 1, 2) == operations(6, 3, 11)
 
 
 @pytest.mark.parametrize("name", HEADS)

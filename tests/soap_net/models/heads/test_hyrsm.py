@@ -35,7 +35,7 @@ def attend(attention: nn.MultiheadAttention, tokens: Tensor) -> Tensor:
 
 def plain_loop(head: HyRSMHead, support: Tensor, labels: Tensor, query: Tensor, way: int) -> Tensor:
     def intra(clip: Tensor) -> Tensor:
-        clip = clip + head.positions.table.double()
+        clip = clip * (head.dim / 10) ** 0.5 + head.positions.table.double()
         return torch.relu(clip + attend(head.intra, head.intra_norm(clip)))
 
     related = [intra(clip) for clip in support]

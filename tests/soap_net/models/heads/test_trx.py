@@ -11,7 +11,7 @@ from soap_net.models.heads import SOAPHead, TRXHead, build_head
 
 
 def plain_loop(head: TRXHead, support: Tensor, labels: Tensor, query: Tensor, way: int) -> Tensor:
-    """The paper's equations (section 3) with a loop for each index; tuples are concatenated and mapped as they are."""
+    """The paper's equations with a loop for each index; tuples are concatenated and mapped as they are."""
     support = support + head.positions.table.double()
     query = query + head.positions.table.double()
     total = torch.zeros(len(query), way, dtype=torch.float64)
