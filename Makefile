@@ -11,6 +11,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 .PHONY: help install demo test test-slow test-gpu-proof lint benchmark clean
 
 help:
+	@echo "make install         set up $(VENV) alone"
 	@echo "make demo            set up $(VENV), train and evaluate SOAP-Net on embedded videos, with and without SOAP"
 	@echo "make test            set up $(VENV), run ruff, mypy and the quick tests"
 	@echo "make test-slow       run the tests that take longer"
@@ -45,7 +46,7 @@ test: lint
 
 test-slow: $(INSTALLED)
 	@echo "==> Running the slow tests"
-	$(BIN)/python -m pytest -m "slow and not gpu_proof"
+	$(BIN)/python -m pytest -m "slow and not gpu_proof" -n 2 --durations 10
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
