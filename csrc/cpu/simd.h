@@ -171,6 +171,18 @@ SOAP_INLINE void transpose4(v& a, v& b, v& c, v& d) {
   d = hi64(t1, t3);
 }
 
+#if SOAP_ISA == 2
+// 128-bit lane k of a, b, c and d becomes row k.
+SOAP_INLINE void transpose_lanes(v a, v b, v c, v d, float* dst, int64_t ds) {
+  const v p = _mm512_shuffle_f32x4(a, b, 0x44), q = _mm512_shuffle_f32x4(a, b, 0xee);
+  const v s = _mm512_shuffle_f32x4(c, d, 0x44), u = _mm512_shuffle_f32x4(c, d, 0xee);
+  st(dst, _mm512_shuffle_f32x4(p, s, 0x88));
+  st(dst + ds, _mm512_shuffle_f32x4(p, s, 0xdd));
+  st(dst + 2 * ds, _mm512_shuffle_f32x4(q, u, 0x88));
+  st(dst + 3 * ds, _mm512_shuffle_f32x4(q, u, 0xdd));
+}
+#endif
+
 // L x L floats: row i of src (stride ss) becomes column i of dst (stride ds).
 SOAP_INLINE void transpose(const float* src, int64_t ss, float* dst, int64_t ds) {
   v r[L];
@@ -181,14 +193,7 @@ SOAP_INLINE void transpose(const float* src, int64_t ss, float* dst, int64_t ds)
   // r[4 i + j] now holds, in its lane k, rows 4 i .. 4 i + 3 of column 4 k + j.
 #if SOAP_ISA == 2
   SOAP_UNROLL(4)
-  for (int j = 0; j < 4; ++j) {
-    const v p = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x44), q = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xee);
-    const v s = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x44), u = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xee);
-    st(dst + (0 + j) * ds, _mm512_shuffle_f32x4(p, s, 0x88));
-    st(dst + (4 + j) * ds, _mm512_shuffle_f32x4(p, s, 0xdd));
-    st(dst + (8 + j) * ds, _mm512_shuffle_f32x4(q, u, 0x88));
-    st(dst + (12 + j) * ds, _mm512_shuffle_f32x4(q, u, 0xdd));
-  }
+  for (int j = 0; j < 4; ++j) transpose_lanes(r[j], r[4 + j], r[8 + j], r[12 + j], dst + j * ds, 4 * ds);
 #elif SOAP_ISA == 1
   SOAP_UNROLL(4)
   for (int j = 0; j < 4; ++j) {
@@ -210,14 +215,7 @@ SOAP_INLINE void transpose_pairs(const float* src, int64_t ss, float* dst, int64
   // t[2 i + j] now holds, in its 128-bit lane k, rows 2 i and 2 i + 1 of column 2 k + j.
 #if SOAP_ISA == 2
   SOAP_UNROLL(2)
-  for (int j = 0; j < 2; ++j) {
-    const v p = _mm512_shuffle_f32x4(t[j], t[2 + j], 0x44), q = _mm512_shuffle_f32x4(t[j], t[2 + j], 0xee);
-    const v s = _mm512_shuffle_f32x4(t[4 + j], t[6 + j], 0x44), u = _mm512_shuffle_f32x4(t[4 + j], t[6 + j], 0xee);
-    st(dst + (0 + j) * ds, _mm512_shuffle_f32x4(p, s, 0x88));
-    st(dst + (2 + j) * ds, _mm512_shuffle_f32x4(p, s, 0xdd));
-    st(dst + (4 + j) * ds, _mm512_shuffle_f32x4(q, u, 0x88));
-    st(dst + (6 + j) * ds, _mm512_shuffle_f32x4(q, u, 0xdd));
-  }
+  for (int j = 0; j < 2; ++j) transpose_lanes(t[j], t[2 + j], t[4 + j], t[6 + j], dst + j * ds, 2 * ds);
 #elif SOAP_ISA == 1
   SOAP_UNROLL(2)
   for (int j = 0; j < 2; ++j) {
