@@ -46,7 +46,7 @@ test: lint
 
 test-slow: $(INSTALLED)
 	@echo "==> Running the slow tests"
-	$(BIN)/python -m pytest -m "slow and not gpu_proof" -n 2 --durations 10
+	$(BIN)/python -m pytest -m "slow and not gpu_proof" --durations 10
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
