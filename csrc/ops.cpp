@@ -304,11 +304,4 @@ PYBIND11_MODULE(_cpp, m) {
     d["torch_target"] = SOAP_TORCH_TARGET;
     return d;
   });
-  m.def("prepared_numel", [](int64_t clips, int64_t planes, int64_t parts) {
-    soap::Shape s;
-    s.clips = clips;
-    s.frames = static_cast<int>(planes);
-    s.channels = 1;
-    return soap::prepared_size(s, parts);
-  });
 }

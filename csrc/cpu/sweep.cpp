@@ -281,7 +281,7 @@ SOAP_INLINE void accumulate_row(const Plan& plan, const Sizes& sizes, const floa
   if (vectors - k == 1) accumulate<1, From, Side, Strict>(plan, sizes, V, Z, kind, input, k, blocks, dU);
 }
 
-// `centre`: so many of the first inputs have a gradient at their centre tap alone, and none of `edge` points.
+// `centre`: so many of the first inputs have a gradient at their centre tap alone, which only points that see it need.
 template <int Side, bool Strict>
 __attribute__((noinline)) void weight_products(const Plan& plan, const Sizes& sizes, const float* V, const float* Z,
                                                int centre, int blocks, float* dU) {
