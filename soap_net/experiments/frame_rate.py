@@ -62,7 +62,9 @@ class FrameRate(Experiment):
             write_motion(self._root(rate), self._motion_config(rate, CLIP_FRAMES / rate))
 
     def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        return seeded([(cell.name, self._settings(cell)) for cell in self.cells], seeds)
+        runs = seeded([(cell.name, self._settings(cell)) for cell in self.cells], seeds)
+        # All runs on one rendering follow one another: each process decodes its clips once, and need not keep others'.
+        return sorted(runs, key=lambda run: str(run.changes.get("data.root", "")))
 
     def rows(self, results: Results) -> list[Row]:
         return [

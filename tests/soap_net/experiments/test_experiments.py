@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def test_frame_rate_takes_each_interval_and_native_rates_on_the_motion_set_alone
     assert len(motion) == len(elsewhere) + 10
     roots = {run.cell: run.changes["data.root"] for run in motion}
     assert roots["soap-240fps"].endswith("240fps")
+
+
+def test_frame_rate_is_done_with_one_rendering_before_the_next(tiny_data: Path) -> None:
+    roots = [run.changes["data.root"] for run in build("frame-rate", "quick", []).runs([0, 1], Results({}))]
+    changes = sum(a != b for a, b in pairwise(roots))
+    assert changes == len(set(roots)) - 1
 
 
 def test_heads_trains_every_head_with_and_without_soap(tiny_data: Path) -> None:
