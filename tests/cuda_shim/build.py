@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,8 +56,20 @@ FEW: tuple[Replacement, ...] = (
 )  # fmt: skip
 
 
+def _included(name: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """The text of a source and of all that it includes, by name."""
+    found: dict[str, str] = {}
+    to_read = [name]
+    while to_read:
+        this = to_read.pop()
+        if this in sources and this not in found:
+            found[this] = sources[this]
+            to_read += [Path(line).name for line in re.findall(r'^#include "(.+)"', sources[this], re.MULTILINE)]
+    return dict(sorted(found.items()))
+
+
 def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement, ...] = ()) -> Path:
-    """The library, built once a set of sources and flags.
+    """The library, built once a set of sources and flags; an object that no change reaches is not compiled again.
 
     Args:
         folder: where products go.
@@ -73,7 +87,12 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement,
     for name, text, other in replace:
         assert text in sources[name], f"{name} holds no {text!r}"
         sources[name] = sources[name].replace(text, other)
-    key = hashlib.sha256(repr((sources, SHIM.read_text(), flags, torch.__version__)).encode()).hexdigest()[:16]
+    shim = SHIM.read_text()
+
+    def key_of(texts: Mapping[str, str]) -> str:
+        return hashlib.sha256(repr((texts, shim, flags, torch.__version__)).encode()).hexdigest()[:16]
+
+    key = key_of(sources)
     library = folder / f"libsoap_shim_{key}.so"
     if library.exists():
         return library
@@ -94,12 +113,15 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement,
     ]
 
     def compile_one(name: str) -> Path:
-        product = work / f"{name}.o"
-        if name == "ops":
-            command = [*common, *_torch_flags(), "-c", str(work / "ops.cpp"), "-o", str(product)]
-        else:
-            command = [*common, "-x", "c++", "-include", str(SHIM), "-c", str(work / f"{name}.cu"), "-o", str(product)]
+        source = "ops.cpp" if name == "ops" else f"{name}.cu"
+        product = folder / f"{name}-{key_of(_included(source, sources))}.o"
+        if product.exists():
+            return product
+        own = _torch_flags() if name == "ops" else ["-x", "c++", "-include", str(SHIM)]
+        part = work / f"{name}.o"
+        command = [*common, *own, "-c", str(work / source), "-o", str(part)]
         subprocess.run(command, check=True, capture_output=True, text=True)
+        part.replace(product)
         return product
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
