@@ -56,21 +56,25 @@ def test_triple_prior_equals_the_published_equations(backend: str, clips: int, h
     torch.testing.assert_close(gradients(y, inputs), gradients(expected, inputs))
 
 
+def check_in_single_precision(module: TriplePrior, x: Tensor) -> None:
+    """Against the published equations in float64, forward and backward; x holds fp32 frames on any device."""
+    x.requires_grad_()
+    wide, x_wide = copy.deepcopy(module).cpu().double(), x.detach().cpu().double().requires_grad_()
+    y, expected = module(x, 8), transcription(wide, x_wide, 8, (1, 2, 3), PARTS)
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *module.parameters()], grad)
+    truth = torch.autograd.grad(expected, [x_wide, *wide.parameters()], grad.cpu().double())
+    for one, true in zip(found, truth, strict=True):
+        assert (one.cpu().double() - true).norm() <= 1e-3 * true.norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_triple_prior_equals_the_published_equations_on_a_gpu(backend: str) -> None:
     torch.manual_seed(0)
-    module = TriplePrior(backend=backend).cuda()
-    x = torch.randn(2 * 8, 3, 33, 47, device="cuda", requires_grad=True)
-    wide, x_wide = copy.deepcopy(module).cpu().double(), x.detach().cpu().double().requires_grad_()
-    y, expected = module(x, 8), transcription(wide, x_wide, 8, (1, 2, 3), PARTS)
-    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-4, atol=1e-4)
-    grad = torch.randn(y.shape, device="cuda")
-    found = torch.autograd.grad(y, [x, *module.parameters()], grad)
-    truth = torch.autograd.grad(expected, [x_wide, *wide.parameters()], grad.cpu().double())
-    for one, true in zip(found, truth, strict=True):
-        assert (one.cpu().double() - true).norm() <= 1e-3 * true.norm()
+    check_in_single_precision(TriplePrior(backend=backend).cuda(), torch.randn(2 * 8, 3, 33, 47, device="cuda"))
 
 
 @pytest.mark.parametrize("parts", SUBSETS)

@@ -28,6 +28,8 @@ from cuda_cases import (
 )
 from run_cases import use
 from soap_kernels import backends, cuda
+from soap_kernels.compat import TriplePrior
+from test_compat import check_in_single_precision
 
 FOLDER = shim.ROOT / "build" / "cuda_shim"
 RUNNER = Path(shim.__file__).with_name("run_cases.py")
@@ -79,6 +81,15 @@ def test_two_runs_give_the_same_bits(backend: backends.Backend) -> None:
         y, prepared = backend.soap_forward(x, weights, options(case))
         runs.append([y, *backend.soap_backward(grad, x, prepared, weights, options(case), False, True)[1]])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_the_authors_module_equals_the_published_equations(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "choose", lambda name, x: backend)
+    before = torch.ops.soap_kernels.cuda_launches()
+    check_in_single_precision(TriplePrior(backend="cuda"), torch.randn(2 * 8, 3, 9, 33))
+    assert torch.ops.soap_kernels.cuda_launches() > before
 
 
 def test_an_empty_batch_is_served(backend: backends.Backend) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from soap_kernels import equations, reference
 from soap_kernels.backends import Fusion
+from soap_kernels.compat import TriplePrior
 from soap_kernels.equations import PARTS, Weights
 from soap_kernels.modules import SOAP
+from test_compat import check_in_single_precision
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py with TRITON_INTERPRET=1"
@@ -110,6 +112,14 @@ def test_fuse_priors_multiplied_and_interleaved(channels: int) -> None:
     found = torch.ops.soap_kernels.fuse_priors_backward(grad, x, *inputs, *settings[:4], needs, "triton")
     wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), *exact, fusion, needs)
     assert max(worst(a, b) for a, b in zip(found, wanted, strict=True)) < 1e-5
+
+
+def test_the_authors_module_equals_the_published_equations() -> None:
+    from soap_kernels.triton.plan import LAUNCHES
+
+    LAUNCHES.clear()
+    check_in_single_precision(TriplePrior(backend="triton"), torch.randn(8, 3, 2, 5))
+    assert sum(LAUNCHES.values()) > 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (6, 9)], ids=str)
