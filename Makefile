@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The GPU library takes nvcc minutes: built here only where there is a GPU to run it. 1 builds it wherever nvcc is.
 export SOAP_KERNELS_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
+# Tests of one file stay in one process, since they share what they built.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: help install demo test test-slow test-gpu-proof lint benchmark clean
@@ -42,15 +44,15 @@ lint: $(INSTALLED)
 
 test: lint
 	@echo "==> Running the quick tests"
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: $(INSTALLED)
 	@echo "==> Running the slow tests"
-	$(BIN)/python -m pytest -m "slow and not gpu_proof" --durations 10
+	$(BIN)/python -m pytest -m "slow and not gpu_proof" $(PARALLEL) --durations 10
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
-	$(BIN)/python -m pytest -m gpu_proof -n 2 --dist loadgroup tests/soap_kernels
+	$(BIN)/python -m pytest -m gpu_proof -n 2 --dist loadgroup --durations 10 tests/soap_kernels
 
 benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"
