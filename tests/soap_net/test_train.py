@@ -140,13 +140,14 @@ def test_an_interrupted_run_resumes_to_the_weights_of_one_never_stopped(
 ) -> None:
     whole = run(thorough("whole"))
     config = thorough("stopped")
+    before = signal.getsignal(number)  # ignored, where a shell started pytest in the background
     with monkeypatch.context() as patched:
         interrupt_at(patched, count, lambda: os.kill(os.getpid(), number))
         with pytest.raises(TrainingStopped) as stopped:
             train.train(config, progress=False)
     assert stopped.value.episode == (count - 1) // 2 * 2, "the batch under way counts for nothing"
     assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == stopped.value.episode
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "handlers are put back"
+    assert signal.getsignal(number) is before, "handlers are put back"
     assert_equal(run(config, resume=True), whole)
     assert metrics(config.out) == metrics(thorough("whole").out)
 
