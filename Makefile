@@ -52,7 +52,7 @@ test-slow: $(INSTALLED)
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
-	$(BIN)/python -m pytest -m gpu_proof -n 2 --dist loadgroup --durations 10 tests/soap_kernels
+	$(BIN)/python -m pytest -m gpu_proof $(PARALLEL) --durations 10 tests/soap_kernels
 
 benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"
