@@ -64,8 +64,8 @@ def _check_frames(op: str, x: Tensor, rank: int, layout: str, dtypes: Sequence[t
     if x.dim() != rank:
         raise ValueError(f"{op}: x has {_shape(x)}, expected {layout}")
     if x.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{op}: x has dtype {str(x.dtype).removeprefix('torch.')}, expected one of {names}")
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: x has dtype {str(x.dtype).removeprefix('torch.')}, expected {names}")
 
 
 def _check_weight(op: str, name: str, w: Tensor, shape: tuple[Any, ...], x: Tensor) -> None:

@@ -54,7 +54,7 @@ class Plugged(nn.Module):
         clips = x.transpose(1, 2) if layout == "BCTHW" else x
         if x.dim() != 5 or clips.shape[1] != frames or clips.shape[2] != self.soap.channels:
             raise ValueError(
-                f"plug: clips have shape {tuple(x.shape)}, expected {layout} with T = {frames} frames and"
+                f"plug: clips have shape {tuple(x.shape)}, expected {layout} with T = {frames} frames (frames=) and"
                 f" C = {self.soap.channels} channels"
             )
         enhanced: Tensor = self.soap(clips)
@@ -74,7 +74,8 @@ class Plugged(nn.Module):
                 f"plug: {frames} frames of {channels} channels don't tell BCTHW from BTCHW: name one as layout="
             )
         raise ValueError(
-            f"plug: the model's input has shape {tuple(x.shape)}, expected (clips * {frames}, {channels}, H, W),"
+            f"plug: the model's input has shape {tuple(x.shape)}, with frames={frames} expected"
+            f" (clips * {frames}, {channels}, H, W),"
             f" (clips, {channels}, {frames}, H, W) or (clips, {frames}, {channels}, H, W)"
         )
 

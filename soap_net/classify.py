@@ -121,9 +121,10 @@ def clips_by_class(folder: Path) -> dict[str, list[Clip]]:
     Raises:
         UserError: no such folder, or nothing of that form in it.
     """
-    if not folder.exists():
-        raise UserError(f"{folder}: no such folder; the clips to learn from lie in <folder>/<class>/<clip>")
-    found = load_split(folder, "support")
+    try:
+        found = load_split(folder, "support")
+    except UserError as error:
+        raise UserError(f"the clips to learn from lie in <folder>/<class>/<clip>: {error}") from error
     return {name: list(clips) for name, clips in zip(found.classes, found.clips, strict=True)}
 
 

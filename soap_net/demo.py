@@ -54,6 +54,8 @@ def run_demo(config: Config, motion: MotionConfig | None = None, *, progress: bo
     config = replace(config, data=replace(config.data, root=out / "motion")).check()
     nets = {name: _net_config(config, name) for name in NETS}
     summary_file, report_file = out / "summary.json", out / "report.html"
+    if summary_file.exists():
+        print(f"{out} holds a finished demo: training anew")
     _clear(nets, summary_file)
 
     began = time.perf_counter()
@@ -137,7 +139,7 @@ class _Learner:
                 self.read = log.tell()
                 entry = json.loads(line)
                 if "accuracy" in entry and entry["episode"] > self.bar.n:
-                    self.bar.set_postfix_str(f"accuracy {entry['accuracy']:3.0f} %", refresh=False)
+                    self.bar.set_postfix_str(f"training accuracy {entry['accuracy']:3.0f} %", refresh=False)
                     self.bar.update(entry["episode"] - self.bar.n)
 
 

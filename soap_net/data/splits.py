@@ -219,7 +219,7 @@ def _from_tree(root: Path, split: str) -> ClipSet:
         for parts, clip in _members(path, split):
             zipped.setdefault(parts[-2], []).append(clip)
     if not zipped:
-        raise UserError(f"{root}: found neither a split file for {split!r} nor clips as <class>/<clip>")
+        raise UserError(f"{root}: found no clips as <class>/<clip>, nor a split file for {split!r}")
     return _clip_set(split, zipped)
 
 

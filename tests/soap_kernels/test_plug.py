@@ -75,8 +75,12 @@ def test_as_many_frames_as_channels_need_a_layout() -> None:
     ("shape", "layout", "message"),
     [
         ((9, 3, 6, 6), "auto", r"shape \(9, 3, 6, 6\), expected \(clips \* 4, channels, height, width\)"),
-        ((2, 3, 5, 6, 6), "auto", r"shape \(2, 3, 5, 6, 6\), expected \(clips \* 4, 3, H, W\), \(clips, 3, 4, H, W\)"),
-        ((2, 4, 3, 6, 6), "BCTHW", r"expected BCTHW with T = 4 frames and C = 3 channels"),
+        (
+            (2, 3, 5, 6, 6),
+            "auto",
+            r"shape \(2, 3, 5, 6, 6\), with frames=4 expected \(clips \* 4, 3, H, W\), \(clips, 3, ",
+        ),
+        ((2, 4, 3, 6, 6), "BCTHW", r"expected BCTHW with T = 4 frames \(frames=\) and C = 3 channels"),
         ((2, 3, 4, 6, 6), "NCHW", r"shape \(2, 3, 4, 6, 6\)"),
         ((4, 6), "auto", r"shape \(4, 6\)"),
     ],

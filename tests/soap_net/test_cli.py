@@ -50,7 +50,7 @@ def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixt
         (["train", "--resume", "/nowhere"], "/nowhere: no run to resume: there is no config.yaml in it"),
         (["eval"], "the following arguments are required: --checkpoint; see soap-net eval --help"),
         (["eval", "--checkpoint", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
-        (["classify", "--checkpoint", "a", "--support", "/nowhere", "--query", "b"], "/nowhere: no such folder; the"),
+        (["classify", "--checkpoint", "a", "--support", "/nowhere", "--query", "b"], "<clip>: /nowhere: no such data"),
         (["data", "check", "/nowhere"], "/nowhere: no such data set folder"),
         (["data", "motion"], "say into which folder to write the data set"),
         (["info", "--jsn"], "unknown option --jsn"),

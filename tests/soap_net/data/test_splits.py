@@ -256,10 +256,10 @@ def test_a_missing_root_an_empty_one_and_one_without_clips_are_refused(tmp_path:
     with pytest.raises(UserError, match="gone: no such data set folder"):
         load_split(tmp_path / "gone", "train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: found neither a split file for 'train' nor clips"):
+    with pytest.raises(UserError, match="empty: found no clips as <class>/<clip>, nor a split file for 'train'"):
         load_split(tmp_path / "empty", "train")
     (tmp_path / "empty" / "c").mkdir()
-    with pytest.raises(UserError, match="found neither"):
+    with pytest.raises(UserError, match="found no clips"):
         load_split(tmp_path / "empty", "train")
 
 
