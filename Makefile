@@ -6,8 +6,9 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The GPU library takes nvcc minutes: built here only where there is a GPU to run it. 1 builds it wherever nvcc is.
 export SOAP_KERNELS_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
-# Tests of one file stay in one process, since they share what they built.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# Tests of one file stay in one process, since they share what they built. Threads that wait must not spin meanwhile:
+# they would take the cores from the other processes, and twice the time.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: help install demo test test-slow test-gpu-proof lint benchmark clean
@@ -44,15 +45,15 @@ lint: $(INSTALLED)
 
 test: lint
 	@echo "==> Running the quick tests"
-	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
 	@echo "==> Running the slow tests"
-	$(BIN)/python -m pytest -m "slow and not gpu_proof" $(PARALLEL) --durations 10
+	$(PYTEST) -m "slow and not gpu_proof" --durations 10
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
-	$(BIN)/python -m pytest -m gpu_proof $(PARALLEL) --durations 10 tests/soap_kernels
+	$(PYTEST) -m gpu_proof --durations 10 tests/soap_kernels
 
 benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"
