@@ -72,7 +72,7 @@ def test_frame_rate_takes_each_interval_and_native_rates_on_the_motion_set_alone
     assert roots["soap-240fps"].endswith("240fps")
 
 
-def test_frame_rate_is_done_with_one_rendering_before_the_next(tiny_data: Path) -> None:
+def test_frame_rate_is_done_with_one_rendering_before_the_next() -> None:
     roots = [run.changes["data.root"] for run in build("frame-rate", "quick", []).runs([0, 1], Results({}))]
     changes = sum(a != b for a, b in pairwise(roots))
     assert changes == len(set(roots)) - 1
