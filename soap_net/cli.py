@@ -23,18 +23,34 @@ class _Options(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, epilog: str = "") -> None:
         super().__init__(prog=f"soap-net {command}", description=description, epilog=epilog, allow_abbrev=False)
+        self._given: list[str] = []
 
     def error(self, message: str) -> NoReturn:
+        for option in self._given:  # an option is missing: perhaps it is there and misspelt
+            if close := self._nearest(option):
+                raise UserError(f"unknown option {option}; did you mean {close}?")
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_known(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parses what it knows of `args`, and returns the rest beside it."""
+        self._given = list(args)
+        return self.parse_known_args(args)
 
     def parse_exactly(self, args: Sequence[str]) -> argparse.Namespace:
         """Parses all of `args`; an unknown one is named together with the nearest there is."""
-        values, rest = self.parse_known_args(args)
+        values, rest = self.parse_known(args)
         if rest:
-            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-            close = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1)
-            raise UserError(f"unknown option {rest[0]}{f'; did you mean {close[0]}?' if close else ''}")
+            close = self._nearest(rest[0])
+            raise UserError(f"unknown option {rest[0]}{f'; did you mean {close}?' if close else ''}")
         return values
+
+    def _nearest(self, option: str) -> str | None:
+        """The option that an unknown one most resembles; None if it is known, resembles none, or is no option."""
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        name = option.partition("=")[0]
+        if name in known or not name.startswith("--"):
+            return None
+        return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,7 +166,7 @@ def _eval(args: list[str]) -> int:
     own.add_argument("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a run")
     own.add_argument("--out", type=Path, help="folder or .json file for the result (by default the run's folder)")
     own.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    options, settings = own.parse_known_args(args)
+    options, settings = own.parse_known(args)
 
     from soap_net import checkpoint
     from soap_net.config import parse
@@ -234,7 +250,7 @@ def _data_check(args: list[str]) -> int:
     own.usage = "soap-net data check [ROOT] [--split train val test] [--json] [--data.workers N ...]"
     own.add_argument("--split", nargs="+", choices=("train", "val", "test"), default=["train", "val", "test"])
     own.add_argument("--json", action="store_true", help="print the report as JSON")
-    options, settings = own.parse_known_args(args)
+    options, settings = own.parse_known(args)
 
     from soap_net.config import parse
 
@@ -272,13 +288,13 @@ def _experiment(args: list[str]) -> int:
     from soap_net.experiments.command import EXPERIMENTS, PRESETS, QUICK_SEEDS, SEEDS, build, default_seeds
 
     own = _Options("experiment", "Put one of the paper's claims to the test: a table, a CSV file and a plot.", SETTINGS)
-    own.add_argument("name", help=", ".join(EXPERIMENTS))
+    own.add_argument("name", help="; ".join(f"{name}: {claim}" for name, (_, _, claim) in EXPERIMENTS.items()))
     own.add_argument("--preset", default="quick", help=f"{' or '.join(PRESETS)} (default: quick)")
     own.add_argument("--out", type=Path, help="folder; one left unfinished goes on (default: runs/experiments/NAME)")
     fewer = "; at preset quick " + ", ".join(f"{seeds} of {name}" for name, seeds in QUICK_SEEDS.items())
     own.add_argument("--seeds", type=int, help=f"trainings of each setting (default: {SEEDS}{fewer})")
     own.add_argument("--jobs", type=int, default=0, help="trainings at a time (default: one per GPU or core)")
-    options, settings = own.parse_known_args(args)
+    options, settings = own.parse_known(args)
     seeds = default_seeds(options.name, options.preset) if options.seeds is None else options.seeds
     if seeds < 1 or options.jobs < 0:
         raise UserError(f"--seeds is {seeds} and --jobs {options.jobs}: they must be at least 1")
@@ -313,6 +329,7 @@ def _info(args: list[str]) -> int:
         print(f"backends for tensors on {device}:")
         for name, why_absent in backends.status(device).items():
             print(f"  {name:<10}  {'present' if why_absent is None else f'absent: {why_absent}'}")
+        print(f"  {'auto':<10}  takes {backends.choose('auto', torch.empty(0, device=device)).name}")
     return 0
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "eval", "classify", "report", "data check", "data motion", "info"]
+    "command", ["demo", "train", "eval", "classify", "report", "data check", "data motion", "experiment", "info"]
 )
 def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -54,6 +55,9 @@ def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixt
         (["data", "check", "/nowhere"], "/nowhere: no such data set folder"),
         (["data", "motion"], "say into which folder to write the data set"),
         (["info", "--jsn"], "unknown option --jsn"),
+        (["classify", "--checkpoint", "a", "--suport", "b", "--query", "c"], "--suport; did you mean --support?"),
+        (["eval", "--chekpoint=a"], "unknown option --chekpoint=a; did you mean --checkpoint?"),
+        (["experiment", "prats"], "unknown experiment 'prats'; did you mean 'parts'?"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -142,6 +146,7 @@ def test_info_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "torch" in shown
     assert "reference   present" in shown
+    assert re.search(r"auto +takes (cpp|reference)", shown)
 
 
 def test_python_m_soap_net_is_the_command() -> None:
