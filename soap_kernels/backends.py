@@ -117,7 +117,8 @@ def get(name: str) -> Backend:
         ValueError: no backend bears that name.
     """
     if name not in MODULES:
-        raise ValueError(f"backend {name!r} is unknown; there are {', '.join(NAMES)} and equations")
+        text = f"backend {name!r} is unknown; there are {', '.join(NAMES)}"
+        raise ValueError(text + ("; equations is for the modules (SOAP, HMEM, ...)" if name == "equations" else ""))
     backend: Backend = import_module(MODULES[name]).BACKEND
     return backend
 

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soap_kernels import op
-from soap_kernels.equations import PARTS, compute_dtype, count_maps
+from soap_kernels.equations import PARTS, compute_dtype, count_maps, without_autocast
+from soap_kernels.held import Held
 
 #: The convolutions that the published code makes anew in every forward, and so never saves.
 UNSAVED = ("channel_diff", "frame_diff", "recover")
@@ -71,16 +72,16 @@ def release_convs(
     """The convolutions of the parts that are on, under the published names; ``frame_diff`` and ``recover`` by size."""
     convs: dict[str, nn.Module] = {}
     if "3dem" in parts:
-        convs["conv_st"] = nn.Conv3d(1, 1, 3, padding=1, bias=False)
+        convs["conv_st"] = Held(1, 1, 3, 3, 3, bias=False)
     if "cwem" in parts:
-        convs["conv_ch1"] = nn.Conv2d(channels, hidden_channels, 3, padding=1, bias=False)
-        convs["conv_ch2"] = nn.Conv2d(hidden_channels, channels, 3, padding=1, bias=False)
-        convs["channel_diff"] = nn.Conv1d(frames, frames, 3, padding=1)
+        convs["conv_ch1"] = Held(hidden_channels, channels, 3, 3, bias=False)
+        convs["conv_ch2"] = Held(channels, hidden_channels, 3, 3, bias=False)
+        convs["channel_diff"] = Held(frames, frames, 3)
     if "hmem" in parts:
         op.check_tuple_sizes("HMEM", tuple_sizes, frames)
         planes = [o * channels for o in tuple_sizes]
-        convs["frame_diff"] = nn.ModuleList(nn.Conv2d(p, p, 3, padding=1) for p in planes)
-        convs["recover"] = nn.ModuleList(nn.Conv2d(p, channels, 1) for p in planes)
+        convs["frame_diff"] = nn.ModuleList(Held(p, p, 3, 3) for p in planes)
+        convs["recover"] = nn.ModuleList(Held(channels, p, 1, 1) for p in planes)
     return convs
 
 
@@ -123,9 +124,9 @@ def equations(x: Tensor, w: ReleaseWeights, tuple_sizes: Sequence[int]) -> dict[
         a = z.mean(2).unsqueeze(1)
         found["3dem"] = torch.sigmoid(F.conv3d(a, w.stencil, padding=1)).transpose(1, 2)
     if w.cwem:
-        pooled = F.conv2d(x.flatten(0, 1), w.cwem.ch1, padding=1).mean((2, 3)).view(b, t, -1)
+        pooled = F.conv2d(x.flatten(0, 1), w.cwem.ch1, padding=1).mean((2, 3)).unflatten(0, (b, t))
         mixed = F.conv1d(pooled, w.cwem.diff, w.cwem.diff_bias, padding=1)
-        gate = F.conv2d(mixed.reshape(b * t, -1, 1, 1), w.cwem.ch2, padding=1)
+        gate = F.conv2d(mixed.flatten(0, 1)[..., None, None], w.cwem.ch2, padding=1)
         found["cwem"] = torch.sigmoid(gate).view(b, t, c, 1, 1)
     if w.hmem:
         maps = []
@@ -176,7 +177,7 @@ def release(
     """
     parts = sum(part is not None for part in w)
     dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         w = w.to(dtype)
         if backend == "equations":
             frames = x.to(dtype)
@@ -229,7 +230,8 @@ class TriplePrior(nn.Module):
         seq_len: T, frames of a clip.
         fresh_convs: a seed brings back the published behaviour: ``channel_diff``, ``frame_diff`` and ``recover`` are
             drawn anew in each forward (PyTorch's default initialisation), never trained, never saved; the n-th forward
-            of a seed draws the same on every device.
+            of a seed draws the same on every device. Activation checkpointing, which runs a forward a second time,
+            would draw others there, and so give wrong gradients: leave this module out of it.
         backend, precision: as in :func:`soap_kernels.soap`.
 
     Raises:

@@ -7,6 +7,7 @@ The library is built with the package and chooses the best instruction set of th
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from soap_kernels.backends import Fusion, Options
 from soap_kernels.equations import PARTS
+from soap_kernels.reference import BACKEND as REFERENCE
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
 _library.define(
@@ -51,7 +53,9 @@ def _load() -> ModuleType | str:
         )
     wanted = os.environ.get("SOAP_KERNELS_ISA", "auto")
     if not _cpp.set_isa(wanted):
-        return f"SOAP_KERNELS_ISA is {wanted!r}, expected auto or one of {', '.join(_cpp.isas())} on this machine"
+        why = f"SOAP_KERNELS_ISA is {wanted!r}, expected auto or one of {', '.join(_cpp.isas())} on this machine"
+        warnings.warn(f"{why}: the C++ kernels are left out", stacklevel=2)  # "auto" would pass over them in silence
+        return why
     return _cpp
 
 
@@ -106,6 +110,9 @@ class CppBackend:
         return 2 * x.shape[0] * x.shape[1] * x.shape[2] if "cwem" in options.parts else 0
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
+        if options.out_dtype == torch.float64:
+            y, _ = REFERENCE.soap_forward(x, weights, options)
+            return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
         y, prepared = torch.ops.soap_kernels.cpp_soap(
             x,
             weights,
@@ -129,6 +136,8 @@ class CppBackend:
         needs_x: bool,
         needs_weights: bool,
     ) -> tuple[Tensor, list[Tensor]]:
+        if grad.dtype == torch.float64:
+            return REFERENCE.soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
         dx, dweights = torch.ops.soap_kernels.cpp_soap_backward(
             grad,
             x,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,24 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+class without_autocast:
+    """Autocast off: y has x's dtype under autocast too, and accumulation stays in fp32."""
+
+    def __init__(self, x: Tensor) -> None:
+        # Only where it is on: there is none for some devices, such as meta.
+        kind = x.device.type
+        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.off = torch.autocast(kind, enabled=False) if on else None
+
+    def __enter__(self) -> None:
+        if self.off:
+            self.off.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.off:
+            self.off.__exit__(*error)
+
+
 def as_float(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
     """Frames in the dtype of the computation; with ``mean`` and ``std`` (units of 0..1) uint8 frames, normalised."""
     if mean is None or std is None:
@@ -120,10 +139,10 @@ def three_dem(x: Tensor, w: ThreeDEMWeights) -> Tensor:
 def cwem(x: Tensor, w: CWEMWeights) -> Tensor:
     """CWEM (Eqns 6-9): pool, 1x1 conv C -> C_r, Conv1d over time, 1x1 conv C_r -> C, sigmoid; ``(B, T, C, 1, 1)``."""
     b, t, c = x.shape[:3]
-    p = x.mean((3, 4)).view(b * t, c, 1, 1)
-    e = F.conv2d(p, w.expand.to(x.dtype)).view(b, t, -1)
+    p = x.mean((3, 4)).flatten(0, 1)[..., None, None]
+    e = F.conv2d(p, w.expand.to(x.dtype)).flatten(1).unflatten(0, (b, t))
     h = F.conv1d(e.transpose(1, 2), w.temporal.to(x.dtype), w.temporal_bias.to(x.dtype), padding=1)
-    z = F.conv2d(h.transpose(1, 2).reshape(b * t, -1, 1, 1), w.squeeze.to(x.dtype))
+    z = F.conv2d(h.transpose(1, 2).flatten(0, 1)[..., None, None], w.squeeze.to(x.dtype))
     return torch.sigmoid(z).view(b, t, c, 1, 1)
 
 
@@ -142,7 +161,7 @@ def hmem(x: Tensor, w: HMEMWeights, tuple_sizes: Sequence[int]) -> Tensor:
             then = x[:, i + 1 : i + 1 + o].flatten(1, 2)
             difference = now - F.conv2d(then, motion, motion_bias, padding=1)
             maps.append(F.conv2d(difference, project, project_bias))
-    stacked = torch.stack(maps, 1).view(b, len(maps), c * height * width)
+    stacked = torch.stack(maps, 1).reshape(b, len(maps), c * height * width)
     z = w.restore.to(x.dtype) @ stacked + w.restore_bias.to(x.dtype).unsqueeze(-1)
     return torch.sigmoid(z).view(x.shape)
 
@@ -170,7 +189,7 @@ def soap(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> Tensor:
     Returns:
         ``(B, T, C, H, W)`` in x's dtype.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y = x.to(compute_dtype(x))
         for prior in priors(y, weights, tuple_sizes).values():
             y = y + prior

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from soap_kernels import backends, compat, equations, op, reference
-from soap_kernels.equations import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights
+from soap_kernels.equations import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, without_autocast
+from soap_kernels.held import Held
 
 BACKENDS = (*backends.NAMES, "equations")
 
@@ -50,7 +51,7 @@ def _priors(x: Tensor, w: Weights, tuple_sizes: Sequence[int], backend: str) -> 
     parts = [p for p, on in zip(PARTS, (w.three_dem, w.cwem, w.hmem), strict=True) if on]
     frames = x.to(equations.compute_dtype(x))
     w = reference.cast(w, frames.dtype, parts, len(tuple_sizes))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return (equations if backend == "equations" else reference).priors(frames, w, tuple_sizes)
 
 
@@ -63,7 +64,7 @@ class ThreeDEM(_Part):
         super().__init__()
         _check_backend(backend)
         self.backend = backend
-        self.conv = nn.Conv3d(1, 1, 3, padding=1, bias=False)
+        self.conv = Held(1, 1, 3, 3, 3, bias=False)
 
     def weights(self) -> Weights:
         return Weights(ThreeDEMWeights(self.conv.weight), None, None)
@@ -80,9 +81,9 @@ class CWEM(_Part):
         _positive("channels", channels)
         _positive("hidden_channels", hidden_channels)
         self.backend = backend
-        self.expand = nn.Conv2d(channels, hidden_channels, 1, bias=False)
-        self.temporal = nn.Conv1d(hidden_channels, hidden_channels, 3, padding=1)
-        self.squeeze = nn.Conv2d(hidden_channels, channels, 1, bias=False)
+        self.expand = Held(hidden_channels, channels, 1, 1, bias=False)
+        self.temporal = Held(hidden_channels, hidden_channels, 3)
+        self.squeeze = Held(channels, hidden_channels, 1, 1, bias=False)
 
     def weights(self) -> Weights:
         assert self.temporal.bias is not None
@@ -105,9 +106,9 @@ class HMEM(_Part):
         self.tuple_sizes = tuple(sorted(tuple_sizes))
         op.check_tuple_sizes("HMEM", self.tuple_sizes, frames)
         planes = [o * channels for o in self.tuple_sizes]
-        self.motion = nn.ModuleList(nn.Conv2d(p, p, 3, padding=1) for p in planes)
-        self.project = nn.ModuleList(nn.Conv2d(p, channels, 1) for p in planes)
-        self.restore = nn.Linear(equations.count_maps(frames, self.tuple_sizes), frames)
+        self.motion = nn.ModuleList(Held(p, p, 3, 3) for p in planes)
+        self.project = nn.ModuleList(Held(channels, p, 1, 1) for p in planes)
+        self.restore = Held(frames, equations.count_maps(frames, self.tuple_sizes))
 
     def weights(self) -> Weights:
         def tensors(convs: nn.ModuleList, name: str) -> list[Tensor]:
@@ -115,6 +116,7 @@ class HMEM(_Part):
 
         motion = tensors(self.motion, "weight"), tensors(self.motion, "bias")
         project = tensors(self.project, "weight"), tensors(self.project, "bias")
+        assert self.restore.bias is not None
         return Weights(None, None, HMEMWeights(*motion, *project, self.restore.weight, self.restore.bias))
 
 
@@ -155,7 +157,7 @@ class SOAP(nn.Module):
         out_channels_last: bool = False,
     ) -> None:
         super().__init__()
-        chosen = tuple(parts)
+        chosen = (parts,) if isinstance(parts, str) else tuple(parts)
         if unknown := sorted(set(chosen) - set(PARTS)):
             raise ValueError(f"parts holds {unknown[0]!r}, expected some of {', '.join(PARTS)}")
         if variant not in ("paper", "release"):
@@ -163,6 +165,11 @@ class SOAP(nn.Module):
         if precision not in backends.PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(backends.PRECISIONS)}")
         _check_backend(backend)
+        _positive("hidden_channels", hidden_channels)
+        if out_dtype is not None and out_dtype not in op.FLOATS:
+            raise ValueError(f"out_dtype is {out_dtype!r}, expected a floating dtype such as torch.float16")
+        if normalize is not None and [len(numbers) for numbers in normalize] != [channels, channels]:
+            raise ValueError(f"normalize is {normalize!r}, expected (mean, std) of {channels} channels each")
         self.frames, self.channels = _positive("frames", frames), _positive("channels", channels)
         self.tuple_sizes = tuple(sorted(tuple_sizes))
         self.parts = tuple(p for p in PARTS if p in chosen)
@@ -197,6 +204,7 @@ class SOAP(nn.Module):
                 f"SOAP: x has shape {tuple(x.shape)}, expected (B, T, C, H, W) with T = {self.frames} frames"
                 f" and C = {self.channels} channels"
             )
+        op.check_soap_dtype("SOAP", x, self.normalize is not None)
 
     def priors(self, x: Tensor) -> dict[str, Tensor]:
         """The prior of each part that is on, by its name, broadcastable to x; differentiable. For plots and study."""
@@ -205,7 +213,7 @@ class SOAP(nn.Module):
         frames = equations.as_float(x, mean, std)
         if self.variant == "release":
             w = compat.release_weights(self, self.parts).to(frames.dtype)
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x):
                 return compat.equations(frames, w, self.tuple_sizes)
         return _priors(frames, self.weights(), self.tuple_sizes, self.backend)
 
@@ -219,9 +227,8 @@ class SOAP(nn.Module):
             return self._release(x)
         if self.backend == "equations":
             mean, std = self.normalize or (None, None)
-            frames = x if self.normalize is None else equations.as_float(x, mean, std)
-            y = equations.soap(frames, self.weights(), self.tuple_sizes)
-            return equations.as_output(y, self.out_dtype or frames.dtype, self.out_channels_last)
+            y = equations.soap(equations.as_float(x, mean, std), self.weights(), self.tuple_sizes)
+            return equations.as_output(y, self._out_dtype(x), self.out_channels_last)
         if not self.parts and self.normalize is None and self.out_dtype is None and not self.out_channels_last:
             return x
         return op.soap(
@@ -238,10 +245,14 @@ class SOAP(nn.Module):
 
     def _release(self, x: Tensor) -> Tensor:
         mean, std = self.normalize or (None, None)
-        frames = x if self.normalize is None else equations.as_float(x, mean, std)
+        # Narrow frames are widened first where y is to be wider, so that nothing is rounded on the way.
+        frames = x if self._out_dtype(x) == x.dtype else equations.as_float(x, mean, std)
         w = compat.release_weights(self, self.parts)
         y = compat.release(frames, w, self.tuple_sizes, self.precision, self.backend)
-        return equations.as_output(y, self.out_dtype or frames.dtype, self.out_channels_last)
+        return equations.as_output(y, self._out_dtype(x), self.out_channels_last)
+
+    def _out_dtype(self, x: Tensor) -> torch.dtype:
+        return self.out_dtype or (torch.float32 if self.normalize is not None else x.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -7,17 +7,20 @@ nothing but x, the weights and what ``prepare`` left (a few KB): backward recomp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from soap_kernels import backends
 from soap_kernels.backends import Backend, Fusion, Options
-from soap_kernels.equations import PARTS, Weights, compute_dtype, count_maps, count_weights
+from soap_kernels.equations import PARTS, Weights, compute_dtype, count_maps, count_weights, without_autocast
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+ELSEWHERE = 'SOAP(backend="equations"), plain PyTorch all the way, has every derivative'
 
 _library = torch.library.Library("soap_kernels", "DEF")
 _library.define(
@@ -41,31 +44,28 @@ _library.define(
 )
 
 
-class _without_autocast:
-    """Autocast off inside an op: y has x's dtype under autocast too, and accumulation stays in fp32."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.off = torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else None
-
-    def __enter__(self) -> None:
-        if self.off:
-            self.off.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self.off:
-            self.off.__exit__(*error)
-
-
 def _shape(t: Tensor) -> str:
     return f"shape {tuple(t.shape)}"
 
 
-def _check_frames(op: str, x: Tensor, rank: int, layout: str, dtypes: Sequence[torch.dtype]) -> None:
-    if x.dim() != rank:
-        raise ValueError(f"{op}: x has {_shape(x)}, expected {layout}")
+def _check_dtype(op: str, x: Tensor, dtypes: Sequence[torch.dtype], more: str = "") -> None:
     if x.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{op}: x has dtype {str(x.dtype).removeprefix('torch.')}, expected {names}")
+        raise TypeError(f"{op}: x has dtype {str(x.dtype).removeprefix('torch.')}, expected {names}{more}")
+
+
+def _check_frames(op: str, x: Tensor, rank: int, layout: str) -> None:
+    if x.dim() != rank:
+        raise ValueError(f"{op}: x has {_shape(x)}, expected {layout}")
+    _check_dtype(op, x, FLOATS)
+
+
+def check_soap_dtype(op: str, x: Tensor, normalized: bool) -> None:
+    """Raises TypeError unless x is uint8 where it is normalised on the way in, and floating where it is not."""
+    if normalized:
+        _check_dtype(op, x, (torch.uint8,), ", since it has mean and std (normalize=)")
+    else:
+        _check_dtype(op, x, FLOATS, ", or uint8 with mean and std (normalize=)")
 
 
 def _check_weight(op: str, name: str, w: Tensor, shape: tuple[Any, ...], x: Tensor) -> None:
@@ -75,6 +75,11 @@ def _check_weight(op: str, name: str, w: Tensor, shape: tuple[Any, ...], x: Tens
         raise TypeError(f"{op}: {name} has dtype {w.dtype}, expected a floating one")
     if w.device != x.device:
         raise ValueError(f"{op}: {name} is on {w.device}, x on {x.device}")
+
+
+def _check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    if t.shape != x.shape or t.device != x.device:
+        raise ValueError(f"{op}: {name} has {_shape(t)} on {t.device}, expected x's {tuple(x.shape)} on {x.device}")
 
 
 def _check_precision(op: str, precision: str) -> None:
@@ -106,12 +111,9 @@ def _check_soap(
 ) -> Options:
     if (mean is None) != (std is None):
         raise ValueError("soap: mean and std go together, one of them is None")
-    if mean is None:
-        if x.dtype == torch.uint8:
-            raise TypeError("soap: x has dtype uint8, which needs mean and std (normalize=) to become floating frames")
-        _check_frames("soap", x, 5, "(B, T, C, H, W)", FLOATS)
-    else:
-        _check_frames("soap", x, 5, "(B, T, C, H, W)", (torch.uint8,))
+    if x.dim() != 5:
+        raise ValueError(f"soap: x has {_shape(x)}, expected (B, T, C, H, W)")
+    check_soap_dtype("soap", x, mean is not None)
     frames, channels = x.shape[1], x.shape[2]
     if mean is not None and std is not None and not len(mean) == len(std) == channels:
         raise ValueError(
@@ -173,7 +175,7 @@ def _soap(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     options = _check_soap(x, weights, parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last)
-    with _without_autocast(x):
+    with without_autocast(x):
         return backends.choose(backend, x).soap_forward(x, weights, options)
 
 
@@ -217,11 +219,18 @@ def _soap_backward(
     needs_weights: bool,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    if grad.shape != x.shape:
-        raise ValueError(f"soap_backward: grad has {_shape(grad)}, expected x's {tuple(x.shape)}")
+    _check_like("soap_backward", "grad", grad, x)
     options = _check_soap(x, weights, parts, tuple_sizes, precision, mean, std, grad.dtype, False)
-    with _without_autocast(x):
-        return backends.choose(backend, x).soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
+    chosen = backends.choose(backend, x)
+    # A hook on saved tensors may have put something else in its place.
+    numel = chosen.prepared_numel(x, options)
+    if prepared.shape != (numel,) or prepared.dtype != torch.float32 or prepared.device != x.device:
+        raise ValueError(
+            f"soap_backward: prepared has {_shape(prepared)} and dtype {prepared.dtype} on {prepared.device}, expected"
+            f" the {numel} numbers in float32 on {x.device} that soap left"
+        )
+    with without_autocast(x):
+        return chosen.soap_backward(grad, x, prepared.contiguous(), weights, options, needs_x, needs_weights)
 
 
 @torch.library.register_fake("soap_kernels::soap_backward", lib=_library)
@@ -261,13 +270,13 @@ def _soap_autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 
 def _check_window_sums(x: Tensor) -> None:
-    _check_frames("window_sums", x, 4, "(N, C, H, W)", FLOATS)
+    _check_frames("window_sums", x, 4, "(N, C, H, W)")
 
 
 @torch.library.impl("soap_kernels::window_sums", "CompositeExplicitAutograd", lib=_library)
 def _window_sums(x: Tensor, backend: str) -> Tensor:
     _check_window_sums(x)
-    with _without_autocast(x):
+    with without_autocast(x):
         return backends.choose(backend, x).window_sums(x)
 
 
@@ -279,7 +288,11 @@ def _window_sums_fake(x: Tensor, backend: str) -> Tensor:
 
 @torch.library.impl("soap_kernels::window_sums_backward", "CompositeExplicitAutograd", lib=_library)
 def _window_sums_backward(grad: Tensor, x: Tensor, backend: str) -> Tensor:
-    with _without_autocast(x):
+    _check_window_sums(x)
+    if grad.shape != (*x.shape[:2], 3, 3) or grad.device != x.device:
+        expected = f"{(*x.shape[:2], 3, 3)} on {x.device}"
+        raise ValueError(f"window_sums_backward: grad has {_shape(grad)} on {grad.device}, expected {expected}")
+    with without_autocast(x):
         return backends.choose(backend, x).window_sums_backward(grad, x)
 
 
@@ -306,7 +319,7 @@ def _check_fusion(
     bias: Tensor | None,
     fusion: Fusion,
 ) -> None:
-    _check_frames("fuse_priors", x, 5, "(B, T, C, H, W)", FLOATS)
+    _check_frames("fuse_priors", x, 5, "(B, T, C, H, W)")
     _check_precision("fuse_priors", fusion.precision)
     b, t, c = x.shape[:3]
     if bias is not None and weight is None:
@@ -337,7 +350,7 @@ def _fuse_priors(
 ) -> Tensor:
     fusion = Fusion(multiplicative, offset, interleaved, precision)
     _check_fusion(x, stencil, gate, weight, bias, fusion)
-    with _without_autocast(x):
+    with without_autocast(x):
         return backends.choose(backend, x).fuse_priors(x, stencil, gate, weight, bias, fusion)
 
 
@@ -374,8 +387,10 @@ def _fuse_priors_backward(
     backend: str,
 ) -> list[Tensor]:
     fusion = Fusion(multiplicative, offset, interleaved, precision)
+    _check_fusion(x, stencil, gate, weight, bias, fusion)
+    _check_like("fuse_priors_backward", "grad", grad, x)
     chosen: Backend = backends.choose(backend, x)
-    with _without_autocast(x):
+    with without_autocast(x):
         return chosen.fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
 
 
@@ -418,7 +433,7 @@ def _refuse_double_backward(op: str) -> None:
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
             f"{op} has no second derivative: its backward recomputes what it needs and is itself not differentiable;"
-            ' use backend="equations" for double backward'
+            f" {ELSEWHERE}"
         )
 
     torch.library.register_autograd(f"soap_kernels::{op}_backward", refuse, setup_context=setup, lib=_library)
@@ -433,6 +448,14 @@ torch.library.register_autograd(
 )
 for _name in ("soap", "window_sums", "fuse_priors"):
     _refuse_double_backward(_name)
+
+
+def _refuse_forward_mode(op: str, tensors: Iterable[Tensor | None]) -> None:
+    """PyTorch gives an op with a backward alone a forward-mode derivative of zero, without a word."""
+    if not torch.compiler.is_compiling() and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(f"{op} has no forward-mode derivative (jvp, jacfwd, make_dual); {ELSEWHERE}")
 
 
 def soap(
@@ -461,8 +484,9 @@ def soap(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, device or dtype; the text names it.
-        RuntimeError: the backend asked for is absent; the text says why.
+        RuntimeError: the backend asked for is absent, the text says why; or a forward-mode derivative is asked for.
     """
+    _refuse_forward_mode("soap", (x, *weights))
     mean, std = (None, None) if normalize is None else (list(normalize[0]), list(normalize[1]))
     y, _ = torch.ops.soap_kernels.soap(
         x, list(weights), list(parts), list(tuple_sizes), precision, mean, std, out_dtype, out_channels_last, backend
@@ -480,6 +504,7 @@ def window_sums(x: Tensor, backend: str = "auto") -> Tensor:
     Returns:
         ``(N, C, 3, 3)``, fp32 (fp64 for fp64): the total, less a border row or column, plus a corner.
     """
+    _refuse_forward_mode("window_sums", (x,))
     return torch.ops.soap_kernels.window_sums(x, backend)
 
 
@@ -512,6 +537,7 @@ def fuse_priors(
     Returns:
         Like x, contiguous.
     """
+    _refuse_forward_mode("fuse_priors", (x, stencil, gate, weight, bias))
     return torch.ops.soap_kernels.fuse_priors(
         x, stencil, gate, weight, bias, multiplicative, offset, interleaved, precision, backend
     )

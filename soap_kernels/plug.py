@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -27,10 +28,14 @@ class Plugged(nn.Module):
         self.soap = soap
         self.model = model
         self.layout = layout
+        self._input = next(iter(inspect.signature(model.forward).parameters), None)
         self.register_load_state_dict_pre_hook(_take_model_keys)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs. The frames are its first argument, by position or by name; the others pass through.
+
+        In a model whose signature doesn't name them (``*args, **kwargs``) they are the first keyword with a tensor of
+        frames or clips.
 
         Raises:
             ValueError: frames of another layout, or of a number that is no multiple of SOAP's.
@@ -39,10 +44,15 @@ class Plugged(nn.Module):
             return self.model(self._enhance(args[0]), *args[1:], **kwargs)
         if not kwargs:
             raise ValueError("plug: the model was called without frames")
-        name, x = next(iter(kwargs.items()))
-        return self.model(**{**kwargs, name: self._enhance(x)})
+        name = self._input
+        if name not in kwargs:
+            frames = [k for k, value in kwargs.items() if isinstance(value, Tensor) and value.dim() in (4, 5)]
+            name = next(iter(frames), next(iter(kwargs)))
+        return self.model(**{**kwargs, name: self._enhance(kwargs[name])})
 
-    def _enhance(self, x: Tensor) -> Tensor:
+    def _enhance(self, x: Any) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"plug: the model's input is a {type(x).__name__}, expected a tensor of frames or clips")
         layout = self.layout if self.layout != "auto" else self._find_layout(x)
         frames = self.soap.frames
         if layout == "NCHW":

@@ -14,26 +14,33 @@ PARTS = ("3dem", "cwem", "hmem")
 SUBSETS = [s for n in range(4) for s in itertools.combinations(PARTS, n)]
 
 
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """As the published layers do: stride 1, padding that keeps the size."""
+    w = conv.weight
+    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[w.dim()]
+    return convolution(x, w, conv.bias, padding=w.shape[-1] // 2)
+
+
 def transcription(module: nn.Module, x: Tensor, seq_len: int, sizes: tuple[int, ...], parts: tuple[str, ...]) -> Tensor:
-    """The published forward on flattened frames, step by step with the module's convolutions, reshapes as they are."""
+    """The published forward on flattened frames, step by step with the module's weights, reshapes as they are."""
     n, c, h, w = x.shape
     b = n // seq_len
     y = x
     if "3dem" in parts:
         mixed = x.reshape(b, c, seq_len, h, w).mean(dim=1, keepdim=True)
-        prior = module.conv_st(mixed).transpose(1, 2).contiguous().reshape(n, 1, h, w)
+        prior = convolve(module.conv_st, mixed).transpose(1, 2).contiguous().reshape(n, 1, h, w)
         y = y + x * torch.sigmoid(prior) + x
     if "cwem" in parts:
-        pooled = module.conv_ch1(x).mean(dim=(2, 3)).reshape(b, seq_len, -1)
-        slid = module.channel_diff(pooled).reshape(n, -1, 1, 1)
-        y = y + x * torch.sigmoid(module.conv_ch2(slid)) + x
+        pooled = convolve(module.conv_ch1, x).mean(dim=(2, 3)).reshape(b, seq_len, -1)
+        slid = convolve(module.channel_diff, pooled).reshape(n, -1, 1, 1)
+        y = y + x * torch.sigmoid(convolve(module.conv_ch2, slid)) + x
     if "hmem" in parts:
         frames = x.reshape(b, c, seq_len, h, w).transpose(1, 2).contiguous()
         maps = []
         for k, size in enumerate(sizes):
             split = [frames[:, i : i + size].reshape(b, size * c, h, w) for i in range(seq_len - size + 1)]
             for first, second in itertools.pairwise(split):
-                maps.append(module.recover[k](first - module.frame_diff[k](second)))
+                maps.append(convolve(module.recover[k], first - convolve(module.frame_diff[k], second)))
         mean = torch.stack(maps, dim=1).mean(dim=1, keepdim=True).expand(b, seq_len, c, h, w)
         y = y + x * torch.sigmoid(mean.reshape(n, c, h, w).mean(dim=(2, 3), keepdim=True)) + x
     return y

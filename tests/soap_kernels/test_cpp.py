@@ -432,6 +432,10 @@ def test_the_environment_variable_forces_an_instruction_set() -> None:
     code = "import soap_kernels.cpp as c; print(c.isa())"
     assert run_python(code, SOAP_KERNELS_ISA="plain").stdout.strip() == "plain"
     assert "SOAP_KERNELS_ISA is 'mmx', expected auto or one of" in run_python(code, SOAP_KERNELS_ISA="mmx").stderr
+    auto = "import torch, soap_kernels.backends as b; print(b.choose('auto', torch.zeros(1)).name)"
+    passed_over = run_python(auto, SOAP_KERNELS_ISA="mmx")
+    assert passed_over.stdout.strip() == "reference"
+    assert "the C++ kernels are left out" in passed_over.stderr
 
 
 class Clips(torch.utils.data.Dataset[Tensor]):

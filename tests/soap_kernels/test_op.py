@@ -175,7 +175,11 @@ def test_uint8_frames_are_normalised_then_padded(
 MISUSE = {
     "rank": ({"x": torch.randn(8, 3, 6, 6)}, ValueError, r"x has shape \(8, 3, 6, 6\), expected \(B, T, C, H, W\)"),
     "dtype": ({"x": torch.zeros(1, 8, 3, 6, 6, dtype=torch.int32)}, TypeError, "x has dtype int32"),
-    "uint8 without normalize": ({"x": torch.zeros(1, 8, 3, 6, 6, dtype=torch.uint8)}, TypeError, "needs mean and std"),
+    "uint8 without normalize": (
+        {"x": torch.zeros(1, 8, 3, 6, 6, dtype=torch.uint8)},
+        TypeError,
+        "or uint8 with mean and std",
+    ),
     "channels": ({"x": torch.randn(1, 8, 4, 6, 6)}, ValueError, r"cwem.expand.weight has shape \(16, 3, 1, 1\)"),
     "frames": ({"x": torch.randn(1, 9, 3, 6, 6)}, ValueError, r"hmem.restore.weight has shape \(8, 18\)"),
     "precision": ({"precision": "sloppy"}, ValueError, "precision is 'sloppy'"),
@@ -213,3 +217,45 @@ def test_float64_goes_to_the_reference_whatever_the_name(backend: str) -> None:
 def test_fuse_priors_refuses_a_bias_without_its_weight() -> None:
     with pytest.raises(ValueError, match="bias is given without weight"):
         soap_kernels.fuse_priors(torch.randn(1, 2, 1, 3, 3), bias=torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["soap", "window_sums", "fuse_priors"])
+def test_a_forward_mode_derivative_is_refused_rather_than_zero(name: str) -> None:
+    weights = SOAP().weights().flatten()
+    calls = {
+        "soap": lambda x: soap_kernels.soap(x, weights),
+        "window_sums": lambda x: soap_kernels.window_sums(x.flatten(0, 1)),
+        "fuse_priors": lambda x: soap_kernels.fuse_priors(x, gate=torch.ones(1, 8, 3)),
+    }
+    x = torch.randn(1, 8, 3, 4, 4)
+    with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative .*; SOAP.backend=.equations"):
+        torch.func.jvp(calls[name], (x,), (torch.ones_like(x),))
+    module = SOAP(backend="equations")
+    _, tangent = torch.func.jvp(module, (x,), (torch.ones_like(x),))
+    assert tangent.abs().max() > 0.5
+
+
+def test_backward_checks_what_it_is_given(backend: str) -> None:
+    x, module = torch.randn(1, 8, 3, 6, 6), SOAP(backend=backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t):
+        y = module(x)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=r"prepared has shape|dtype"):
+        y.sum().backward()
+    settings = [["3dem", "cwem", "hmem"], [1, 2, 3], "default", None, None, False, True, backend]
+    weights = [w.detach() for w in module.weights().flatten()]
+    with pytest.raises(ValueError, match=r"prepared has shape \(7,\) and dtype torch.float32 on cpu, expected the"):
+        OPS.soap_backward(torch.ones_like(x), x, torch.empty(7), weights, *settings)
+    with pytest.raises(ValueError, match=r"grad has shape \(1, 1, 1, 1, 1\) on cpu, expected x's \(1, 8, 3, 6, 6\)"):
+        OPS.soap_backward(torch.ones(1, 1, 1, 1, 1), x, torch.empty(0), weights, *settings)
+    fusion = [False, 0.0, False, "default", [False, False, True, False, False], backend]
+    with pytest.raises(ValueError, match=r"fuse_priors_backward: grad has shape \(1, 1, 1, 1, 1\)"):
+        OPS.fuse_priors_backward(torch.ones(1, 1, 1, 1, 1), x, None, torch.ones(1, 8, 3), None, None, *fusion)
+    with pytest.raises(
+        ValueError, match=r"window_sums_backward: grad has shape \(8, 3, 3\) on cpu, expected \(8, 3, 3, 3"
+    ):
+        OPS.window_sums_backward(torch.ones(8, 3, 3), x[0], backend)
+
+
+def test_equations_is_no_backend_of_the_functions() -> None:
+    with pytest.raises(ValueError, match=r"'equations' is unknown; there are auto, .*; equations is for the modules"):
+        soap_kernels.window_sums(torch.randn(1, 1, 2, 2), backend="equations")

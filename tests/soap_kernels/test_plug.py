@@ -92,6 +92,23 @@ def test_frames_of_another_count_or_layout_are_refused(shape: tuple[int, ...], l
     assert "\n" not in str(refused.value)
 
 
+def test_frames_among_other_keywords_are_found_by_the_model_s_signature() -> None:
+    torch.manual_seed(0)
+    model = plug(Frames(), frames=4, tuple_sizes=(1, 2)).eval()
+    x = torch.randn(4, 3, 6, 7)
+    torch.testing.assert_close(model(scale=2.0, pixels=x), model(x, 2.0))
+
+    class Anonymous(Frames):
+        def forward(self, *args: Tensor, **inputs: Tensor) -> Tensor:
+            return super().forward(*args, **{k: v for k, v in inputs.items() if k == "pixels"})
+
+    hidden = plug(Anonymous(), frames=4, tuple_sizes=(1, 2)).eval()
+    labels = torch.zeros(4, dtype=torch.int64)
+    torch.testing.assert_close(hidden(labels=labels, pixels=x), hidden(x))
+    with pytest.raises(ValueError, match="input is a str, expected a tensor of frames or clips"):
+        model("clip.mp4")
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="layout is 'TCHW', expected one of auto, NCHW, BCTHW, BTCHW"):
         plug(Frames(), layout="TCHW")
