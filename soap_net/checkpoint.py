@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import tempfile
+import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or the folder can't be written; the file at `path` is then as it was.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    temporary = Path(name)
+    # Not by tempfile, whose files only their owner may read: the checkpoint would keep that mode.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             torch.save({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -63,13 +64,22 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Reads a checkpoint; only tensors and plain values are let in, never code.
 
     Raises:
-        CheckpointError: no such file, truncated, not a checkpoint, or of a newer format.
+        CheckpointError: no such file, a folder, not to be read, truncated, not a checkpoint, or of a newer format.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+    if os.path.isdir(path):
+        best = path / "best.pt"
+        raise CheckpointError(
+            f"{path}: a folder, not a checkpoint{f'; there is {best}' if os.path.isfile(best) else ''}"
+        )
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the checkpoint can't be read: {(error.strerror or str(error)).lower()}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path}: not a whole checkpoint of soap-net ({path.stat().st_size} bytes): truncated, or another format"
         ) from error
@@ -80,19 +90,29 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     return content
 
 
-def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[SOAPNet, Config]:
+def load_model(
+    path: Path, device: str | torch.device = "cpu", *, backend: str | None = None, precision: str | None = None
+) -> tuple[SOAPNet, Config]:
     """Rebuilds the model of a checkpoint, in evaluation mode, and the config it was trained with.
+
+    Args:
+        path: the checkpoint.
+        device: where the model is to run.
+        backend: what SOAP runs with; by default what it was trained with, which this machine may not have.
+        precision: that of SOAP's kernels; by default that of training.
 
     Raises:
         CheckpointError: see `load`; or its weights don't fit the model that its config describes.
+        UserError: no such backend or precision.
     """
     from soap_net.models import build_model
 
     content = load(path)
     config = from_dict(content["config"], str(path))
-    weights, config.model.weights = config.model.weights, "random"  # the checkpoint brings them all
-    model = build_model(config.model, config.data.frames)
-    config.model.weights = weights
+    given: dict[str, Any] = {"backend": backend, "precision": precision}
+    soap = replace(config.model.soap, **{key: value for key, value in given.items() if value is not None})
+    described = replace(config.model, weights="random", soap=soap)  # the checkpoint brings all weights
+    model = build_model(described, config.data.frames)
     load_weights(model, content["model"], path)
     return model.to(device).eval(), config
 

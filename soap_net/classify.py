@@ -58,7 +58,8 @@ class Classifier:
         Raises:
             UserError: not a checkpoint, or no such device.
         """
-        model, config = load_model(path, pick_device(device))
+        # The best kernels that are here: those it was trained with may be another machine's.
+        model, config = load_model(path, pick_device(device), backend="auto")
         return cls(model, config.data, amp=config.train.amp)
 
     def learn(self, support: Mapping[str, Sequence[Clip]], *, progress: bool = False) -> list[str]:
@@ -146,12 +147,11 @@ def find_clips(path: Path) -> list[Clip]:
 
 def _clips_below(folder: Path) -> list[Clip]:
     children = sorted((c for c in folder.iterdir() if not c.name.startswith(".")), key=lambda c: natural(c.name))
-    if any(is_image(child.name) for child in children):
-        return [Clip(folder)]
     clips = []
     for child in children:
         if child.is_dir():
             clips += _clips_below(child)
         elif child.suffix.lower() in VIDEO_SUFFIXES | {".zip"}:
             clips.append(Clip(child))
-    return clips
+    # Images are frames only where nothing else is: beside videos they are posters and thumbnails.
+    return clips or ([Clip(folder)] if any(is_image(child.name) for child in children) else [])

@@ -8,14 +8,17 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from soap_net.errors import UserError
 
+if TYPE_CHECKING:
+    from soap_net.config import Config
+
 Command = Callable[[list[str]], int]
-SETTINGS = "Any setting may follow, as in --eval.tasks 1000; `soap-net train --help` lists them all."
+SETTINGS = "Settings may follow, as in --eval.tasks 1000; `soap-net train --help` lists them all."
 
 
 class _Options(argparse.ArgumentParser):
@@ -126,7 +129,9 @@ def _demo(args: list[str]) -> int:
     from soap_net.config import parse, presets, read_settings
 
     text = "Train and evaluate on the embedded videos, with and without SOAP, and write report.html and summary.json."
-    config = parse(args, base=read_settings(presets()["demo"]), prog="soap-net demo", description=text)
+    base = read_settings(presets()["demo"])
+    config = parse(args, base=base, prog="soap-net demo", description=text)
+    _refuse_changes(config, base, ("data.root", "model.soap.enabled"), "the demo sets it itself")
 
     from soap_net.demo import run_demo
 
@@ -148,6 +153,8 @@ def _train(args: list[str]) -> int:
             raise UserError(f"{run}: no run to resume: there is no config.yaml in it")
         base = {**read_settings(run / "config.yaml"), "out": str(run)}
     config = parse(settings, base=base, prog="soap-net train", description=text)
+    if base is not None and str(config.out) != base["out"]:
+        raise UserError(f"--resume {options.resume} goes on in that folder; --out {config.out} names another")
 
     from soap_net.train import TrainingStopped, train
 
@@ -169,10 +176,12 @@ def _eval(args: list[str]) -> int:
     options, settings = own.parse_known(args)
 
     from soap_net import checkpoint
-    from soap_net.config import parse
+    from soap_net.config import known_keys, parse
 
     trained = checkpoint.load(options.checkpoint)["config"]
     config = parse(settings, base=trained, prog="soap-net eval", source=str(options.checkpoint))
+    fixed = [key for key in known_keys() if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
+    _refuse_changes(config, trained, fixed, "an evaluation takes it from the checkpoint")
 
     from soap_net.evaluate import evaluate_run
 
@@ -192,6 +201,20 @@ def _eval(args: list[str]) -> int:
     if result.failed_clips:
         print(f"  {len(result.failed_clips)} clips could not be read and were replaced")
     return 0
+
+
+# Settings beside `data` and `eval` that count in an evaluation: where and how precisely the model runs.
+EVALUATED_WITH = ("device", "out", "train.amp", "model.soap.backend", "model.soap.precision")
+
+
+def _refuse_changes(config: Config, base: Mapping[str, Any], keys: Sequence[str], why: str) -> None:
+    """Raises UserError for the first of `keys` that an option has changed, which would be ignored."""
+    from soap_net.config import flatten, from_dict, to_dict
+
+    here, there = flatten(to_dict(config)), flatten(to_dict(from_dict(base)))
+    for key in keys:
+        if here[key] != there[key]:
+            raise UserError(f"--{key} can't be set here: {why}")
 
 
 def _classify(args: list[str]) -> int:

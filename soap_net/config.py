@@ -104,7 +104,7 @@ class ModelConfig:
 
 @dataclass
 class EpisodeConfig:
-    """The few-shot tasks of training and validation."""
+    """The few-shot tasks of training; validation has their way and shot."""
 
     way: int = 5
     """Classes of a task."""
@@ -147,7 +147,7 @@ class TrainConfig:
     save_every: int = 200
     """Episodes between writings of last.pt."""
     max_failed_share: float = 0.05
-    """Training stops when more than this share of the clips read could not be decoded."""
+    """Training stops when more than this share of the clips read (once they are 500) could not be decoded."""
 
 
 @dataclass
@@ -161,7 +161,7 @@ class EvalConfig:
     shot: int = 1
     """Support clips of a class."""
     queries: int = 1
-    """Query clips of a class."""
+    """Query clips of a class, in validation too."""
     seed: int = 1
     """Seeds the tasks."""
     split: Literal["train", "val", "test"] = "test"

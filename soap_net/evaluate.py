@@ -6,10 +6,12 @@ read and goes through SOAP and the backbone once; the tasks then run the head al
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -215,7 +218,7 @@ def evaluate(
         },
         classes=list(clips.classes),
         confusion=confusion.tolist(),
-        failed_clips=[str(error) for error in store.failures],
+        failed_clips=store.failures,
         correct=correct.tolist(),
     )
 
@@ -238,7 +241,7 @@ class _Store:
         self.rows: dict[tuple[int, int], int] = {}
         self.features = torch.zeros(0, data.frames, model.backbone.dim, device=ranks.device)
         self.broken: set[tuple[int, int]] = set()
-        self.failures: list[ClipError] = []
+        self.failures: list[str] = []
 
     def fill(self, episodes: Sequence[Episode]) -> list[tuple[list[int], list[int]]]:
         """Reads what the episodes need; returns the rows of each one's support and query, grouped by way."""
@@ -266,18 +269,26 @@ class _Store:
             own, errors = clip_features(self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance)
         features = torch.zeros(len(fresh), *own.shape[1:], device=ranks.device)
         features[ranks.rank :: ranks.size] = own
-        failed = torch.zeros(len(fresh), device=ranks.device)
-        for i, error in zip(mine, errors, strict=True):
-            if error is not None:
-                failed[i] = 1.0
-                self.failures.append(error)
-                tqdm.write(f"warning: {error}; another clip of its class takes its place", file=sys.stderr)
-        ranks.sum([features, failed])
+        ranks.sum([features])
+        failed = {i: str(error) for i, error in zip(mine, errors, strict=True) if error is not None}
+        for text in failed.values():
+            tqdm.write(f"warning: {text}; another clip of its class takes its place", file=sys.stderr)
+        failed = _of_all(failed, ranks)
         start = len(self.features)
         self.features = torch.cat([self.features, features])
         for i, pair in enumerate(fresh):
             self.rows[pair] = start + i
-        self.broken.update(pair for pair, bad in zip(fresh, failed.tolist(), strict=True) if bad)
+        self.broken.update(fresh[i] for i in failed)
+        self.failures += failed.values()
+
+
+def _of_all(own: dict[int, str], ranks: Ranks) -> dict[int, str]:
+    """The entries of all processes, in the order of their keys, as one process alone would have found them."""
+    parts = [own]
+    if ranks.size > 1:
+        parts = [{} for _ in range(ranks.size)]
+        dist.all_gather_object(parts, own)
+    return dict(sorted(item for part in parts for item in part.items()))
 
 
 def _readable(
@@ -370,27 +381,53 @@ def _embed_all(head: FewShotHead, features: Tensor) -> Embedded | None:
 def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, progress: bool = True) -> EvalResult:
     """Evaluates a checkpoint and writes `eval.json` beside it.
 
+    A result that can't be written after all is returned all the same, with a warning on stderr.
+
     Args:
         checkpoint: a run's `best.pt` or `last.pt`.
-        config: its `data`, `eval`, `device` and `train.amp` count; the model is the checkpoint's own.
+        config: its `data`, `eval`, `device`, `train.amp`, `model.soap.backend` and `model.soap.precision` count; all
+            else of the model is the checkpoint's own.
         out: a .json file, or a folder to put `eval.json` in.
 
     Raises:
-        UserError: bad checkpoint or data set, impossible values, or a number of frames that the model can't take.
+        UserError: bad checkpoint or data set, impossible values, a number of frames that the model can't take, or a
+            place that can't be written to.
     """
     config.check()
     with join(config.device) as ranks:
-        model, trained = load_model(checkpoint, ranks.device)
+        soap = config.model.soap
+        model, trained = load_model(checkpoint, ranks.device, backend=soap.backend, precision=soap.precision)
         if config.data.frames != trained.data.frames:
             raise UserError(
                 f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
             )
         clips = load_split(config.data.root, config.eval.split, config.data.split_file(config.eval.split))
-        result = evaluate(model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress)
-        target = checkpoint.parent if out is None else out
-        if target.suffix != ".json":
-            target = target / "eval.json"
+        target = out if out is not None and out.suffix == ".json" else (out or checkpoint.parent) / "eval.json"
         if ranks.first:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            result.save(target)
+            _refuse_unwritable(target)
+        result = evaluate(model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress)
+        if ranks.first:
+            try:
+                result.save(target)
+            except OSError as error:  # hours of evaluation are not to be lost for it
+                print(f"warning: {target}: the result can't be written: {_reason(error)}", file=sys.stderr)
     return result
+
+
+def _refuse_unwritable(target: Path) -> None:
+    """Makes the folder of `target`; raises `UserError` if no file of that name can be written."""
+    try:
+        if not target.parent.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{target}: the result can't be written there: {_reason(error)}; choose another place with --out"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -77,6 +77,14 @@ class _Run:
         return 1000 * sum(1 / speed for speed in speeds) / len(speeds) if speeds else None
 
     @property
+    def task(self) -> str:
+        """What it was evaluated on."""
+        if self.result is None:
+            return ""
+        way, shot, split = (self.result[key] for key in ("way", "shot", "split"))
+        return f"{way}-way {shot}-shot on the {len(self.result['classes'])} classes of the {split} split"
+
+    @property
     def settings(self) -> str:
         return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
 
@@ -105,15 +113,18 @@ def write_report(path: Path, runs: Mapping[str, Path], *, title: str = "SOAP-Net
         if run.config["model"]["soap"]["enabled"]:
             try:
                 run.shown = _priors(run, clips)
-            except UserError as error:
+            except (UserError, RuntimeError) as error:  # of one run, which the others need not suffer
                 run.shown_problem = str(error)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    evaluated = [run for run in read if run.result]
     html = environment.from_string(TEMPLATE).render(
         title=title,
         runs=read,
-        evaluated=[run for run in read if run.result],
+        evaluated=evaluated,
+        tasks=list(dict.fromkeys(run.task for run in evaluated)),
+        unseen=all(run.result["split"] != "train" for run in evaluated if run.result),
         curves=_curves(read),
         confusions=[(run, _confusion(run.result)) for run in read if run.result],
     )
@@ -170,7 +181,8 @@ def _curves(runs: Sequence[_Run]) -> str:
             accuracies.errorbar(
                 episodes, middle, reach, color=run.colour, fmt="o", markersize=5, markerfacecolor="white", capsize=3
             )
-    accuracies.axhline(100 / runs[0].config["episode"]["way"], color="#888", linewidth=1, linestyle=":")
+    for way in {run.config["episode"]["way"] for run in runs}:
+        accuracies.axhline(100 / way, color="#888", linewidth=1, linestyle=":")
     accuracies.set_ylim(0, 102)
     losses.set_ylim(bottom=0)
     for axes, label in ((losses, "loss per query"), (accuracies, "accuracy, %")):
@@ -212,9 +224,10 @@ def _confusion(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[float, s
 @torch.inference_mode()
 def _priors(run: _Run, count: int) -> list[_Shown]:
     checkpoint = run.folder / "last.pt"
-    model, config = load_model(checkpoint if checkpoint.is_file() else run.folder / "best.pt")
+    # All backends compute the same; the one it was trained with may need a GPU.
+    model, config = load_model(checkpoint if checkpoint.is_file() else run.folder / "best.pt", backend="auto")
     soap: Any = model.soap
-    split = config.eval.split
+    split = run.config["eval"]["split"]
     clips = load_split(config.data.root, split, config.data.split_file(split))
     load = clip_loader(config.data, train=False)
     shown = []
@@ -288,6 +301,7 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
 .result { display: grid; grid-template-columns: minmax(120px, 200px) 1fr 150px; gap: 16px; margin: 14px 0;
   align-items: center; }
 .result .name { overflow-wrap: anywhere; font-weight: 600; }
+.result small { color: var(--soft); display: block; font-weight: 400; }
 .result .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .result .number b { font-size: 20px; }
 .track { position: relative; height: 22px; background: #f0f2f5; border-radius: 4px; }
@@ -330,14 +344,17 @@ footer { color: var(--soft); font-size: 13px; margin-top: 20px; }
 <p>Few-shot action recognition with SOAP (arXiv 2407.16344).</p>
 
 <section>
-<h2>Accuracy on unseen classes</h2>
+<h2>Accuracy{% if unseen %} on unseen classes{% endif %}</h2>
 {% if evaluated %}
-{% set first = evaluated[0].result %}
-<p>{{ first.way }}-way {{ first.shot }}-shot on the {{ first.classes | length }} classes of the {{ first.split }} split.
+<p>{% if tasks | length == 1 %}{{ tasks[0] }}. {% endif %}
 The dark line is the 95&nbsp;% interval, the dotted one chance.</p>
 {% for run in evaluated %}
 <div class="result">
-<div class="name"><span class="chip" style="background: {{ run.colour }}"></span>{{ run.name }}</div>
+<div class="name"><span class="chip" style="background: {{ run.colour }}"></span>{{ run.name }}
+{% if tasks | length > 1 %}
+<small>{{ run.task }}</small>
+{% endif %}
+</div>
 <div class="track">
 <i class="bar" style="width: {{ "%.3f" | format(run.result.accuracy) }}%; background: {{ run.colour }}"></i>
 {% set left = [run.result.accuracy - run.result.ci95, 0] | max %}
@@ -412,7 +429,8 @@ The dark line is the 95&nbsp;% interval, the dotted one chance.</p>
 <section>
 <h2>What SOAP does: {{ run.name }}</h2>
 {% if run.shown %}
-<p>Clips of unseen classes. Below the frames the priors, each between 0 and 1, that SOAP adds to them: 3DEM from a
+<p>Clips of {{ "training" if run.config.eval.split == "train" else "unseen" }} classes.
+Below the frames the priors, each between 0 and 1, that SOAP adds to them: 3DEM from a
 spatio-temporal convolution, CWEM from each channel's mean over time, HMEM from differences between tuples of frames.
 Last the sum, stretched to full contrast. Colours run from the lowest value <span class="scale"></span> to the highest
 in the row, which stand at its left.</p>

@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # Settings that may change between a run and its continuation, as they change no result.
-FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device")
+FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_failed_share")
+# So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
+ENOUGH_READ = 500
 
 
 class TrainingStopped(Interrupted):
@@ -127,7 +129,11 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
             scaler.load_state_dict(content["scaler"])
             state = Progress(**content["progress"])
 
+        saved = state.episode
+
         def save(path: Path) -> None:
+            nonlocal saved
+            saved = state.episode
             if ranks.first:
                 content = {"config": to_dict(config), "model": model.state_dict(), "progress": asdict(state)}
                 if path == last:
@@ -194,7 +200,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
                         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
                         value = float(loss.detach())
                         if not math.isfinite(value):
-                            raise _non_finite(value, task, state)
+                            raise _non_finite(value, task, saved)
                         scaler.scale(loss / len(batch)).backward()
                         right = int((logits.argmax(dim=1) == labels).sum())
                         clips_here = len(task.support_names) + len(task.query_names)
@@ -230,7 +236,12 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
                     state.clips_failed += int(failed)
                     speed = len(batch) / (time.perf_counter() - began)
                     log.batch(state.episode, loss_sum / queries, 100.0 * right_sum / queries, lr, speed)
-                    _refuse_failures(state, cfg)
+                    if state.clips_read >= ENOUGH_READ or state.episode == cfg.episodes:
+                        try:
+                            _refuse_failures(state, cfg)
+                        except UserError:
+                            save(last)  # to go on from, with a larger share or better clips
+                            raise
                     validate_if_due()
                     if _due(cfg.save_every, state, cfg) or state.validated == state.episode:
                         save(last)
@@ -332,10 +343,11 @@ def _restore(model: nn.Module, buffers: Sequence[Tensor]) -> None:
         buffer.copy_(before)
 
 
-def _non_finite(value: float, task: EpisodeClips, state: Progress) -> NonFiniteLoss:
+def _non_finite(value: float, task: EpisodeClips, saved: int) -> NonFiniteLoss:
     clips = ", ".join([*task.support_names, *task.query_names])
+    kept = f"nothing after episode {saved} was kept" if saved else "nothing was kept"
     return NonFiniteLoss(
-        f"loss is {value} in episode {task.index}; nothing after episode {state.episode} was kept; "
+        f"loss is {value} in episode {task.index}; {kept}; "
         f"a lower --train.lr or --train.clip_norm 1 may help; its clips: {clips}"
     )
 
@@ -444,7 +456,9 @@ def _open_run_folder(config: Config, resume: bool) -> None:
         keys = [
             key
             for key in {**here, **there}
-            if there.get(key) != here.get(key) and key not in FREE_TO_CHANGE and not key.startswith("eval.")
+            if there.get(key) != here.get(key)
+            and key not in FREE_TO_CHANGE
+            and (not key.startswith("eval.") or key == "eval.queries")  # which validation takes too
         ]
         if keys:
             differ = ", ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys[:3])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from soap_net.config import parse, presets
+from soap_net.config import EpisodeConfig, parse, presets
 from soap_net.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ def build(name: str, preset: str, args: Sequence[str]) -> Experiment:
         )
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    config = parse(args, base=settings(preset, name), prog=f"soap-net experiment {name}", source=f"preset {preset}")
+    base = settings(preset, name)
+    config = parse(args, base=base, prog=f"soap-net experiment {name}", source=f"preset {preset}")
+    if config.episode.seed != base.get("episode", {}).get("seed", EpisodeConfig.seed):
+        raise UserError("episode.seed is set by the experiment, 0 for its first training of each setting; see --seeds")
     module, kind, _ = EXPERIMENTS[name]
     motion = MOTION if config.data.root == MOTION / "quick" else None
     experiment: Experiment = getattr(import_module(f"soap_net.experiments.{module}"), kind)(config, preset, motion)

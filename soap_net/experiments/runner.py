@@ -518,7 +518,8 @@ class _StopSignals:
 def _open_folder(experiment: Experiment, folder: Path) -> None:
     """Makes the experiment's folder, or sees that what is in it is this experiment."""
     path = folder / "experiment.json"
-    settings = {key: value for key, value in flatten(to_dict(experiment.config)).items() if key not in FREE_TO_CHANGE}
+    free = {*FREE_TO_CHANGE} - {"data.root"}  # a table is of one data set
+    settings = {key: value for key, value in flatten(to_dict(experiment.config)).items() if key not in free}
     here = {"experiment": experiment.name, "preset": experiment.preset, **settings}
     if path.exists():
         there = _read_json(path)

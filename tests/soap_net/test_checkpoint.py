@@ -3,15 +3,20 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
+from soap_kernels import SOAP
 from soap_net import checkpoint
 from soap_net.checkpoint import CheckpointError
 from soap_net.config import Config, to_dict
+from soap_net.errors import UserError
 from soap_net.models import build_model
 
 
@@ -29,6 +34,18 @@ def test_what_is_saved_is_loaded(tmp_path: Path, content: dict[str, object]) -> 
     assert loaded["config"] == content["config"]
     assert loaded["progress"] == {"episode": 3}
     torch.testing.assert_close(loaded["model"], content["model"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_a_checkpoint_has_the_mode_of_any_other_file(tmp_path: Path, content: dict[str, object], mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        checkpoint.save(tmp_path / "a.pt", content)
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.pt", "other")]
+    assert modes == [0o666 & ~mask] * 2
 
 
 def test_a_model_is_rebuilt_without_its_first_weights(tmp_path: Path, tiny_run: Callable[..., Config]) -> None:
@@ -49,13 +66,14 @@ def test_a_full_disk_leaves_the_old_file_whole(
     checkpoint.save(path, content)
     before = path.read_bytes()
 
-    def on_a_full_disk(prefix: str, suffix: str, dir: Path) -> tuple[int, str]:
-        (dir / "part").touch()
-        return os.open("/dev/full", os.O_WRONLY), str(dir / "part")
+    def on_a_full_disk(self: Path, mode: str) -> IO[bytes]:
+        self.touch()
+        return open("/dev/full", "wb")
 
-    monkeypatch.setattr(checkpoint.tempfile, "mkstemp", on_a_full_disk)
+    monkeypatch.setattr(checkpoint.Path, "open", on_a_full_disk)
     with pytest.raises(OSError, match="No space left") as raised:
         checkpoint.save(path, {**content, "large": torch.zeros(1_000_000)})
+    monkeypatch.undo()
     assert raised.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.pt"]
@@ -103,6 +121,68 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save({"format": 99, "config": {}, "model": {}}, path)
     with pytest.raises(CheckpointError, match="format 99, this version reads format 1"):
         checkpoint.load(path)
+
+
+def test_a_folder_is_told_apart_and_its_checkpoint_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(tmp_path))}: a folder, not a checkpoint$"):
+        checkpoint.load(tmp_path)
+    best = tmp_path / "best.pt"
+    best.touch()
+    with pytest.raises(CheckpointError, match=rf": a folder, not a checkpoint; there is {re.escape(str(best))}$"):
+        checkpoint.load(tmp_path)
+
+
+def test_what_the_system_refuses_is_said_as_it_says_it(
+    tmp_path: Path, content: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, content)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(checkpoint.torch, "load", refuse)
+    with pytest.raises(CheckpointError, match=r"a\.pt: the checkpoint can't be read: permission denied$"):
+        checkpoint.load(path)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"a\.pt/b\.pt: the checkpoint can't be read: not a directory$"):
+        checkpoint.load(path / "b.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.parametrize("forbidden", ["run", "run/a.pt"])
+def test_a_checkpoint_that_may_not_be_read_is_not_called_truncated(
+    tmp_path: Path, content: dict[str, object], forbidden: str
+) -> None:
+    path = tmp_path / "run" / "a.pt"
+    path.parent.mkdir()
+    checkpoint.save(path, content)
+    mode = stat.S_IMODE((tmp_path / forbidden).stat().st_mode)
+    (tmp_path / forbidden).chmod(0)
+    try:
+        with pytest.raises(CheckpointError, match="the checkpoint can't be read: permission denied"):
+            checkpoint.load(path)
+    finally:
+        (tmp_path / forbidden).chmod(mode)
+
+
+def test_backend_and_precision_may_differ_from_those_of_training(
+    tmp_path: Path, tiny_run: Callable[..., Config]
+) -> None:
+    config = tiny_run(model__soap__backend="triton", model__soap__precision="fast")
+    model = build_model(config.model, config.data.frames)
+    checkpoint.save(tmp_path / "a.pt", {"config": to_dict(config), "model": model.state_dict()})
+    for given, expected in (
+        ({}, ("triton", "fast")),
+        ({"backend": "auto"}, ("auto", "fast")),
+        ({"backend": "reference", "precision": "strict"}, ("reference", "strict")),
+    ):
+        rebuilt, trained = checkpoint.load_model(tmp_path / "a.pt", **given)
+        assert isinstance(rebuilt.soap, SOAP)
+        assert (rebuilt.soap.backend, rebuilt.soap.precision) == expected
+        assert trained == config
+    with pytest.raises(UserError, match="backend is 'refrence', expected one of"):
+        checkpoint.load_model(tmp_path / "a.pt", backend="refrence")
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:

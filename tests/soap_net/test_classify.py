@@ -82,6 +82,8 @@ def test_clips_are_found_in_files_and_folders(tiny_data: Path, tmp_path: Path) -
     folder = tiny_data / "test (class 0)"
     assert len(find_clips(folder)) == 4
     assert find_clips(folder / "v1") == [Clip(folder / "v1")]
+    (tmp_path / "deep" / "thumbnail.jpg").write_bytes(b"")
+    assert [clip.path.name for clip in find_clips(tmp_path / "deep")] == ["a.avi", "b.mp4"]
     for name in ("b/2.mp4", "b/10.mp4", "a b/x.zip"):
         (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "own" / name).write_bytes(b"")

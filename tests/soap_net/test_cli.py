@@ -58,6 +58,8 @@ def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixt
         (["classify", "--checkpoint", "a", "--suport", "b", "--query", "c"], "--suport; did you mean --support?"),
         (["eval", "--chekpoint=a"], "unknown option --chekpoint=a; did you mean --checkpoint?"),
         (["experiment", "prats"], "unknown experiment 'prats'; did you mean 'parts'?"),
+        (["experiment", "parts", "--episode.seed", "7"], "episode.seed is set by the experiment, 0 for its first"),
+        (["demo", "--data.root", "clips"], "--data.root can't be set here: the demo sets it itself"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -95,11 +97,17 @@ def test_train_eval_and_classify_follow_each_other(
     assert main(["train", "--resume", str(config.out)]) == 0
     assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
     assert "train.lr is 0.02 there and 0.01 here" in capsys.readouterr().err
+    assert main(["train", "--resume", str(config.out), "--out", str(tmp_path / "elsewhere")]) == 2
+    assert "goes on in that folder; --out" in one_line(capsys)
 
     best = str(config.out / "best.pt")
     assert main(["eval", "--checkpoint", best, "--eval.tasks", "30", "--eval.way", "3"]) == 0
     assert "% " in capsys.readouterr().out
     assert json.loads((config.out / "eval.json").read_text())["tasks"] == 30
+    assert main(["eval", "--checkpoint", best, "--model.head", "otam"]) == 2
+    assert "--model.head can't be set here: an evaluation takes it from the checkpoint" in one_line(capsys)
+    assert main(["eval", "--checkpoint", best, "--model.soap.precision", "strict", "--eval.tasks", "4"]) == 0
+    capsys.readouterr()
     assert main(["eval", "--checkpoint", best, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"] == 20
     assert main(["eval", "--checkpoint", best, "--eval.way", "9"]) == 2

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from soap_kernels import SOAP
 from soap_net import checkpoint
 from soap_net.config import Config, to_dict
 from soap_net.data.clips import Clip
@@ -20,6 +26,8 @@ from soap_net.data.transforms import ClipLoader
 from soap_net.errors import UserError
 from soap_net.evaluate import EvalResult, Interrupted, clip_loader, evaluate, evaluate_run
 from soap_net.models import HEADS, SOAPNet, build_model
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def make(config: Config) -> tuple[SOAPNet, ClipSet]:
@@ -178,3 +186,112 @@ def test_another_number_of_frames_than_trained_on_is_refused(saved: tuple[Path, 
     config.data.frames = 5
     with pytest.raises(UserError, match=r"data\.frames is 5: .*best\.pt was trained on 3 frames"):
         evaluate_run(path, config, progress=False)
+
+
+def never(*args: object, **options: object) -> None:
+    raise AssertionError("evaluated, though the result can't be written")
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_evaluating(
+    saved: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, config = saved
+    monkeypatch.setattr("soap_net.evaluate.evaluate", never)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder.json").mkdir()
+    for out, why in (
+        ("notes.txt", r"notes\.txt/eval\.json: .* not a directory; .*--out"),
+        ("notes.txt/deeper", r"notes\.txt/deeper/eval\.json: .* not a directory; .*--out"),
+        ("folder.json", r"folder\.json: the result can't be written there: is a directory; .*--out"),
+    ):
+        with pytest.raises(UserError, match=why):
+            evaluate_run(path, config, out=tmp_path / out, progress=False)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_read_only_run_folder_is_found_before_evaluating(
+    saved: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, config = saved
+
+    def refuse(dir: Path) -> None:  # by hand, as root writes anywhere
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr("soap_net.evaluate.evaluate", never)
+    monkeypatch.setattr("soap_net.evaluate.tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"eval\.json: the result can't be written there: read-only file system; "):
+        evaluate_run(path, config, progress=False)
+
+
+def test_a_result_that_cannot_be_written_after_all_is_returned(
+    saved: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, config = saved
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("soap_net.evaluate.os.replace", fail)
+    result = evaluate_run(path, config, progress=False)
+    assert result.tasks == 20
+    said = f"warning: {tmp_path / 'eval.json'}: the result can't be written: no space left on device\n"
+    assert capsys.readouterr().err == said
+    assert [file.name for file in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_the_result_lies_beside_a_checkpoint_in_any_folder(saved: tuple[Path, Config], tmp_path: Path) -> None:
+    path, config = saved
+    folder = tmp_path / "run.json"
+    folder.mkdir()
+    shutil.move(path, folder)
+    evaluate_run(folder / path.name, config, progress=False)
+    assert (folder / "eval.json").is_file()
+
+
+def test_a_checkpoint_of_another_backend_is_evaluated_with_the_configs(
+    tiny_run: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = tiny_run(model__soap__backend="triton", model__soap__precision="fast")
+    model, clips = make(trained)
+    checkpoint.save(tmp_path / "best.pt", {"config": to_dict(trained), "model": model.state_dict()})
+    config = tiny_run(model__soap__backend="reference", model__soap__precision="strict")
+    used: list[tuple[str, str]] = []
+
+    def noted(model: SOAPNet, *args: Any, **options: Any) -> EvalResult:
+        assert isinstance(model.soap, SOAP)
+        used.append((model.soap.backend, model.soap.precision))
+        return evaluate(model, *args, **options)
+
+    monkeypatch.setattr("soap_net.evaluate.evaluate", noted)
+    result = evaluate_run(tmp_path / "best.pt", config, progress=False)
+    assert used == [("reference", "strict")]
+    model, clips = make(config)
+    assert result.confusion == evaluate(model, clips, config.data, config.eval, progress=False).confusion
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_and_name_all_broken_clips(
+    tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "damaged"
+    shutil.copytree(tiny_data, root)
+    for label, video in ((0, 1), (0, 2), (1, 3), (2, 0)):
+        for frame in (root / f"test (class {label})" / f"v{video}").iterdir():
+            frame.write_bytes(b"")
+    config = tiny_run(data__root=str(root), eval__way=3)
+    model, _ = make(config)
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, {"config": to_dict(config), "model": model.state_dict()})
+    alone = evaluate_run(path, config, out=tmp_path / "alone.json", progress=False)
+    assert len(alone.failed_clips) == 4
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "soap_net", "eval", "--checkpoint", str(path), "--out", str(tmp_path / "two.json")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "two.json").read_text())
+    times = {"seconds", "episodes_per_second"}
+    assert {key: value for key, value in alone.to_dict().items() if key not in times} == {
+        key: value for key, value in together.items() if key not in times
+    }

@@ -192,6 +192,65 @@ def test_what_a_run_lacks_is_said_in_its_place(tmp_path: Path, videos: Path) -> 
     assert "Confusion" not in text
 
 
+def _accuracies(path: Path, runs: dict[str, Path]) -> str:
+    write_report(path, runs, clips=1)
+    text = re.sub(r"\s+", " ", _Page(path.read_text(encoding="utf-8")).text)
+    return text[text.index("Accuracy") : text.index("Learning curves")]
+
+
+def test_runs_of_different_tasks_stand_under_their_own(tmp_path: Path, videos: Path) -> None:
+    plain = SoapConfig(enabled=False)
+    runs = {
+        "one": _run(tmp_path / "one", videos, plain),
+        "five": _run(tmp_path / "five", videos, plain, shot=5),
+        "three": _run(
+            tmp_path / "three", videos, plain, way=3, split="val", classes=CLASSES[:2], confusion=[[1, 0], [0, 1]]
+        ),
+    }
+    text = _accuracies(tmp_path / "report.html", runs)
+    assert text.startswith("Accuracy on unseen classes The dark line")
+    assert "one 2-way 1-shot on the 3 classes of the test split 87.7" in text
+    assert "five 2-way 5-shot on the 3 classes of the test split 87.7" in text
+    assert "three 3-way 1-shot on the 2 classes of the val split 87.7" in text
+    alike = _accuracies(tmp_path / "report.html", {"a": runs["one"], "b": runs["one"]})
+    assert alike.count("2-way 1-shot on the 3 classes of the test split") == 1
+
+
+def test_training_classes_are_not_called_unseen(tmp_path: Path, videos: Path) -> None:
+    runs = {
+        "train": _run(tmp_path / "train", videos, SoapConfig(enabled=False), split="train"),
+        "test": _run(tmp_path / "test", videos, SoapConfig(enabled=False)),
+    }
+    assert "unseen" not in _accuracies(tmp_path / "report.html", {"train": runs["train"]})
+    both = _accuracies(tmp_path / "report.html", runs)
+    assert "unseen" not in both
+    assert "train 2-way 1-shot on the 3 classes of the train split" in both
+
+
+def test_a_model_trained_with_a_gpus_backend_is_shown_without_one(tmp_path: Path, videos: Path) -> None:
+    run = _run(tmp_path / "run", videos, SoapConfig(backend="triton", parts=("3dem",)))
+    write_report(tmp_path / "report.html", {"triton": run}, clips=1)
+    images = _Page((tmp_path / "report.html").read_text(encoding="utf-8")).images()
+    assert [alt.partition(" of ")[0] for alt, _ in images] == ["frames", "3DEM", "sum"]
+
+
+def test_what_fails_in_one_run_leaves_the_others_their_place(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: _run(tmp_path / name, videos, SoapConfig(parts=("cwem",))) for name in ("bad", "good")}
+
+    def load(path: Path, **options: Any) -> Any:
+        if path.parent.name == "bad":
+            raise RuntimeError("the kernel fell over")
+        return checkpoint.load_model(path, **options)
+
+    monkeypatch.setattr("soap_net.report.load_model", load)
+    write_report(tmp_path / "report.html", runs, clips=1)
+    page = _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "The priors can't be shown: the kernel fell over" in page.text
+    assert [alt.partition(" of ")[0] for alt, _ in page.images()] == ["frames", "CWEM", "sum"]
+
+
 def test_what_is_no_run_is_refused_and_an_older_report_stays(tmp_path: Path, runs: dict[str, Path]) -> None:
     path = tmp_path / "report.html"
     path.write_text("older", encoding="utf-8")

@@ -256,7 +256,10 @@ def test_a_folder_of_another_run_is_not_overwritten(tiny_run: Callable[..., Conf
 
 def test_what_changes_no_result_may_change_on_resuming(tiny_run: Callable[..., Config], tiny_data: Path) -> None:
     train.train(tiny_run(train__episodes=2), progress=False)
-    train.train(tiny_run(train__episodes=2, data__workers=1, eval__tasks=7), resume=True, progress=False)
+    changed = tiny_run(train__episodes=2, data__workers=1, eval__tasks=7, train__max_failed_share=0.5)
+    train.train(changed, resume=True, progress=False)
+    with pytest.raises(UserError, match=r"eval\.queries is 1 there and 2 here"):  # validation has as many
+        train.train(tiny_run(train__episodes=2, eval__queries=2), resume=True, progress=False)
 
 
 def test_versions_name_the_commit_in_a_checkout() -> None:
@@ -272,9 +275,9 @@ def test_versions_name_the_commit_in_a_checkout() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_the_episode_and_its_clips(tiny_run: Callable[..., Config]) -> None:
-    config = tiny_run(train__lr=1e30, train__val_every=0)
+    config = tiny_run(train__lr=1e30, train__val_every=0, train__save_every=12)
     with pytest.raises(
-        NonFiniteLoss, match=r"loss is \S+ in episode [23]; .*clips: train \(class \d\)/v\d, "
+        NonFiniteLoss, match=r"loss is \S+ in episode [23]; nothing was kept; .*clips: train \(class \d\)/v\d, "
     ) as raised:
         train.train(config, progress=False)
     assert "\n" not in str(raised.value)
@@ -311,8 +314,20 @@ def test_broken_clips_are_named_counted_and_replaced(
 
 def test_training_stops_when_too_many_clips_are_broken(tiny_run: Callable[..., Config], damaged_data: Path) -> None:
     config = tiny_run(data__root=str(damaged_data), train__max_failed_share=0.01, train__val_every=0)
-    with pytest.raises(UserError, match=r"\d+ of \d+ clips read .* could not be decoded, more than train.max_failed"):
+    with pytest.raises(UserError, match=r"\d+ of \d+ clips read up to episode 12 could not be decoded, more than "):
         train.train(config, progress=False)
+    # A few reads tell little of a data set: judged at the end of so short a run, with all that was learnt saved.
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 12
+
+
+def test_training_stops_early_once_enough_clips_were_read(
+    tiny_run: Callable[..., Config], damaged_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "ENOUGH_READ", 20)
+    config = tiny_run(data__root=str(damaged_data), train__max_failed_share=0.01, train__val_every=0)
+    with pytest.raises(UserError, match="could not be decoded"):
+        train.train(config, progress=False)
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] < 12
 
 
 @pytest.mark.parametrize("workers", [0, 1])

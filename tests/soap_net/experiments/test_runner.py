@@ -139,6 +139,8 @@ def test_folder_of_another_config_is_refused_in_one_line(toy: Toy, tmp_path: Pat
         run(Toy(from_dict({"train": {"lr": 0.25}})), tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "table.md").read_bytes() == before
+    with pytest.raises(UserError, match=r"another experiment: data\.root is 'data' there and 'others' here"):
+        run(Toy(from_dict({"data": {"root": "others"}})), tmp_path)
 
 
 def test_folder_of_something_else_is_refused(toy: Toy, tmp_path: Path) -> None:
