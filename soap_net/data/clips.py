@@ -10,7 +10,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -289,27 +289,29 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
         return info.filename
 
 
+# JPEG and WebP by their first bytes, whatever the name says. Not PNG: a damaged one ends the process in torchvision.
+_FOR_TORCHVISION = re.compile(rb"\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
+
+
 def _decode_image(data: bytes, path: Path, number: int | None = None) -> Tensor:
     frame = "" if number is None else f"frame {number}: "
     if not data:
         raise ClipError(path, f"{frame}the image is empty (0 bytes)")
-    if decode_image is not None:
-        try:
-            image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # a format that torchvision does not know, or a broken image: Pillow says in words what is wrong
-        else:
-            if image.dtype == torch.uint8:
-                return image
-            return (image.to(torch.int32) >> 8).to(torch.uint8)  # 16 bits per channel
+    if decode_image is not None and _FOR_TORCHVISION.match(data):
+        # A broken image is left to Pillow, which says in words what is wrong.
+        with suppress(RuntimeError):
+            return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     try:
         with Image.open(io.BytesIO(data)) as opened:
+            opened.verify()  # a PNG's checksums, which decoding does not look at
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.info.pop("transparency", None)  # a palette's would be warned of, and is dropped anyway
             if opened.mode.startswith("I;16"):
                 grey = (np.array(opened) >> 8).astype(np.uint8)
                 pixels = np.repeat(grey[..., None], 3, -1)
             else:
                 pixels = np.array(opened.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "not an image" if "cannot identify" in str(error) else str(error)
         raise ClipError(path, f"{frame}the image cannot be decoded ({reason})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -380,7 +382,7 @@ class _Timeline:
     """Where every packet is one frame: the frames' presentation times, ascending, and where decoding can start."""
 
     pts: NDArray[np.int64]
-    keys: NDArray[np.int64]  # frame numbers of the keyframes, ascending
+    keys: NDArray[np.int64]  # frame numbers of the keyframes that nothing shown later looks behind, ascending
     key_times: NDArray[np.int64]  # the time to seek to for each of them
 
 
@@ -421,6 +423,7 @@ class _Video:
         self._check_length()
         with self._opened() as (container, stream):
             formats = container.format.name.split(",")
+            codec = stream.codec_context
             sought_by_pts = not {"mov", "matroska"}.isdisjoint(formats)
             for packet in container.demux(stream):
                 if packet.size == 0:
@@ -434,15 +437,16 @@ class _Video:
                     regular = False
                     continue
                 pts.append(packet.pts)
-                if packet.is_keyframe:
+                if packet.is_keyframe and (codec.name != "h264" or _starts_anew(bytes(packet), codec.extradata)):
                     keys.append((packet.pts, packet.pts if sought_by_pts or packet.dts is None else packet.dts))
             if packets == 0:
                 raise ClipError(self.path, "the video stream holds no frames")
             if "mov" in formats and regular and packets < stream.frames:
                 raise ClipError(self.path, f"the file is cut short: {packets} of its {stream.frames} frames are there")
-            codec = stream.codec_context
             # AVI stores no presentation times, and those that FFmpeg makes up are wrong where frames are reordered.
-            timed = not ("avi" in formats and codec.has_b_frames) and codec.name in _FRAME_PER_PACKET
+            # MPEG program and elementary streams store few or none; the others are made up anew after a seek.
+            untimed = not {"mpeg", "mpegvideo"}.isdisjoint(formats) or ("avi" in formats and codec.has_b_frames)
+            timed = not untimed and codec.name in _FRAME_PER_PACKET
             fps = float(stream.average_rate) if stream.average_rate else None
         shown = np.unique(np.array(pts, dtype=np.int64))
         if not (regular and timed and len(shown) == packets and keys and keys[0][0] == shown[0]):
@@ -520,7 +524,8 @@ class _Video:
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
         try:
-            container = av.open(str(self.path), metadata_errors="ignore")
+            # Without the scheme, "10:30.avi" would be a file of a protocol named 10.
+            container = av.open(f"file:{self.path}", metadata_errors="ignore")
         except av.FFmpegError as error:
             raise ClipError(self.path, f"not a video that FFmpeg can read ({_said(error)})") from error
         with container:
@@ -536,6 +541,46 @@ class _Video:
                 yield container, stream
             except av.FFmpegError as error:
                 raise ClipError(self.path, f"the video cannot be decoded ({_said(error)})") from error
+
+
+def _starts_anew(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether decoding from this H.264 picture on gives it and all that is shown after it as a full decode does.
+
+    That is so of IDR pictures and of recovery points with nothing to wait for (open GOPs). Containers also flag the
+    recovery points of intra refresh, from which on the picture becomes whole bit by bit.
+    """
+    return any(
+        unit[0] & 31 == 5 or (unit[0] & 31 == 6 and _recovers_at_once(unit))
+        for unit in _h264_units(packet, extradata)
+        if unit
+    )
+
+
+def _h264_units(packet: bytes, extradata: bytes | None) -> Iterator[bytes]:
+    if extradata is None or len(extradata) < 5 or extradata[0] != 1:
+        yield from packet.split(b"\x00\x00\x01")[1:]
+        return
+    width = (extradata[4] & 3) + 1  # of the length before each unit, as MP4 and Matroska have it
+    at = 0
+    while at + width < len(packet):
+        start = at + width
+        at = start + int.from_bytes(packet[at:start], "big")
+        yield packet[start:at]
+
+
+_SEI_HEAD = re.compile(rb"(\xff*)([^\xff])(\xff*)([^\xff])")  # type and size, each a sum of bytes that a non-255 ends
+
+
+def _recovers_at_once(sei: bytes) -> bool:
+    body = sei[1:].replace(b"\x00\x00\x03", b"\x00\x00")  # 3 is put there so that no unit holds a start code
+    at = 0
+    while head := _SEI_HEAD.match(body, at):
+        kind, size = (255 * len(head[n]) + head[n + 1][0] for n in (1, 3))
+        if kind == 6:
+            # A 1 for no frames to wait for (Exp-Golomb), and a 1 for an exact match from there on.
+            return body[head.end() : head.end() + 1] >= b"\xc0"
+        at = head.end() + size
+    return False
 
 
 def _matroska_end(head: bytes) -> int | None:

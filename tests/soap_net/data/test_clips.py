@@ -6,7 +6,10 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,35 @@ def test_frames_of_variable_rate_count_by_number_not_by_time(tmp_path: Path, wri
         assert_reads_as_a_full_decode(write_video(tmp_path / name, frames=20, options={"bf": "2"}, times=times, gop=8))
 
 
+@pytest.mark.parametrize("name", ["intra_refresh.mp4", "intra_refresh.ts", "intra_refresh.mkv"])
+def test_reading_never_starts_where_intra_refresh_has_yet_to_fill_the_picture(
+    name: str, tmp_path: Path, write_video: Make
+) -> None:
+    options = {"x264-params": "intra-refresh=1:keyint=8:bframes=0"}
+    path = write_video(tmp_path / name, frames=60, size=(128, 96), options=options, gop=8)
+    with av.open(str(path)) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0)) > 2
+    assert_reads_as_a_full_decode(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "format_name", "codec", "gop", "b_frames"),
+    [
+        ("a.mpg", "mpeg", "mpeg1video", 15, 2),
+        ("a.mpg", "mpeg", "mpeg2video", 18, 0),
+        ("a.vob", "mpeg", "mpeg2video", 12, 2),
+        ("a.m1v", "mpegvideo", "mpeg1video", 15, 2),
+    ],
+)
+def test_frames_of_an_mpeg_program_or_elementary_stream_are_not_taken_for_their_neighbours(
+    name: str, format_name: str, codec: str, gop: int, b_frames: int, tmp_path: Path, write_video: Make
+) -> None:
+    path = write_video(tmp_path / name, codec, 90, options={"bf": str(b_frames)}, gop=gop, size=(128, 96))
+    with av.open(str(path)) as container:
+        assert container.format.name == format_name
+    assert_reads_as_a_full_decode(path)
+
+
 class CountingContainer:
     """Stands for an open container and counts the packets taken from it."""
 
@@ -103,17 +135,25 @@ class CountingContainer:
         self.container.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("long.mp4", {"bf": "0", "sc_threshold": "0"}),
+        ("open_gop.mp4", {"x264-params": "open-gop=1:bframes=2:scenecut=0:min-keyint=10"}),
+        ("open_gop.ts", {"x264-params": "open-gop=1:bframes=2:scenecut=0:min-keyint=10"}),
+    ],
+)
 def test_reading_far_frames_decodes_only_what_lies_after_their_keyframes(
-    tmp_path: Path, write_video: Make, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, str], tmp_path: Path, write_video: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = Clip(write_video(tmp_path / "long.mp4", frames=120, options={"bf": "0", "sc_threshold": "0"}, gop=10))
+    clip = Clip(write_video(tmp_path / name, frames=240, options=options, gop=10))
     clip.num_frames()
     opened = av.open
     monkeypatch.setattr(CountingContainer, "packets", 0)
     monkeypatch.setattr("soap_net.data.clips.av.open", lambda *a, **k: CountingContainer(opened(*a, **k)))
-    clip.read([45, 111])
-    # 6 and 2 frames from the keyframes on, and what the decoder's threads take in advance.
-    assert 8 <= CountingContainer.packets <= 8 + 4 * ((os.cpu_count() or 1) + 1)
+    clip.read([115, 231])
+    # A few frames from each keyframe on, and what the decoder's threads take in advance.
+    assert 8 <= CountingContainer.packets <= 16 + 4 * ((os.cpu_count() or 1) + 1)
 
 
 @pytest.mark.parametrize("decoder", ["torchvision", "Pillow"])
@@ -160,6 +200,58 @@ def test_images_of_every_kind_become_rgb(
     for frame in frames[1:3]:
         assert torch.equal(frame, torch.from_numpy(grey.copy()).expand(3, -1, -1))
     assert frames.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(
+    ("colour", "depth"),
+    [
+        *((0, d) for d in (1, 2, 4, 8, 16)),
+        (2, 8),
+        (2, 16),
+        *((3, d) for d in (1, 2, 4, 8)),
+        (4, 8),
+        (4, 16),
+        (6, 8),
+        (6, 16),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_png_of_any_colour_type_keeps_its_high_eight_bits(
+    colour: int, depth: int, interlaced: bool, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    samples = rng.integers(0, 2**depth, (11, 13, channels))
+    palette = rng.integers(0, 256, (2**depth if colour == 3 else 1, 3), dtype=np.uint8)
+    (tmp_path / "1.png").write_bytes(png_of(samples, colour, depth, palette, interlaced))
+    if colour == 3:
+        expected = palette[samples[..., 0]]
+    else:
+        levels = samples >> 8 if depth == 16 else samples * 255 // (2**depth - 1)
+        expected = levels[..., :3] if channels > 2 else levels[..., :1].repeat(3, -1)
+    assert np.array_equal(Clip(tmp_path).read([0])[0].permute(1, 2, 0), expected)
+
+
+def png_of(samples: np.ndarray, colour: int, depth: int, palette: np.ndarray, interlaced: bool) -> bytes:
+    """Of every colour type, which Pillow does not write; a palette's first two colours are half clear."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def rows(part: np.ndarray) -> bytes:
+        bits = (part.reshape(len(part), -1, 1) >> np.arange(depth)[::-1] & 1).reshape(len(part), -1)
+        return b"".join(b"\0" + row.tobytes() for row in np.packbits(bits.astype(np.uint8), axis=-1))
+
+    adam7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    passes = adam7 if interlaced else [(0, 0, 1, 1)]
+    height, width = samples.shape[:2]
+    data = b"\x89PNG\r\n\x1a\n"
+    data += chunk(b"IHDR", struct.pack(">2I5B", width, height, depth, colour, 0, 0, interlaced))
+    if colour == 3:
+        data += chunk(b"PLTE", palette.tobytes()) + chunk(b"tRNS", b"\x80\x80")
+    data += chunk(b"IDAT", zlib.compress(b"".join(rows(samples[y::dy, x::dx]) for y, x, dy, dx in passes)))
+    return data + chunk(b"IEND", b"")
 
 
 def zip_of(path: Path, members: dict[str, bytes], **options: int) -> Path:
@@ -359,6 +451,43 @@ def test_a_folder_with_a_truncated_an_empty_or_a_text_image_names_it(
         assert Clip(folder).read([0]).shape == (1, 3, 16, 24)
 
 
+READ = """
+import sys
+from pathlib import Path
+from soap_net.data.clips import Clip, ClipError
+for path in sys.argv[1:]:
+    try:
+        Clip(Path(path)).read([0, 1])
+    except ClipError as error:
+        print(error)
+"""
+
+
+def test_a_damaged_png_is_named_and_does_not_end_the_process(tmp_path: Path, write_frames: Make) -> None:
+    clips, named = [], []
+    for step in range(6):
+        folder = write_frames(tmp_path / str(step), 2, size=(320, 240))
+        frame = folder / "00000002.png"
+        damaged = bytearray(frame.read_bytes())
+        start = damaged.index(b"IDAT") + 4
+        length = int.from_bytes(damaged[start - 8 : start - 4], "big")
+        damaged[start + length * step // 6] ^= 0x55
+        frame.write_bytes(damaged)
+        zipped = zip_of(tmp_path / f"{step}.zip", {file.name: file.read_bytes() for file in folder.iterdir()})
+        clips += [folder, zipped]
+        named += [f"{frame}: ", f"{zipped}: frame 1: "]
+    read = subprocess.run([sys.executable, "-c", READ, *map(str, clips)], capture_output=True, text=True, check=True)
+    for line, name in zip(read.stdout.splitlines(), named, strict=True):
+        assert line.startswith(f"{name}the image cannot be decoded")
+
+
+def test_a_bitmap_whose_header_claims_a_giant_is_refused(tmp_path: Path, encode_image: Callable[..., bytes]) -> None:
+    data = bytearray(encode_image(np.zeros((4, 4, 3), np.uint8), ".bmp"))
+    data[18:26] = struct.pack("<2i", 60000, 60000)
+    (tmp_path / "1.bmp").write_bytes(data)
+    fails(Clip(tmp_path), "1.bmp", "cannot be decoded")
+
+
 def test_frames_of_different_sizes_are_refused(tmp_path: Path, write_frames: Make) -> None:
     write_frames(tmp_path, 2)
     write_frames(tmp_path, 1, size=(30, 20))
@@ -403,6 +532,18 @@ def test_class_names_may_hold_anything(name: str, tmp_path: Path, write_video: M
     assert (video.name, video.num_frames()) == (f"{name}/v 1", 2)
     assert video.read([1]).shape == (1, 3, 48, 64)
     assert Clip(write_frames(tmp_path / name / "f (2)", 2)).read([1]).shape == (1, 3, 16, 24)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["10:30.mp4", "http:a.mp4", "file:a.mp4", "50% of #1?.mp4", "%03d.mp4", "a&b=c|d.mp4", "拍手: ß.mp4", "-i.mp4"],
+)
+def test_a_video_beside_the_reader_may_have_any_name(
+    name: str, tmp_path: Path, write_video: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / name, frames=2)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(Clip(Path(name)).read([0, 1]), decode_all(path))
 
 
 def test_natural_order_compares_numbers_by_value() -> None:
