@@ -50,6 +50,7 @@ VIDEO_SUFFIXES = frozenset(
         ".mts",
         ".ogv",
         ".ts",
+        ".vob",
         ".webm",
         ".wmv",
     }

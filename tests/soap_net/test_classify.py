@@ -71,11 +71,11 @@ def test_what_makes_no_classifier_is_refused(classifier: Classifier, tiny_data: 
 
 def test_clips_are_found_in_files_and_folders(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    for name in ("deep/er/b.mp4", "deep/a.avi", "deep/note.txt", "z.zip", ".hidden.mp4"):
+    for name in ("deep/er/b.vob", "deep/a.avi", "deep/note.txt", "z.zip", ".hidden.mp4"):
         (tmp_path / name).write_bytes(b"")
     assert [str(clip.path.relative_to(tmp_path)) for clip in find_clips(tmp_path)] == [
         "deep/a.avi",
-        "deep/er/b.mp4",
+        "deep/er/b.vob",
         "z.zip",
     ]
     assert find_clips(tmp_path / "z.zip") == [Clip(tmp_path / "z.zip")]
@@ -83,7 +83,7 @@ def test_clips_are_found_in_files_and_folders(tiny_data: Path, tmp_path: Path) -
     assert len(find_clips(folder)) == 4
     assert find_clips(folder / "v1") == [Clip(folder / "v1")]
     (tmp_path / "deep" / "thumbnail.jpg").write_bytes(b"")
-    assert [clip.path.name for clip in find_clips(tmp_path / "deep")] == ["a.avi", "b.mp4"]
+    assert [clip.path.name for clip in find_clips(tmp_path / "deep")] == ["a.avi", "b.vob"]
     for name in ("b/2.mp4", "b/10.mp4", "a b/x.zip"):
         (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "own" / name).write_bytes(b"")
