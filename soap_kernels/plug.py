@@ -28,7 +28,7 @@ class Plugged(nn.Module):
         self.soap = soap
         self.model = model
         self.layout = layout
-        self._input = next(iter(inspect.signature(model.forward).parameters), None)
+        self._input = _first_argument(model)
         self.register_load_state_dict_pre_hook(_take_model_keys)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +88,14 @@ class Plugged(nn.Module):
             f" (clips * {frames}, {channels}, H, W),"
             f" (clips, {channels}, {frames}, H, W) or (clips, {frames}, {channels}, H, W)"
         )
+
+
+def _first_argument(model: nn.Module) -> str | None:
+    """Its name; None where it isn't told, as by TorchScript."""
+    try:
+        return next(iter(inspect.signature(model.forward).parameters), None)
+    except ValueError:
+        return None
 
 
 def _take_model_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -273,22 +272,13 @@ class _Store:
         failed = {i: str(error) for i, error in zip(mine, errors, strict=True) if error is not None}
         for text in failed.values():
             tqdm.write(f"warning: {text}; another clip of its class takes its place", file=sys.stderr)
-        failed = _of_all(failed, ranks)
+        failed = ranks.gather(failed)
         start = len(self.features)
         self.features = torch.cat([self.features, features])
         for i, pair in enumerate(fresh):
             self.rows[pair] = start + i
         self.broken.update(fresh[i] for i in failed)
         self.failures += failed.values()
-
-
-def _of_all(own: dict[int, str], ranks: Ranks) -> dict[int, str]:
-    """The entries of all processes, in the order of their keys, as one process alone would have found them."""
-    parts = [own]
-    if ranks.size > 1:
-        parts = [{} for _ in range(ranks.size)]
-        dist.all_gather_object(parts, own)
-    return dict(sorted(item for part in parts for item in part.items()))
 
 
 def _readable(

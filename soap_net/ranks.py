@@ -41,6 +41,14 @@ class Ranks:
                     tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
                 offset += tensor.numel()
 
+    def gather(self, own: dict[int, str]) -> dict[int, str]:
+        """The entries of all processes, in the order of their keys, as one process alone would have found them."""
+        parts = [own]
+        if self.size > 1:
+            parts = [{} for _ in range(self.size)]
+            dist.all_gather_object(parts, own)
+        return dict(sorted(item for part in parts for item in part.items()))
+
     def wait(self) -> None:
         """Returns when every process has come here."""
         self.sum([torch.zeros(1, device=self.device)])

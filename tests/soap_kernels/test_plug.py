@@ -105,6 +105,8 @@ def test_frames_among_other_keywords_are_found_by_the_model_s_signature() -> Non
     hidden = plug(Anonymous(), frames=4, tuple_sizes=(1, 2)).eval()
     labels = torch.zeros(4, dtype=torch.int64)
     torch.testing.assert_close(hidden(labels=labels, pixels=x), hidden(x))
+    traced = plug(torch.jit.trace(Frames().eval(), x), frames=4, tuple_sizes=(1, 2))  # says nothing of its arguments
+    torch.testing.assert_close(traced(x), traced.model(traced.soap(x[None])[0]))
     with pytest.raises(ValueError, match="input is a str, expected a tensor of frames or clips"):
         model("clip.mp4")
 
@@ -253,6 +255,7 @@ def test_two_ddp_processes_average_the_gradients_of_their_halves(tmp_path: Path)
 
 @pytest.mark.slow
 def test_compiles_with_the_default_compiler() -> None:
+    torch.compiler.reset()  # shapes that other tests compiled would make these symbolic
     torch.manual_seed(0)
     model = plug(Frames(), frames=4).eval()
     x = torch.randn(8, 3, 6, 7)
