@@ -159,15 +159,16 @@ class _Crew:
 
     def end(self) -> None:
         """Asks the processes to end, and kills those that don't."""
+        if not self.at_exit.still_active():  # the program is ending: they were killed, and no thread can start
+            return
         watch = threading.Timer(0.0 if self.stuck else GRACE, self.kill)
         watch.daemon = True
         watch.start()
         del self.items  # what DataLoader asks and waits in
         watch.cancel()
-        self.kill()
+        self.at_exit()
         for process in self.processes:
             process.join()
-        self.at_exit.cancel()
 
     def kill(self) -> None:
         for process in self.processes:
