@@ -12,8 +12,9 @@ from typing import Any, Generic, TypeVar, overload
 
 from torch.utils.data import DataLoader, Dataset
 
-from soap_net.data.clips import Clip, ClipError
-from soap_net.errors import UserError
+from soap_net.data.clips import Clip
+from soap_net.errors import ClipError, UserError
+from soap_net.interrupts import leave_signals_to_main
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def load(
         batch_size=batch_size,
         collate_fn=None if batch_size is None else list,
         num_workers=min(workers, -(-len(dataset) // (batch_size or 1))),  # type: ignore[arg-type]
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=leave_signals_to_main,
         pin_memory=pin_memory,
     )
     crew = _Crew(batches)
@@ -143,16 +144,18 @@ class _Crew:
         try:
             return next(self.items)
         except Exception:
-            connection.wait([process.sentinel for process in self.processes], timeout=0.5)
-            codes = [process.exitcode for process in self.processes if process.exitcode]
+            ended = connection.wait([process.sentinel for process in self.processes], timeout=0.5)
+            dead = [process for process in self.processes if process.sentinel in ended]
             if self.stuck:
                 raise UserError(
                     f"the data workers gave nothing for {timeout:g} s while reading {what}, and were ended; "
                     "`soap-net data check` finds clips that hang their decoder"
                 ) from None
-            if codes:
-                how = f"ended with code {codes[0]}" if codes[0] > 0 else f"was killed by {_signal_name(-codes[0])}"
-                raise UserError(f"a data worker {how}; where memory ran out, fewer workers may help") from None
+            if dead:
+                dead[0].join()  # for its exit code
+                raise UserError(
+                    f"a data worker {_end_of(dead[0].exitcode)}; where memory ran out, fewer workers may help"
+                ) from None
             raise
         finally:
             watch.cancel()
@@ -179,16 +182,13 @@ class _Crew:
         self.kill()
 
 
-def _leave_signals_to_main(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _signal_name(number: int) -> str:
+def _end_of(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended with code {code}"
     try:
-        return signal.Signals(number).name
+        return f"was killed by {signal.Signals(-code).name}"
     except ValueError:
-        return f"signal {number}"
+        return f"was killed by signal {-code}"
 
 
 def _named(dataset: Dataset[Any], number: int, batch_size: int | None) -> str:
