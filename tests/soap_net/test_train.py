@@ -24,7 +24,8 @@ from soap_net.data.splits import load_split
 from soap_net.errors import UserError
 from soap_net.evaluate import clip_loader
 from soap_net.models import build_model
-from soap_net.train import NonFiniteLoss, TrainingStopped, learning_rate, versions
+from soap_net.runs import versions
+from soap_net.train import NonFiniteLoss, TrainingStopped, learning_rate
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,14 +60,14 @@ def thorough(tiny_run: Callable[..., Config], tmp_path: Path) -> Callable[[str],
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, count: int, action: Callable[[], None]) -> None:
     """Runs `action` as the `count`-th episode is fetched."""
-    fetch, fetched = train._next, iter(range(1, 10**6))
+    fetch, fetched = EpisodeDataset.__getitem__, iter(range(1, 10**6))
 
-    def fetch_or_act(episodes: Any) -> Any:
+    def fetch_or_act(self: EpisodeDataset, position: int) -> Any:
         if next(fetched) == count:
             action()
-        return fetch(episodes)
+        return fetch(self, position)
 
-    monkeypatch.setattr(train, "_next", fetch_or_act)
+    monkeypatch.setattr(EpisodeDataset, "__getitem__", fetch_or_act)
 
 
 # ------------------------------------------------------------------------------------------------------ gradients
