@@ -232,7 +232,7 @@ def test_a_result_that_cannot_be_written_after_all_is_returned(
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("soap_net.evaluate.os.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     result = evaluate_run(path, config, progress=False)
     assert result.tasks == 20
     said = f"warning: {tmp_path / 'eval.json'}: the result can't be written: no space left on device\n"
