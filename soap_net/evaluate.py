@@ -332,7 +332,14 @@ def _embed_all(head: FewShotHead, features: Tensor) -> Embedded | None:
     return whole
 
 
-def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, progress: bool = True) -> EvalResult:
+def evaluate_run(
+    checkpoint: Path,
+    config: Config,
+    *,
+    out: Path | None = None,
+    progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> EvalResult:
     """Evaluates a checkpoint and writes `eval.json` beside it.
 
     A result that can't be written after all is returned all the same, with a warning on stderr.
@@ -342,6 +349,8 @@ def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, p
         config: its `data`, `eval`, `device`, `train.amp`, `model.soap.backend` and `model.soap.precision` count; all
             else of the model is the checkpoint's own.
         out: a .json file, or a folder to put `eval.json` in.
+        progress: whether to show progress bars.
+        stop: see `evaluate`; `Interrupted` leaves what was written as it was.
 
     Raises:
         UserError: bad checkpoint or data set, impossible values, a number of frames that the model can't take, or a
@@ -359,7 +368,9 @@ def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, p
         target = out if out is not None and out.suffix == ".json" else RunFolder(out or checkpoint.parent).result
         if ranks.first:
             _refuse_unwritable(target)
-        result = evaluate(model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress)
+        result = evaluate(
+            model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress, stop=stop
+        )
         if ranks.first:
             try:
                 result.save(target)

@@ -7,13 +7,14 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from soap_net import checkpoint
 from soap_net.config import Config
 from soap_net.evaluate import EvalResult
-from soap_net.files import replacing, write_text
+from soap_net.files import write_text
 from soap_net.report import write_report
 from soap_net.runs import MetricsLog, RunFolder
 
@@ -63,12 +64,18 @@ def test_what_cannot_be_written_to_its_end_leaves_the_old_file_whole(
     assert {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(OSError, match="No space left"), replacing(path) as file, open("/dev/full", "wb") as full:
-        file.write(b"some")
-        full.write(b"more")
+
+    def on_a_full_disk(self: Path, mode: str) -> IO[bytes]:
+        self.touch()
+        return open("/dev/full", "wb")
+
+    monkeypatch.setattr(Path, "open", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new" * 100_000)
+    monkeypatch.undo()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
