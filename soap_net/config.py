@@ -310,7 +310,7 @@ def parse(
     def config_file(name: str) -> Path:
         if not os.path.isfile(path := named.get(name) or name):
             preset = ", nor a preset of that name" if named else ""
-            raise UserError(f"{name}: no such config file{preset}{did_you_mean(name, named, cutoff=0.5)}")
+            raise UserError(f"{shown(name)[1:-1]}: no such config file{preset}{did_you_mean(name, named, cutoff=0.5)}")
         return Path(path)
 
     wanted = [arg for arg in args if arg != "--print_config"]

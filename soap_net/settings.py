@@ -68,9 +68,13 @@ def kinds(cls: type) -> dict[str, Any]:
     return found
 
 
-def _hints(cls: Any) -> dict[str, Any]:
+def _fields(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in fields(cls)}
+
+
+_hints: Callable[[Any], dict[str, Any]] = cache(_fields)
+"""The annotations of a dataclass's own fields by name."""
 
 
 def _is_group(kind: Any) -> bool:
@@ -235,11 +239,11 @@ def _option(key: str, name: Any) -> str:
     return name
 
 
-def _plain(key: str, value: Any) -> Any:
+def _plain(key: str, value: Any, listed: bool = False) -> Any:
     """A value that its owner alone can judge, such as a head's option: a scalar or a list of scalars."""
+    if isinstance(value, list | tuple) and not listed:
+        return [_plain(key, item, listed=True) for item in value]
     expected = "a number, text, true, false, null, or a list of these"
-    if isinstance(value, list | tuple):
-        return [_plain(key, None if isinstance(item, list | tuple) else item) for item in value]
     kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     if kind is None and value is not None:
         raise _refused(key, value, expected)
@@ -332,7 +336,7 @@ def read_options(
         free = get_origin(kinds(cls).get(owner)) is dict
         if name not in options and name not in groups(cls) and not free:
             close = nearest_key(name, options)
-            raise UserError(f"unknown option --{name}" + (f"; did you mean --{close}?" if close else ""))
+            raise UserError(f"unknown option --{shown(name)[1:-1]}" + (f"; did you mean --{close}?" if close else ""))
         if not equals:
             given = next(remaining, None)
             if given is None or given.startswith("--"):
