@@ -39,8 +39,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, **content}, file)
 
 
-def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint; only tensors and plain values are let in, never code.
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint, its tensors onto the CPU; only tensors and plain values are let in, never code.
 
     Raises:
         CheckpointError: no such file, a folder, not to be read, truncated, not a checkpoint, or of another format.
@@ -51,7 +51,7 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
             f"{path}: a folder, not a checkpoint{f'; there is {best}' if os.path.isfile(best) else ''}"
         )
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
     except OSError as error:

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import reprlib
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +39,8 @@ DEEPEST = 8
 """Lists and mappings within each other."""
 LONGEST_TEXT = 4096
 """Characters of a text setting: the longest path that Linux takes."""
-LARGEST_NUMBER = 10**18
-"""Of whole numbers: fits into 64 bits, as seeds must."""
+LARGEST_NUMBER = 2**63
+"""Whole numbers are below it, as those of tensors and seeds are."""
 
 
 @dataclass(frozen=True)
@@ -221,13 +222,13 @@ def _converted(key: str, value: Any, kind: Any, expected: str = "") -> Any:
 def _scalar(key: str, value: Any, kind: type, expected: str, given: Any) -> Any:
     """A number, text, path or truth value, exactly of the type `kind`; `given` is how the user wrote it."""
     if kind is float and type(value) is int:
-        value = float(value) if abs(value) < LARGEST_NUMBER else math.inf
+        value = float(value) if abs(value) < sys.float_info.max else math.inf
     if not isinstance(value, (str, Path) if kind is Path else kind) or (isinstance(value, bool) and kind is not bool):
         raise _refused(key, given, expected)
     if isinstance(value, float) and not math.isfinite(value):
         raise _refused(key, value, "a finite number")
     if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
-        raise _refused(key, value, "a number of at most 18 digits")
+        raise _refused(key, value, f"a number below {LARGEST_NUMBER}")
     if isinstance(value, str | Path) and ("\0" in str(value) or len(str(value)) > LONGEST_TEXT):
         raise _refused(key, given, f"text of at most {LONGEST_TEXT} characters, none of them null")
     return kind(value)
@@ -314,10 +315,10 @@ def read_yaml(path: Path) -> Any:
 def read_options(
     args: Sequence[str], cls: type, flat: Mapping[str, Any], config_file: Callable[[str], Path]
 ) -> dict[str, Any]:
-    """The settings `flat` with those that command-line options change; of two that set the same the later one wins.
+    """The settings `flat` with those of config files over them, and those of other options over these.
 
     Args:
-        args: ``--key value``, ``--key=value``, ``--group '{key: value}'`` and ``--config name``.
+        args: ``--key value``, ``--key=value``, ``--group '{key: value}'`` and ``--config name``; the later one wins.
         cls: the dataclass.
         flat: settings by dotted key, as `read` gives them.
         config_file: the file that a name after ``--config`` stands for.
@@ -325,36 +326,38 @@ def read_options(
     Raises:
         UserError: an unknown option, an option without a value, or an impossible value.
     """
-    flat = dict(flat)
-    options = [*kinds(cls), "config", "help", "print_config"]
+    flat, options = dict(flat), list(_named(args, cls))
+    for path in [config_file(text) for name, text in options if name == "config"]:
+        values = read_yaml(path)
+        flat |= read({} if values is None else values, cls, str(path))
+    for name, text in options:
+        owner, _, own = name.rpartition(".")
+        if name in kinds(cls):
+            flat |= read({name: text}, cls)
+        elif name != "config":
+            try:
+                value = read_yaml(Path(text)) if name in groups(cls) and os.path.isfile(text) else load_yaml(text)
+            except UserError as error:
+                raise UserError(f"--{name}: {error}") from None
+            flat |= read({name: value} if name in groups(cls) else {owner: {**flat.get(owner, {}), own: value}}, cls)
+    return flat
+
+
+def _named(args: Sequence[str], cls: type) -> Iterator[tuple[str, str]]:
+    """Options with their texts: settings, groups of them, ``config``, and a free one's own, as a head's options."""
     remaining = iter(args)
     for arg in remaining:
         if not arg.startswith("--"):
             raise UserError(f"unrecognized arguments: {shown(arg)}")
         name, equals, text = arg[2:].partition("=")
-        owner, _, option = name.rpartition(".")
-        free = get_origin(kinds(cls).get(owner)) is dict
-        if name not in options and name not in groups(cls) and not free:
-            close = nearest_key(name, options)
+        free = get_origin(kinds(cls).get(name.rpartition(".")[0])) is dict
+        if not free and name not in kinds(cls) and name not in groups(cls) and name != "config":
+            close = nearest_key(name, [*kinds(cls), "config", "help", "print_config"])
             raise UserError(f"unknown option --{shown(name)[1:-1]}" + (f"; did you mean --{close}?" if close else ""))
-        if not equals:
-            given = next(remaining, None)
-            if given is None or given.startswith("--"):
-                raise UserError(f"argument --{name}: expected one argument")
-            text = given
-        if name == "config":
-            path = config_file(text)
-            values = read_yaml(path)
-            flat |= read({} if values is None else values, cls, str(path))
-        elif name in kinds(cls):
-            flat |= read({name: text}, cls)
-        else:
-            try:
-                value = read_yaml(Path(text)) if os.path.isfile(text) and not free else load_yaml(text)
-            except UserError as error:
-                raise UserError(f"--{name}: {error}") from None
-            flat |= read({owner: {**flat.get(owner, {}), option: value}} if free else {name: value}, cls)
-    return flat
+        given = text if equals else next(remaining, "--")
+        if not equals and given.startswith("--"):
+            raise UserError(f"argument --{name}: expected one argument")
+        yield name, given
 
 
 # --------------------------------------------------------------------------------------------------------------- help
