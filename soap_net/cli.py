@@ -302,11 +302,12 @@ def _data_motion(args: list[str]) -> int:
     root, args = _leading_path(args)
     if root is None and not {"-h", "--help"} & {*args}:
         raise UserError("say into which folder to write the data set: soap-net data motion ROOT")
-    from soap_net.config import parse
     from soap_net.data.motion import MotionConfig, write_motion
+    from soap_net.settings import parse_options
 
     text = "Write the embedded motion data set into the folder ROOT, given first."
-    print(write_motion(Path(root or ""), parse(args, MotionConfig, prog="soap-net data motion ROOT", description=text)))
+    config = parse_options(args, MotionConfig, prog="soap-net data motion ROOT", description=text)
+    print(write_motion(Path(root or ""), config))
     return 0
 
 

@@ -8,28 +8,14 @@ A `Config` comes from, in rising order of precedence, the defaults below, YAML f
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
-
-import yaml
+from typing import Annotated, Any, Literal
 
 from soap_net.errors import UserError, did_you_mean
-from soap_net.settings import (
-    AtLeast,
-    Settings,
-    build,
-    kinds,
-    options_help,
-    read,
-    read_options,
-    read_yaml,
-    shown,
-    to_dict,
-)
+from soap_net.settings import AtLeast, build, dump, kinds, parse_options, read, read_yaml, shown, to_dict
 
 Amp = Literal["none", "bf16", "fp16"]
 Part = Literal["3dem", "cwem", "hmem"]
@@ -228,11 +214,6 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(dump(config), encoding="utf-8")
 
 
-def dump(config: Any) -> str:
-    """The full config as YAML."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
 def presets() -> dict[str, Path]:
     """The published configs by name."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
@@ -262,7 +243,6 @@ def read_settings(path: Path, cls: type = Config) -> dict[str, Any]:
     return dict(values)
 
 
-@overload
 def parse(
     args: Sequence[str],
     *,
@@ -270,54 +250,8 @@ def parse(
     prog: str = "soap-net",
     description: str = "",
     source: str = "",
-) -> Config: ...
-
-
-@overload
-def parse(args: Sequence[str], cls: type[Settings], *, prog: str, description: str) -> Settings: ...
-
-
-def parse(
-    args: Sequence[str],
-    cls: type[Any] = Config,
-    *,
-    base: Mapping[str, Any] | None = None,
-    prog: str = "soap-net",
-    description: str = "",
-    source: str = "",
-) -> Any:
-    """Parses command-line options into a checked config dataclass.
-
-    Args:
-        args: options, ``--config <file or preset>`` among them.
-        cls: the dataclass.
-        base: nested settings that take the place of the defaults.
-        prog: the command, for its help.
-        description: what the command does, for its help.
-        source: where `base` came from, for messages.
-
-    Raises:
-        UserError: one line that names the unknown option or key, or the impossible value, and the nearest right one.
-        SystemExit: after ``--help`` or ``--print_config``.
-    """
-    named = presets() if cls is Config else {}
-    flat = read(base or {}, cls, source)
-    if {"-h", "--help"} & {*args}:
-        files = f"YAML file{', or one of the presets: ' if named else ''}{', '.join(named)}."
-        print(options_help(build(cls, flat), prog, description, files))
-        raise SystemExit(0)
-
-    def config_file(name: str) -> Path:
-        if not os.path.isfile(path := named.get(name) or name):
-            preset = ", nor a preset of that name" if named else ""
-            raise UserError(f"{shown(name)[1:-1]}: no such config file{preset}{did_you_mean(name, named, cutoff=0.5)}")
-        return Path(path)
-
-    wanted = [arg for arg in args if arg != "--print_config"]
-    settings = build(cls, read_options(wanted, cls, flat, config_file))
-    if isinstance(settings, Config):
-        settings.check()
-    if len(wanted) < len(args):
-        print(dump(settings), end="")
-        raise SystemExit(0)
-    return settings
+) -> Config:
+    """The checked config that command-line options make, presets among them; see `soap_net.settings.parse_options`."""
+    return parse_options(
+        args, Config, base=base, prog=prog, description=description, source=source, presets=presets()
+    ).check()

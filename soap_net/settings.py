@@ -20,7 +20,7 @@ import reprlib
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -60,12 +60,11 @@ class AtLeast:
 # ----------------------------------------------------------------------------------------------- what there is to set
 
 
-@cache
-def kinds(cls: type) -> dict[str, Any]:
+def kinds(cls: Any) -> dict[str, Any]:
     """The annotations of all settings of a dataclass by their dotted keys, such as ``model.soap.parts``."""
     found: dict[str, Any] = {}
     for name, kind in _hints(cls).items():
-        found |= {f"{name}.{key}": one for key, one in kinds(kind).items()} if _is_group(kind) else {name: kind}
+        found |= {f"{name}.{key}": one for key, one in kinds(kind).items()} if is_dataclass(kind) else {name: kind}
     return found
 
 
@@ -78,14 +77,9 @@ _hints: Callable[[Any], dict[str, Any]] = cache(_fields)
 """The annotations of a dataclass's own fields by name."""
 
 
-def _is_group(kind: Any) -> bool:
-    return is_dataclass(kind)
-
-
-@cache
-def groups(cls: type) -> frozenset[str]:
-    """The keys that hold settings of their own, such as ``model`` and ``model.soap``."""
-    return frozenset(key[: dot.start()] for key in kinds(cls) for dot in re.finditer(r"\.", key))
+def _is_group(key: str, known: Iterable[str]) -> bool:
+    """Whether a key holds settings of its own, as ``model`` and ``model.soap`` do."""
+    return any(one.startswith(f"{key}.") for one in known)
 
 
 def described(kind: Any) -> str:
@@ -132,7 +126,8 @@ def read(values: Any, cls: type, source: str = "") -> dict[str, Any]:
         UserError: an unknown key, a value of another type or out of bounds.
     """
     try:
-        return {key: _converted(key, value, kinds(cls)[key]) for key, value in _leaves(values, cls)}
+        known = kinds(cls)
+        return {key: _converted(key, value, known[key]) for key, value in _leaves(values, [*known])}
     except UserError as error:
         raise UserError(f"{source}: {error}" if source else str(error)) from None
 
@@ -141,7 +136,7 @@ def build(cls: type[Settings], flat: Mapping[str, Any], prefix: str = "") -> Set
     """The dataclass with settings that `read` gave over its defaults."""
     values = {}
     for name, kind in _hints(cls).items():
-        if _is_group(kind):
+        if is_dataclass(kind) and isinstance(kind, type):
             values[name] = build(kind, flat, f"{prefix}{name}.")
         elif prefix + name in flat:
             values[name] = flat[prefix + name]
@@ -162,32 +157,37 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return result
 
 
-def nearest_key(name: str, known: Sequence[str]) -> str | None:
-    """The key probably meant by `name`: one like it, or else the right name in another group."""
+def dump(settings: Any) -> str:
+    """A dataclass of settings as YAML."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+
+
+def _meant(name: str, known: Sequence[str], dashes: str = "") -> str:
+    """The end of a message on an unknown key: names one like it, or else the right name in another group."""
     leaves = {key.rpartition(".")[2]: key for key in known}
     leaf = nearest(name.rpartition(".")[2], leaves)
-    return nearest(name, known, cutoff=0.5) or (leaves[leaf] if leaf else None)
+    close = nearest(name, known, cutoff=0.5) or (leaves[leaf] if leaf else None)
+    return f"; did you mean {dashes}{close}?" if close else ""
 
 
-def _leaves(values: Any, cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Any, known: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Keys and values of single settings; descends into known groups only, whatever else `values` may hold."""
     if not isinstance(values, Mapping):
         if not prefix:
             raise UserError(f"expected settings such as 'train: {{lr: 0.001}}', found {shown(values)}")
-        first = next(key for key in kinds(cls) if key.startswith(prefix)).removeprefix(prefix)
+        first = next(key for key in known if key.startswith(prefix)).removeprefix(prefix)
         group = prefix[:-1]
         raise UserError(f"{group} is {shown(values)}: it must hold settings, such as {group}: {{{first}: ...}}")
     for name, value in values.items():
         key = f"{prefix}{name}" if isinstance(name, str) else ""
-        if key in groups(cls):
-            yield from _leaves(value, cls, f"{key}.")
-        elif key in kinds(cls):
+        if key in known:
             yield key, value
+        elif _is_group(key, known):
+            yield from _leaves(value, known, f"{key}.")
         else:
             inner = next(iter(value), None) if isinstance(value, Mapping) else None
             key = f"{key}.{inner}" if key and isinstance(inner, str) else key
-            close = nearest_key(key, [*kinds(cls)])
-            raise UserError(f"unknown key {shown(key or name)}" + (f"; did you mean {close}?" if close else ""))
+            raise UserError(f"unknown key {shown(key or name)}{_meant(key, known)}")
 
 
 def _converted(key: str, value: Any, kind: Any, expected: str = "") -> Any:
@@ -312,48 +312,73 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not a YAML file: {error}") from None
 
 
-def read_options(
-    args: Sequence[str], cls: type, flat: Mapping[str, Any], config_file: Callable[[str], Path]
-) -> dict[str, Any]:
-    """The settings `flat` with those of config files over them, and those of other options over these.
+def parse_options(
+    args: Sequence[str],
+    cls: type[Settings],
+    *,
+    prog: str,
+    description: str,
+    base: Mapping[str, Any] | None = None,
+    source: str = "",
+    presets: Mapping[str, Path] | None = None,
+) -> Settings:
+    """The dataclass that command-line options make: `base`, config files over it, and the other options over these.
 
     Args:
         args: ``--key value``, ``--key=value``, ``--group '{key: value}'`` and ``--config name``; the later one wins.
         cls: the dataclass.
-        flat: settings by dotted key, as `read` gives them.
-        config_file: the file that a name after ``--config`` stands for.
+        prog: the command, for its help.
+        description: what the command does, for its help.
+        base: nested settings that take the place of the defaults.
+        source: where `base` came from, for messages.
+        presets: config files by the names that may stand for them.
 
     Raises:
-        UserError: an unknown option, an option without a value, or an impossible value.
+        UserError: one line that names the unknown option or key, or the impossible value, and the nearest right one.
+        SystemExit: after ``--help`` or ``--print_config``.
     """
-    flat, options = dict(flat), list(_named(args, cls))
-    for path in [config_file(text) for name, text in options if name == "config"]:
+    presets, known = presets or {}, kinds(cls)
+    flat = read(base or {}, cls, source)
+    if {"-h", "--help"} & {*args}:
+        print(_help(build(cls, flat), prog, description, presets))
+        raise SystemExit(0)
+    options = list(_named([arg for arg in args if arg != "--print_config"], known))
+    for file in [text for name, text in options if name == "config"]:
+        path = presets.get(file) or Path(file)
+        if not os.path.isfile(path):
+            preset = ", nor a preset of that name" if presets else ""
+            raise UserError(f"{shown(file)[1:-1]}: no such config file{preset}{did_you_mean(file, presets, 0.5)}")
         values = read_yaml(path)
         flat |= read({} if values is None else values, cls, str(path))
     for name, text in options:
         owner, _, own = name.rpartition(".")
-        if name in kinds(cls):
+        group = _is_group(name, known)
+        if name in known:
             flat |= read({name: text}, cls)
         elif name != "config":
             try:
-                value = read_yaml(Path(text)) if name in groups(cls) and os.path.isfile(text) else load_yaml(text)
+                value = read_yaml(Path(text)) if group and os.path.isfile(text) else load_yaml(text)
             except UserError as error:
                 raise UserError(f"--{name}: {error}") from None
-            flat |= read({name: value} if name in groups(cls) else {owner: {**flat.get(owner, {}), own: value}}, cls)
-    return flat
+            flat |= read({name: value} if group else {owner: {**flat.get(owner, {}), own: value}}, cls)
+    made = build(cls, flat)
+    if "--print_config" in args:
+        print(dump(made), end="")
+        raise SystemExit(0)
+    return made
 
 
-def _named(args: Sequence[str], cls: type) -> Iterator[tuple[str, str]]:
+def _named(args: Sequence[str], known: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Options with their texts: settings, groups of them, ``config``, and a free one's own, as a head's options."""
     remaining = iter(args)
     for arg in remaining:
         if not arg.startswith("--"):
             raise UserError(f"unrecognized arguments: {shown(arg)}")
         name, equals, text = arg[2:].partition("=")
-        free = get_origin(kinds(cls).get(name.rpartition(".")[0])) is dict
-        if not free and name not in kinds(cls) and name not in groups(cls) and name != "config":
-            close = nearest_key(name, [*kinds(cls), "config", "help", "print_config"])
-            raise UserError(f"unknown option --{shown(name)[1:-1]}" + (f"; did you mean --{close}?" if close else ""))
+        free = get_origin(known.get(name.rpartition(".")[0])) is dict
+        if not free and name not in known and not _is_group(name, known) and name != "config":
+            meant = _meant(name, [*known, "config", "help", "print_config"], "--")
+            raise UserError(f"unknown option --{shown(name)[1:-1]}{meant}")
         given = text if equals else next(remaining, "--")
         if not equals and given.startswith("--"):
             raise UserError(f"argument --{name}: expected one argument")
@@ -363,26 +388,20 @@ def _named(args: Sequence[str], cls: type) -> Iterator[tuple[str, str]]:
 # --------------------------------------------------------------------------------------------------------------- help
 
 
-def options_help(settings: Any, prog: str, description: str, config: str) -> str:
-    """The help of a command whose options are the settings of a dataclass, with their docstrings and defaults.
-
-    Args:
-        settings: the dataclass with the defaults.
-        prog: the command.
-        description: what it does.
-        config: what may follow ``--config``.
-    """
+def _help(settings: Any, prog: str, description: str, presets: Iterable[str]) -> str:
+    """Settings as options, with the docstrings and bounds of their fields, and the values in `settings` as defaults."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, usage=f"{prog} [--config FILE] [--SETTING VALUE ...]"
     )
-    parser.add_argument("--config", metavar="FILE", help=config)
+    named = f", or one of the presets: {', '.join(presets)}" if presets else ""
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file{named}.")
     parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML and exit.")
 
     def add(place: Any, settings: Any, prefix: str) -> None:
         docs = field_docs(type(settings))
         for name, kind in _hints(type(settings)).items():
             value = getattr(settings, name)
-            if _is_group(kind):
+            if is_dataclass(kind):
                 title = (inspect.getdoc(kind) or name).splitlines()[0].rstrip(".")
                 add(parser.add_argument_group(title), value, f"{prefix}{name}.")
             else:

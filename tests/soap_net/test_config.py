@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -189,18 +188,6 @@ def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
 
 def test_tuple_sizes_count_only_where_hmem_is_on() -> None:
     assert parse(["--model.soap.tuple_sizes=[9]", "--model.soap.parts=[cwem]"]).model.soap.tuple_sizes == (9,)
-
-
-def test_other_dataclasses_parse_alike() -> None:
-    assert parse(["--size=3"], Shape, prog="test", description="") == Shape(3)
-    with pytest.raises(UserError, match="did you mean --size"):
-        parse(["--siez=3"], Shape, prog="test", description="")
-
-
-@dataclass
-class Shape:
-    size: int = 1
-    """Its size."""
 
 
 def test_keys_are_dotted() -> None:

@@ -25,7 +25,7 @@ from soap_net import checkpoint
 from soap_net.cli import main
 from soap_net.config import Config, from_dict, known_keys, load_config, parse, to_dict
 from soap_net.errors import UserError
-from soap_net.settings import AtLeast, build, field_docs, load_yaml, read, shown
+from soap_net.settings import AtLeast, build, field_docs, load_yaml, parse_options, read, shown
 
 CASES = 500
 
@@ -336,6 +336,16 @@ class TestValues:
             assert len(shown(value)) <= 100
             assert shown(value).isprintable()
         assert [shown(value) for value in (None, True, "a", (1, 2))] == ["null", "true", "'a'", "[1, 2]"]
+
+
+def test_any_dataclass_is_made_of_options(tmp_path: Path) -> None:
+    (tmp_path / "o.yaml").write_text("inner: {name: b}")
+    args = [f"--config={tmp_path / 'o.yaml'}", "--share=1e-1"]
+    assert parse_options(args, Outer, prog="test", description="") == Outer(Inner("b"), 0.1)
+    with pytest.raises(UserError, match="unknown option --shrae; did you mean --share"):
+        parse_options(["--shrae=1"], Outer, prog="test", description="")
+    with pytest.raises(UserError, match=r"^nowhere: no such config file$"):
+        parse_options(["--config", "nowhere"], Outer, prog="test", description="")
 
 
 class TestHelp:
