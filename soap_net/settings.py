@@ -34,7 +34,7 @@ from soap_net.errors import UserError, did_you_mean, nearest
 Settings = TypeVar("Settings")
 
 LARGEST_FILE = 2**16
-"""Bytes of a settings file, characters of an option."""
+"""Characters of a settings file or an option."""
 DEEPEST = 8
 """Lists and mappings within each other."""
 LONGEST_TEXT = 4096
@@ -388,7 +388,7 @@ def _named(args: Sequence[str], known: Mapping[str, Any]) -> Iterator[tuple[str,
 # --------------------------------------------------------------------------------------------------------------- help
 
 
-def _help(settings: Any, prog: str, description: str, presets: Iterable[str]) -> str:
+def _help(settings: Any, prog: str, description: str, presets: Mapping[str, Path]) -> str:
     """Settings as options, with the docstrings and bounds of their fields, and the values in `settings` as defaults."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, usage=f"{prog} [--config FILE] [--SETTING VALUE ...]"
