@@ -100,7 +100,7 @@ def train(
         resume: continue the run in `config.out` from its last.pt, if there is one.
         progress: whether to show progress bars.
         callback: called in every process after each optimizer step, before a validation or checkpoint that is due.
-            The parameters still hold the step's gradients; raising `Interrupted` saves and ends the training.
+            The parameters still hold the step's gradients; raising `Interrupted`, in all of them, saves and ends.
         stop: asked after each episode whether to save and end; by default, Ctrl-C and SIGTERM ask for that.
 
     Raises:
@@ -225,7 +225,7 @@ class Training:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         sums = _Sums()
         for index in shard(batch, self.ranks.rank, self.ranks.size):
-            self._run(index, len(batch), sums)
+            self._episode(index, len(batch), sums)
             if self._stop() and self.ranks.size == 1:
                 break
         sums.stop = self._stop()
@@ -245,7 +245,7 @@ class Training:
         self._refuse_failures()
         return Step(batch, sums.losses, sums.accuracies, loss, accuracy, lr, clipped, seconds)
 
-    def _run(self, index: int, batch_size: int, sums: _Sums) -> None:
+    def _episode(self, index: int, batch_size: int, sums: _Sums) -> None:
         """Forward and backward on the next episode, which is `index`."""
         device, episode = self.ranks.device, self.config.episode
         task = next(self._tasks)
