@@ -23,9 +23,9 @@ class ClipError(UserError):
         return type(self), (self.path, self.reason)
 
 
-def said(error: OSError) -> str:
-    """The system's reason for an error, in lower case, as the end of a line; PyAV's errors are OSErrors too."""
-    return (error.strerror or str(error)).lower()
+def said(error: Exception) -> str:
+    """The reason of an OSError, or of one of PyAV's, in lower case, as the end of a line."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
