@@ -103,7 +103,7 @@ def cpu_library() -> Library:
     }
     ops_flags = [*flags, *python_includes(), *(f"'-D{k}={v}'" for k, v in defines.items())]
     ops_flags = [f.replace('\\"', '"') if f.startswith("'") else f for f in ops_flags]
-    library.objects.append(("ops.o", "csrc/ops.cpp", [cxx, *ops_flags]))
+    library.objects.append(("ops.o", "csrc/cpu/ops.cpp", [cxx, *ops_flags]))
     torch_lib = Path(torch.__file__).parent / "lib"
     # libtorch is loaded by `import torch` before this library, so no path to it is written down.
     library.link = [cxx, "-shared", *extra, f"-L{torch_lib}", "-ltorch_cpu"]

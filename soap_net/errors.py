@@ -24,7 +24,7 @@ class ClipError(UserError):
 
 
 def said(error: Exception) -> str:
-    """The reason of an OSError, or of one of PyAV's, in lower case, as the end of a line."""
+    """The reason for an error of the system or of FFmpeg, in lower case, as the end of a line."""
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
