@@ -29,8 +29,9 @@ from soap_net.config import Amp, Config, DataConfig, EvalConfig
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import Episode, EpisodeSampler
 from soap_net.data.loading import PerClip, load
+from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import ClipSet, load_split
-from soap_net.data.transforms import ClipLoader, clip_loader
+from soap_net.data.transforms import clip_loader
 from soap_net.errors import ClipError, UserError, said
 from soap_net.files import write_text
 from soap_net.interrupts import Interrupted
@@ -94,6 +95,7 @@ def clip_features(
     *,
     amp: Amp = "none",
     progress: Callable[[int], object] = lambda count: None,
+    memory: ClipMemory | None = None,
 ) -> tuple[Tensor, list[ClipError | None]]:
     """Features of each clip, and for each the error that kept it from being read (its features are zero then).
 
@@ -102,19 +104,20 @@ def clip_features(
     """
     features = torch.zeros(len(clips), data.frames, model.backbone.dim, device=device)
     errors: list[ClipError | None] = [None] * len(clips)
-    batches = load(PerClip(clips, clip_loader(data, train=False)), data.workers, batch_size=CLIPS_PER_CALL)
-    for number, batch in enumerate(batches):
-        rows, frames = [], []
-        for row, item in enumerate(batch, number * CLIPS_PER_CALL):
-            if isinstance(item, ClipError):
-                errors[row] = item
-            else:
-                rows.append(row)
-                frames.append(item)
-        if frames:
-            with autocast(device, amp):
-                features[rows] = model.features(torch.stack(frames).to(device)).float()
-        progress(len(batch))
+    dataset = PerClip(clips, clip_loader(data, train=False, memory=memory))
+    with contextlib.closing(load(dataset, data.workers, batch_size=CLIPS_PER_CALL)) as batches:
+        for number, batch in enumerate(batches):
+            rows, frames = [], []
+            for row, item in enumerate(batch, number * CLIPS_PER_CALL):
+                if isinstance(item, ClipError):
+                    errors[row] = item
+                else:
+                    rows.append(row)
+                    frames.append(item)
+            if frames:
+                with autocast(device, amp):
+                    features[rows] = model.features(torch.stack(frames).to(device)).float()
+            progress(len(batch))
     return features, errors
 
 
@@ -128,6 +131,7 @@ def evaluate(
     amp: Amp = "none",
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    memory: ClipMemory | None = None,
 ) -> EvalResult:
     """Classification accuracy over `config.tasks` tasks drawn from `clips`.
 
@@ -140,6 +144,7 @@ def evaluate(
         amp: mixed precision of SOAP and backbone.
         progress: whether to show a progress bar.
         stop: asked now and then; when it returns True, `Interrupted` is raised.
+        memory: keeps decoded clips from call to call; by default none are kept.
 
     Raises:
         UserError: too few classes or clips for such tasks, or no readable clip left in a class.
@@ -151,7 +156,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop)
+        store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop, memory)
         chosen = store.fill(episodes)
         correct, confusion = _run_tasks(store, episodes, chosen, config)
     finally:
@@ -197,6 +202,7 @@ class _Store:
     amp: Amp
     progress: bool
     stop: Callable[[], bool]
+    memory: ClipMemory | None
     rows: dict[tuple[int, int], int] = field(default_factory=dict)
     broken: set[tuple[int, int]] = field(default_factory=set)
     failures: list[str] = field(default_factory=list)
@@ -231,7 +237,9 @@ class _Store:
         mine = range(ranks.rank, len(fresh), ranks.size)
         clips = [self.clips.clips[fresh[i][0]][fresh[i][1]] for i in mine]
         with self.advancing("features", "clip", len(mine)) as advance:
-            own, errors = clip_features(self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance)
+            own, errors = clip_features(
+                self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance, memory=self.memory
+            )
         features = torch.zeros(len(fresh), *own.shape[1:], device=ranks.device)
         features[ranks.rank :: ranks.size] = own
         ranks.sum([features])
