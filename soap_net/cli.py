@@ -348,11 +348,13 @@ def _info(args: list[str]) -> int:
     import torch
 
     from soap_kernels import backends
-    from soap_net.runs import versions
+    from soap_net.versions import untested, versions
 
     for name, value in versions().items():
         print(f"{name:<12}  {value if value is not None else '-'}")
     print(f"{'threads':<12}  {torch.get_num_threads()}")
+    for line in untested():
+        print(f"warning: {line}")
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         print(f"backends for tensors on {device}:")
         for name, why_absent in backends.status(device).items():
