@@ -81,9 +81,8 @@ class Torch:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command: a path or a name, and perhaps flags, or a wrapper before it."""
-    chosen = os.environ.get("CXX", "")
-    for command in ([chosen], shlex.split(chosen), ["g++"], ["c++"], ["clang++"]):
+    """The C++ compiler's command: its path, and perhaps flags or, behind a wrapper such as ccache, the compiler."""
+    for command in (shlex.split(os.environ.get("CXX", "")), ["g++"], ["c++"], ["clang++"]):
         if command and (found := shutil.which(command[0])):
             return [found, *command[1:]]
     raise CannotBuild("no C++ compiler was found (g++ 11 or newer, or set CXX)")

@@ -1,0 +1,206 @@
+"""The sdist, wheels and installs of the working tree in fresh environments, which see the running one's PyTorch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = Path(torch.__file__).resolve().parents[1]  # of the running environment
+ODD = "My Projects/ß 動画 $1 it's"
+CXX = shutil.which("g++") or shutil.which("c++")
+SHIPPED = ("csrc/", "soap_kernels/", "soap_net/", "setup.py", "pyproject.toml", "LICENSE", "README.md")
+# Unoptimised, in a quarter of the time: these tests are about what is found and where it goes. test_wheel.py optimises.
+QUICK = {"SOAP_KERNELS_CXXFLAGS": "-O0", "SOAP_KERNELS_CUDA": "0"}
+
+pytestmark = pytest.mark.slow
+needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
+
+FIRST_USE = """
+import torch, soap_kernels
+print(soap_kernels.__file__)
+soap = soap_kernels.SOAP(frames=2)
+for _ in range(2):
+    soap(torch.zeros(1, 2, 3, 8, 8))
+    soap.double()(torch.zeros(1, 2, 3, 8, 8, dtype=torch.float64))
+    soap.float()
+"""
+
+
+def run(
+    command: Sequence[str | Path] | str, folder: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A command that sees neither this process's PYTHONPATH nor its choices of a build; a string goes to the shell."""
+    ours = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("SOAP_KERNELS_")}
+    return subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        cwd=folder,
+        env=ours | QUICK | dict(environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def succeed(
+    command: Sequence[str | Path] | str, folder: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    done = run(command, folder, environment)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def tracked() -> list[str]:
+    """The working tree's files, without what git ignores."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    return [name for name in names.split("\0") if name and (ROOT / name).exists()]
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+def environment_at(folder: Path) -> Path:
+    """A fresh environment's Python. PyTorch and pip are the running environment's, seen at a path below ``folder``."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    (folder / "packages").symlink_to(PACKAGES)
+    (site,) = (folder / "venv/lib").glob("python*/site-packages")
+    (site / "running.pth").write_bytes(os.fsencode(folder / "packages"))
+    return folder / "venv/bin/python"
+
+
+def install(python: Path, source: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [python, "-m", "pip", "install", "--no-deps", *options, source]
+    return run(command, python.parent, {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"} | environment)
+
+
+def check_kernels(python: Path, package: Path) -> None:
+    """The package that is found is the one at ``package``, and its C++ kernels agree with the oracle."""
+    found = succeed([python, "-c", "import soap_kernels; print(soap_kernels.__file__)"], python.parent).stdout
+    assert Path(found.strip()).is_relative_to(package)
+    checked = succeed([python, "-m", "soap_kernels.selfcheck"], python.parent).stdout
+    assert re.search(r"^cpp +cpu +float32 .* ok$", checked, re.M), checked
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose path asks for quotes, with the checkout and a compiler in it."""
+    folder = tmp_path_factory.mktemp("odd") / ODD
+    copy_of_checkout(folder / "checkout")
+    script(folder / "bin/g++", f"exec {CXX}")
+    return folder
+
+
+def script(path: Path, command: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'#!/bin/sh\n{command} "$@"\n')
+    path.chmod(0o755)
+
+
+def first_on_path(*folders: Path) -> str:
+    return os.pathsep.join([*map(str, folders), os.environ["PATH"]])
+
+
+@pytest.fixture(scope="module")
+def sdist(odd: Path) -> Path:
+    code = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    succeed([sys.executable, "-c", code], odd / "checkout")
+    (path,) = odd.glob("*.tar.gz")
+    return path
+
+
+def test_the_sdist_holds_all_that_git_has_of_the_packages_and_of_their_sources(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = [name for name in tracked() if name.startswith(SHIPPED)]
+    assert any(name.startswith("csrc/") for name in wanted)
+    assert [name for name in wanted if name not in held] == []
+
+
+@needs_compiler
+def test_the_sdist_installs_with_build_isolation(sdist: Path, tmp_path: Path) -> None:
+    """What pip puts into its isolated environment are wheels that only point to the running environment's packages."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for name in ("setuptools", "torch", "ninja", "pybind11"):
+        installed = importlib.metadata.distribution(name)
+        version = installed.version
+        folder = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(links / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}_link.pth", f"{PACKAGES}\n")
+            wheel.writestr(f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{folder}/entry_points.txt", installed.read_text("entry_points.txt") or "")
+            wheel.writestr(f"{folder}/RECORD", "")
+    python = environment_at(tmp_path)
+    path = first_on_path(Path(sys.executable).parent)  # ninja's program
+    done = install(python, sdist, PIP_FIND_LINKS=str(links), SOAP_KERNELS_CPU="1", PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_kernels(python, tmp_path / "venv")
+
+
+@needs_compiler
+@pytest.mark.parametrize("editable", [False, True], ids=["copied", "editable"])
+def test_a_checkout_installs_from_and_into_paths_that_ask_for_quotes(odd: Path, editable: bool) -> None:
+    python = environment_at(odd / ("editable" if editable else "copied"))
+    options = ["--no-build-isolation", *(["--editable"] if editable else [])]
+    done = install(python, odd / "checkout", *options, SOAP_KERNELS_CPU="1", PATH=first_on_path(odd / "bin"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_kernels(python, odd / "checkout" if editable else python.parents[1])
+
+
+@needs_compiler
+def test_without_a_compiler_the_kernels_are_left_out_and_what_is_said_then_brings_them(odd: Path) -> None:
+    python = environment_at(odd / "none")
+    done = install(python, odd / "checkout", "--no-build-isolation", PATH=str(odd))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    used = succeed([python, "-c", FIRST_USE], python.parent)
+    assert Path(used.stdout.strip()).is_relative_to(python.parents[1])
+    assert used.stderr.count("the C++ kernels are left out, SOAP runs on the slower PyTorch reference") == 1
+    info = succeed([python, "-m", "soap_net", "info"], python.parent)
+    assert "left out" not in info.stderr
+    (said,) = re.findall(r"^ +cpp +absent: (.*)$", info.stdout, re.M)
+    assert said in used.stderr
+    assert re.search(r"^ +auto +takes reference$", info.stdout, re.M)
+
+    commands = re.findall("`(.+?)`", said)
+    assert len(commands) == 2
+    script(python.parent / "pip", "exec python -m pip")
+    for command in commands:
+        succeed(command, odd / "checkout", {"PATH": first_on_path(python.parent, odd / "bin"), "PIP_NO_INDEX": "1"})
+    check_kernels(python, python.parents[1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["fold.cpp", "simd.h"])
+def test_with_a_compiler_a_source_file_that_is_missing_fails_the_build(tmp_path: Path, name: str) -> None:
+    checkout = copy_of_checkout(tmp_path / "checkout")
+    (checkout / "csrc/cpu" / name).unlink()
+    done = install(environment_at(tmp_path), checkout, "--no-build-isolation")
+    assert done.returncode != 0
+    assert f"soap_kernels._cpp cannot be built: {checkout / 'csrc/cpu' / name} is missing" in done.stdout + done.stderr
+
+
+def test_elsewhere_than_on_linux_the_kernels_are_left_out_in_one_line(tmp_path: Path) -> None:
+    code = "import sys, setuptools.command.build_ext; sys.platform = 'win32'; sys.argv[1:] = ['build_ext']; exec(open('setup.py').read())"
+    done = succeed([sys.executable, "-c", code], copy_of_checkout(tmp_path))
+    assert "soap_kernels._cpp is left out: the kernels are built on Linux only" in done.stderr
