@@ -122,7 +122,7 @@ def cpu_library() -> Library:
         "SOAP_TORCH_TARGET": f'"{TORCH_TARGET}"',
     }
     ops_flags = [*flags, *includes(torch), *(f"-D{k}={v}" for k, v in defines.items())]
-    library.objects.append(("ops.o", "csrc/ops.cpp", [*cxx, *ops_flags]))
+    library.objects.append(("ops.o", "csrc/cpu/ops.cpp", [*cxx, *ops_flags]))
     # libtorch is loaded by `import torch` before this library, so no path to it is written down.
     library.link = [*cxx, "-shared", *more, f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
     return library

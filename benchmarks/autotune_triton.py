@@ -16,9 +16,9 @@ import torch
 import triton
 
 from soap_kernels.backends import Options
-from soap_kernels.equations import PARTS
+from soap_kernels.backends.triton import BACKEND, ops, plan
 from soap_kernels.modules import SOAP
-from soap_kernels.triton import BACKEND, ops, plan
+from soap_kernels.weights import PARTS
 
 SIZES = (1, 2, 3)
 KINDS: dict[str, tuple[torch.dtype, torch.dtype, str]] = {

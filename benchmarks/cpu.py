@@ -30,7 +30,8 @@ import torch
 
 from benchmarks import providers
 from benchmarks.providers import Work
-from soap_kernels import SOAP, cpp
+from soap_kernels import SOAP
+from soap_kernels.backends import cpp
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Calls = dict[str, Callable[[], object]]

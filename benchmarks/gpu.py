@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from soap_kernels import backends
-from soap_kernels.equations import PARTS, Weights
+from soap_kernels.backends.reference import soap as folded_soap
 from soap_kernels.equations import soap as equations_soap
 from soap_kernels.op import soap
-from soap_kernels.reference import soap as folded_soap
+from soap_kernels.weights import PARTS, Weights
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = (1, 2, 3)

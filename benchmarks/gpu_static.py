@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from soap_kernels import equations, reference
-from soap_kernels.equations import PARTS, Weights
+from soap_kernels import equations
+from soap_kernels.backends import reference
 from soap_kernels.modules import SOAP
+from soap_kernels.weights import PARTS, Weights
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("soap_kernels", "cuda_shim")]

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels import SOAP, equations, op, reference
-from soap_kernels.equations import PARTS, Weights
+from soap_kernels import SOAP, equations, op
+from soap_kernels.backends import reference
+from soap_kernels.weights import PARTS, Weights
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soap_kernels import op
-from soap_kernels.equations import PARTS, compute_dtype, count_maps, without_autocast
+from soap_kernels.frames import compute_dtype, without_autocast
 from soap_kernels.held import Held
+from soap_kernels.weights import PARTS, count_maps
 
 #: The convolutions that the published code makes anew in every forward, and so never saves.
 UNSAVED = ("channel_diff", "frame_diff", "recover")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soap_kernels.equations import CWEMWeights, HMEMWeights, ThreeDEMWeights
+from soap_kernels.weights import CWEMWeights, HMEMWeights, ThreeDEMWeights
 
 
 def _windows(restore: Tensor, first_map: int, o: int) -> Tensor:

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from soap_kernels import backends, compat, equations, op, reference
-from soap_kernels.equations import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, without_autocast
+from soap_kernels import backends, compat, equations, op
+from soap_kernels.backends import reference
+from soap_kernels.frames import as_float, as_output, compute_dtype, without_autocast
 from soap_kernels.held import Held
+from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps
 
 BACKENDS = (*backends.NAMES, "equations")
 
@@ -49,7 +51,7 @@ class _Part(nn.Module):
 
 def _priors(x: Tensor, w: Weights, tuple_sizes: Sequence[int], backend: str) -> dict[str, Tensor]:
     parts = [p for p, on in zip(PARTS, (w.three_dem, w.cwem, w.hmem), strict=True) if on]
-    frames = x.to(equations.compute_dtype(x))
+    frames = x.to(compute_dtype(x))
     w = reference.cast(w, frames.dtype, parts, len(tuple_sizes))
     with without_autocast(x):
         return (equations if backend == "equations" else reference).priors(frames, w, tuple_sizes)
@@ -108,7 +110,7 @@ class HMEM(_Part):
         planes = [o * channels for o in self.tuple_sizes]
         self.motion = nn.ModuleList(Held(p, p, 3, 3) for p in planes)
         self.project = nn.ModuleList(Held(channels, p, 1, 1) for p in planes)
-        self.restore = Held(frames, equations.count_maps(frames, self.tuple_sizes))
+        self.restore = Held(frames, count_maps(frames, self.tuple_sizes))
 
     def weights(self) -> Weights:
         def tensors(convs: nn.ModuleList, name: str) -> list[Tensor]:
@@ -210,7 +212,7 @@ class SOAP(nn.Module):
         """The prior of each part that is on, by its name, broadcastable to x; differentiable. For plots and study."""
         self._check(x)
         mean, std = self.normalize or (None, None)
-        frames = equations.as_float(x, mean, std)
+        frames = as_float(x, mean, std)
         if self.variant == "release":
             w = compat.release_weights(self, self.parts).to(frames.dtype)
             with without_autocast(x):
@@ -227,8 +229,8 @@ class SOAP(nn.Module):
             return self._release(x)
         if self.backend == "equations":
             mean, std = self.normalize or (None, None)
-            y = equations.soap(equations.as_float(x, mean, std), self.weights(), self.tuple_sizes)
-            return equations.as_output(y, self._out_dtype(x), self.out_channels_last)
+            y = equations.soap(as_float(x, mean, std), self.weights(), self.tuple_sizes)
+            return as_output(y, self._out_dtype(x), self.out_channels_last)
         if not self.parts and self.normalize is None and self.out_dtype is None and not self.out_channels_last:
             return x
         return op.soap(
@@ -246,10 +248,10 @@ class SOAP(nn.Module):
     def _release(self, x: Tensor) -> Tensor:
         mean, std = self.normalize or (None, None)
         # Narrow frames are widened first where y is to be wider, so that nothing is rounded on the way.
-        frames = x if self._out_dtype(x) == x.dtype else equations.as_float(x, mean, std)
+        frames = x if self._out_dtype(x) == x.dtype else as_float(x, mean, std)
         w = compat.release_weights(self, self.parts)
         y = compat.release(frames, w, self.tuple_sizes, self.precision, self.backend)
-        return equations.as_output(y, self._out_dtype(x), self.out_channels_last)
+        return as_output(y, self._out_dtype(x), self.out_channels_last)
 
     def _out_dtype(self, x: Tensor) -> torch.dtype:
         return self.out_dtype or (torch.float32 if self.normalize is not None else x.dtype)

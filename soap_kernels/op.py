@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 from soap_kernels import backends
 from soap_kernels.backends import Backend, Fusion, Options
-from soap_kernels.equations import PARTS, Weights, compute_dtype, count_maps, count_weights, without_autocast
+from soap_kernels.frames import compute_dtype, without_autocast
+from soap_kernels.weights import PARTS, Weights, count_maps, count_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from soap_kernels import backends, cpp, equations, op
-from soap_kernels.equations import PARTS, Weights
+from soap_kernels import backends, equations, op
+from soap_kernels.backends import cpp
 from soap_kernels.modules import SOAP
+from soap_kernels.weights import PARTS, Weights
 
 # Allowed: |y - oracle| on unit-scale frames, and the relative (Frobenius) error of a gradient. fp16 and bf16: the
 # rounding of y. TF32 products ("fast" on a GPU) keep 10 bits.

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from soap_net.config import Config, read_settings, to_dict
 from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, write_motion
 from soap_net.errors import UserError
-from soap_net.evaluate import Interrupted, evaluate_run
+from soap_net.evaluate import evaluate_run
+from soap_net.interrupts import Interrupted
 from soap_net.train import train
 
 NETS = {"with_soap": "with SOAP", "without_soap": "without SOAP"}

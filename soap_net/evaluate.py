@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -27,11 +26,12 @@ from tqdm import tqdm
 
 from soap_net.checkpoint import load_model
 from soap_net.config import Amp, Config, DataConfig, EvalConfig
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
 from soap_net.data.episodes import Episode, EpisodeSampler
 from soap_net.data.splits import ClipSet, load_split
 from soap_net.data.transforms import ClipLoader, FrameSampling
-from soap_net.errors import UserError
+from soap_net.errors import ClipError, UserError, said
+from soap_net.interrupts import Interrupted, leave_signals_to_main
 from soap_net.models.heads import Embedded, FewShotHead, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import Ranks, join
@@ -39,10 +39,6 @@ from soap_net.ranks import Ranks, join
 CLIPS_PER_CALL = 8
 EMBEDDED_LIMIT = 2 * 2**30
 """Bytes that the embedded clips of an evaluation may take; beyond it each task embeds its own."""
-
-
-class Interrupted(RuntimeError):
-    """The user asked to stop."""
 
 
 @dataclass
@@ -112,12 +108,6 @@ def autocast(device: torch.device, amp: Amp) -> torch.autocast:
     """The config's mixed precision on `device`."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=amp != "none")
-
-
-def leave_signals_to_main(worker: int) -> None:
-    """Makes a decoding process ignore Ctrl-C and SIGTERM: the main process ends its workers when it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @torch.inference_mode()
@@ -400,7 +390,7 @@ def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, p
             try:
                 result.save(target)
             except OSError as error:  # hours of evaluation are not to be lost for it
-                print(f"warning: {target}: the result can't be written: {_reason(error)}", file=sys.stderr)
+                print(f"warning: {target}: the result can't be written: {said(error)}", file=sys.stderr)
     return result
 
 
@@ -415,9 +405,5 @@ def _refuse_unwritable(target: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"{target}: the result can't be written there: {_reason(error)}; choose another place with --out"
+            f"{target}: the result can't be written there: {said(error)}; choose another place with --out"
         ) from error
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

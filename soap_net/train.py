@@ -13,16 +13,13 @@ import importlib.metadata
 import json
 import math
 import platform
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,11 +32,11 @@ from tqdm import tqdm
 
 from soap_net import checkpoint
 from soap_net.config import Config, TrainConfig, flatten, save_config, to_dict
-from soap_net.data.clips import ClipError
 from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, shard
 from soap_net.data.splits import load_split
-from soap_net.errors import UserError
-from soap_net.evaluate import EvalResult, Interrupted, autocast, clip_loader, evaluate, leave_signals_to_main
+from soap_net.errors import ClipError, UserError
+from soap_net.evaluate import EvalResult, autocast, clip_loader, evaluate
+from soap_net.interrupts import Interrupted, StopSignals, leave_signals_to_main
 from soap_net.models import build_model
 from soap_net.ranks import Ranks, join
 
@@ -97,7 +94,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     """
     config.check()
     cfg = config.train
-    with join(config.device) as ranks, _StopSignals() as stop, _own_random_state(ranks.device):
+    with join(config.device) as ranks, StopSignals() as stop, _own_random_state(ranks.device):
         if cfg.tasks_per_batch % ranks.size:
             raise UserError(
                 f"train.tasks_per_batch is {cfg.tasks_per_batch}: it must be a multiple of the {ranks.size} processes"
@@ -372,32 +369,6 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
     """Leaves the caller's random generators as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-class _StopSignals:
-    """Notes the first Ctrl-C or SIGTERM in `requested`; a second one ends the program at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        sys.stderr.write("\nstopping and saving; once more to stop at once\n")
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception: object) -> None:
-        self._put_back()
 
 
 class _Log:

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from soap_net.errors import UserError
+from soap_net.errors import ClipError, said
 
 try:  # a third faster than Pillow, and due to leave torchvision
     from torchvision.io import ImageReadMode, decode_image
@@ -56,18 +56,6 @@ VIDEO_SUFFIXES = frozenset(
     }
 )
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
-
-
-class ClipError(UserError):
-    """A clip that cannot be read: ``path`` names it, ``reason`` says why."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[ClipError], tuple[Path, str]]:
-        return type(self), (self.path, self.reason)
 
 
 @dataclass(frozen=True)
@@ -140,7 +128,7 @@ class Clip:
         try:
             stat = os.stat(self.path)
         except OSError as error:
-            raise ClipError(self._shown(), _said(error)) from error
+            raise ClipError(self._shown(), said(error)) from error
         return _open_source(self.path, self.member, stat.st_mtime_ns, stat.st_size)
 
 
@@ -172,7 +160,7 @@ class _Folder:
         try:
             names = [entry.name for entry in os.scandir(path) if is_image(entry.name)]
         except OSError as error:
-            raise ClipError(path, _said(error)) from error
+            raise ClipError(path, said(error)) from error
         if not names:
             raise ClipError(path, f"the folder holds no images ({_listed(IMAGE_SUFFIXES)})")
         self.path = path
@@ -188,7 +176,7 @@ class _Folder:
             try:
                 data = path.read_bytes()
             except OSError as error:
-                raise ClipError(path, _said(error)) from error
+                raise ClipError(path, said(error)) from error
             frames.append(_decode_image(data, path))
         return frames
 
@@ -462,7 +450,7 @@ class _Video:
                 end = _matroska_end(file.read(4096))
                 size = file.seek(0, os.SEEK_END)
         except OSError as error:
-            raise ClipError(self.path, _said(error)) from error
+            raise ClipError(self.path, said(error)) from error
         if end is not None and size < end:
             raise ClipError(self.path, f"the file is cut short: {size} of its {end} bytes are there")
 
@@ -528,7 +516,7 @@ class _Video:
             # Without the scheme, "10:30.avi" would be a file of a protocol named 10.
             container = av.open(f"file:{self.path}", metadata_errors="ignore")
         except av.FFmpegError as error:
-            raise ClipError(self.path, f"not a video that FFmpeg can read ({_said(error)})") from error
+            raise ClipError(self.path, f"not a video that FFmpeg can read ({said(error)})") from error
         with container:
             if not container.streams.video:
                 raise ClipError(self.path, "the file holds no video stream")
@@ -541,7 +529,7 @@ class _Video:
             try:
                 yield container, stream
             except av.FFmpegError as error:
-                raise ClipError(self.path, f"the video cannot be decoded ({_said(error)})") from error
+                raise ClipError(self.path, f"the video cannot be decoded ({said(error)})") from error
 
 
 def _starts_anew(packet: bytes, extradata: bytes | None) -> bool:
@@ -611,10 +599,6 @@ def _upright(frame: av.VideoFrame) -> Tensor:
     # The metadata's angle is counter-clockwise, as is rot90's.
     turns = round(frame.rotation / 90) % 4
     return torch.from_numpy(np.rot90(pixels, turns).copy() if turns else pixels).permute(2, 0, 1)
-
-
-def _said(error: av.FFmpegError | OSError) -> str:
-    return (error.strerror or str(error)).lower()
 
 
 def _counted(frames: int) -> str:

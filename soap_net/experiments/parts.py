@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from soap_kernels.equations import PARTS
+from soap_kernels.weights import PARTS
 from soap_net.experiments.runner import PAPER, Experiment, Results, Row, Run, seeded
 
 SUBSETS = [chosen for size in range(len(PARTS) + 1) for chosen in combinations(PARTS, size)]

@@ -42,7 +42,8 @@ from soap_net.data.memory import decoded
 from soap_net.data.motion import MotionConfig, write_motion
 from soap_net.data.splits import load_split
 from soap_net.errors import UserError
-from soap_net.evaluate import Interrupted, evaluate
+from soap_net.evaluate import evaluate
+from soap_net.interrupts import Interrupted
 from soap_net.ranks import Ranks, pick_device
 from soap_net.train import FREE_TO_CHANGE, train, versions
 

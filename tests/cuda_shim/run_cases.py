@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soap_kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cuda_cases import FUSIONS, SOAPS, WIDE_FUSIONS, WIDES, check_fusion, check_soap, check_window_sums
-from soap_kernels import cuda
+from soap_kernels.backends import cuda
 
 
 def use(library: Path | str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from soap_kernels.backends import Backend, Fusion, Options
-from soap_kernels.reference import BACKEND as REFERENCE
+from soap_kernels.backends.reference import BACKEND as REFERENCE
 
 PARTS = ("3dem", "cwem", "hmem")
 NORMALIZE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from soap_kernels.backends import Options
-from soap_kernels.equations import PARTS
 from soap_kernels.modules import SOAP
+from soap_kernels.weights import PARTS
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Per multiprocessor: registers, threads, shared memory in bytes (CUDA programming guide, compute capabilities).
@@ -87,7 +87,7 @@ class Facts:
 @contextmanager
 def recorded(architecture: int = 90) -> Iterator[list[Launch]]:
     """Records what the Triton backend would launch on an architecture instead of launching it; feed it meta tensors."""
-    from soap_kernels.triton import ops, wide
+    from soap_kernels.backends.triton import ops, wide
 
     found: list[Launch] = []
 
@@ -120,7 +120,7 @@ def soap_launches(
     frames: int = 8,
 ) -> list[Launch]:
     """What the Triton backend launches for 6 clips of frames x 3 x 224 x 224, forward and backward to all weights."""
-    from soap_kernels.triton import BACKEND
+    from soap_kernels.backends.triton import BACKEND
 
     mean, std = ((0.45,) * 3, (0.22,) * 3) if dtype == torch.uint8 else (None, None)
     weights = [w.detach().to("meta") for w in SOAP(frames).weights().flatten()]
@@ -174,7 +174,7 @@ def compile_launch(launch: Launch, architecture: int) -> Facts:
         else:
             fixed = parameter.do_not_specialize and isinstance(value, int)
             signature[parameter.name] = "i32" if fixed else _specialize((i,), value, constants, attributes)
-    from soap_kernels.triton.plan import compiled as options_of
+    from soap_kernels.backends.triton.plan import compiled as options_of
 
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options_of(launch.options))

@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soap_kernels import backends, cpp, equations, op, reference
-from soap_kernels.backends import Fusion
-from soap_kernels.equations import PARTS, Weights
+from soap_kernels import backends, equations, op
+from soap_kernels.backends import Fusion, cpp, reference
+from soap_kernels.frames import as_float
 from soap_kernels.modules import SOAP
+from soap_kernels.weights import PARTS, Weights
 
 WHY_ABSENT = cpp.BACKEND.why_absent(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(WHY_ABSENT is not None, reason=str(WHY_ABSENT))
@@ -187,7 +188,7 @@ def test_uint8_frames_are_normalised_before_padding(isa: str) -> None:
         torch.randint(0, 256, (2, 4, 3, 11, 35), dtype=torch.uint8),
         torch.randint(0, 256, (2, 4, 11, 35, 3), dtype=torch.uint8).movedim(-1, 2),
     ):
-        frames = equations.as_float(x, mean, std)
+        frames = as_float(x, mean, std)
         grad = torch.randn(x.shape)
         y64, _, dw64 = oracle(frames, m, grad)
         flat = [w.detach().requires_grad_() for w in m.weights().flatten()]
@@ -429,7 +430,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 def test_the_environment_variable_forces_an_instruction_set() -> None:
-    code = "import soap_kernels.cpp as c; print(c.isa())"
+    code = "import soap_kernels.backends.cpp as c; print(c.isa())"
     assert run_python(code, SOAP_KERNELS_ISA="plain").stdout.strip() == "plain"
     assert "SOAP_KERNELS_ISA is 'mmx', expected auto or one of" in run_python(code, SOAP_KERNELS_ISA="mmx").stderr
     auto = "import torch, soap_kernels.backends as b; print(b.choose('auto', torch.zeros(1)).name)"

@@ -79,7 +79,7 @@ def test_a_build_under_one_torch_serves_another(tmp_path: Path) -> None:
     if not other:
         pytest.skip("SOAP_KERNELS_OTHER_PYTHON names no interpreter with another torch")
     code = (
-        "import torch, soap_kernels.cpp as c; from soap_kernels import selfcheck;"
+        "import torch, soap_kernels.backends.cpp as c; from soap_kernels import selfcheck;"
         "i = c.build_info(); print(i['torch_built_with'], torch.__version__);"
         "assert all(k.passed for k in selfcheck.checks('cpu', ['cpp']))"
     )

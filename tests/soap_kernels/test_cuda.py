@@ -27,7 +27,8 @@ from cuda_cases import (
     soap_tensors,
 )
 from run_cases import use
-from soap_kernels import backends, cuda
+from soap_kernels import backends
+from soap_kernels.backends import cuda
 from soap_kernels.compat import TriplePrior
 from test_compat import check_in_single_precision
 

@@ -32,7 +32,7 @@ print("soap_kernels/_cuda." in open("/proc/self/maps").read())
 """
 LOAD = f"""
 import sys, torch
-from soap_kernels import cuda
+from soap_kernels.backends import cuda
 assert cuda._load() is None, cuda._load()
 assert "soap_kernels/_cuda." in open("/proc/self/maps").read()
 for op in {OPS}:

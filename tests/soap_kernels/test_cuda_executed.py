@@ -21,7 +21,7 @@ import sass
 from cuda_cases import Case, options, soap_tensors
 from launches import Launch, recorded
 from run_cases import use
-from soap_kernels import cuda
+from soap_kernels.backends import cuda
 from static_gpu import PROCESSORS
 from test_cuda_static import NVCC, cuobjdump
 

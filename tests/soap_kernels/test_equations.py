@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from soap_kernels import SOAP, equations
+from soap_kernels import SOAP
+from soap_kernels.weights import CWEMWeights, HMEMWeights, Weights, count_maps, count_weights
 
 
 def sigmoid(v: float) -> float:
@@ -36,7 +37,7 @@ def loop_three_dem(x: Tensor, conv: Tensor) -> Tensor:
     return out
 
 
-def loop_cwem(x: Tensor, w: equations.CWEMWeights) -> Tensor:
+def loop_cwem(x: Tensor, w: CWEMWeights) -> Tensor:
     frames, channels = x.shape[:2]
     hidden = w.expand.shape[0]
     means = [[x[t, c].mean().item() for c in range(channels)] for t in range(frames)]
@@ -58,7 +59,7 @@ def loop_cwem(x: Tensor, w: equations.CWEMWeights) -> Tensor:
     return out
 
 
-def loop_hmem(x: Tensor, w: equations.HMEMWeights, tuple_sizes: tuple[int, ...]) -> Tensor:
+def loop_hmem(x: Tensor, w: HMEMWeights, tuple_sizes: tuple[int, ...]) -> Tensor:
     frames, channels, height, width = x.shape
     maps = []
     for k, o in enumerate(tuple_sizes):
@@ -119,13 +120,13 @@ def test_soap_is_the_frames_plus_the_three_priors(case: tuple[SOAP, Tensor]) -> 
 
 
 def test_the_default_has_the_paper_s_number_of_difference_maps_and_weights() -> None:
-    assert equations.count_maps(8, (1, 2, 3)) == 7 + 6 + 5
+    assert count_maps(8, (1, 2, 3)) == 7 + 6 + 5
     assert sum(p.numel() for p in SOAP().parameters()) == 2274
 
 
 def test_weights_flatten_and_unflatten_are_inverse() -> None:
     for parts in [(), ("3dem",), ("cwem", "hmem"), ("3dem", "cwem", "hmem")]:
         flat = SOAP(parts=parts).weights().flatten()
-        again = equations.Weights.unflatten(flat, parts, 3).flatten()
+        again = Weights.unflatten(flat, parts, 3).flatten()
         assert [id(t) for t in flat] == [id(t) for t in again]
-        assert len(flat) == equations.count_weights(parts, 3)
+        assert len(flat) == count_weights(parts, 3)

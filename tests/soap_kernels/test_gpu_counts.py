@@ -8,8 +8,8 @@ from torch import Tensor
 
 import dispatched
 from soap_kernels import equations
-from soap_kernels.equations import PARTS, Weights
 from soap_kernels.modules import SOAP
+from soap_kernels.weights import PARTS, Weights
 from static_gpu import soap_launches, triton_bytes
 
 SIZES = (1, 2, 3)
@@ -62,7 +62,7 @@ def test_launches_and_bytes_beside_plain_pytorch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_saved_for_backward(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the op's own autograd: x and 2 % of it; plain PyTorch keeps nine times x in fp32 and more."""
-    from soap_kernels.triton import TritonBackend
+    from soap_kernels.backends.triton import TritonBackend
 
     monkeypatch.setattr(TritonBackend, "why_absent", lambda self, device: None)
     x = torch.empty(SHAPE, dtype=dtype, device="meta").nbytes

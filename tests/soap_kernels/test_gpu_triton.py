@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from soap_kernels import equations, reference
-from soap_kernels.backends import Fusion, Options
-from soap_kernels.equations import PARTS, Weights
+from soap_kernels import equations
+from soap_kernels.backends import Fusion, Options, reference
+from soap_kernels.frames import as_float
 from soap_kernels.modules import SOAP
+from soap_kernels.weights import PARTS, Weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +45,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def backend() -> Any:
-    from soap_kernels.triton import BACKEND
+    from soap_kernels.backends.triton import BACKEND
 
     return BACKEND
 
@@ -74,7 +75,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
 def check(x: Tensor, weights: list[Tensor], options: Options, tolerance: tuple[float, float], needs_x: bool) -> None:
     y, prepared = backend().soap_forward(x, weights, options)
     exact = [w.double().requires_grad_() for w in weights]
-    frames = equations.as_float(x, options.mean, options.std).double().requires_grad_()
+    frames = as_float(x, options.mean, options.std).double().requires_grad_()
     sizes = options.tuple_sizes
     expected = equations.soap(frames, Weights.unflatten(exact, options.parts, len(sizes)), sizes)
     assert worst(y, expected) < tolerance[0]
@@ -236,7 +237,7 @@ def test_backward_saves_x_and_little_else() -> None:
 
 
 def test_launches() -> None:
-    from soap_kernels.triton.plan import LAUNCHES
+    from soap_kernels.backends.triton.plan import LAUNCHES
 
     x = torch.randn(2, 8, 3, 32, 32, device="cuda")
     module = SOAP(backend="triton").cuda()

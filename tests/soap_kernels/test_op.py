@@ -10,7 +10,7 @@ from torch import Tensor
 
 import soap_kernels
 from soap_kernels import SOAP, backends
-from soap_kernels.equations import PARTS
+from soap_kernels.weights import PARTS
 
 OPS = torch.ops.soap_kernels
 PRESENT = [name for name, why in backends.status("cpu").items() if why is None]

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import soap_kernels
-from soap_kernels import SOAP, reference
-from soap_kernels.equations import PARTS, Weights
+from soap_kernels import SOAP
+from soap_kernels.backends import reference
+from soap_kernels.weights import PARTS, Weights
 
 SUBSETS = list(chain.from_iterable(combinations(PARTS, n) for n in range(4)))
 TUPLE_SETS = [(1,), (2,), (1, 2), (1, 2, 3), (1, 2, 3, 4)]

@@ -13,7 +13,7 @@ import torch
 import static_gpu
 from soap_kernels import backends
 from soap_kernels.backends import Options
-from soap_kernels.equations import PARTS
+from soap_kernels.weights import PARTS
 
 HERE = Path(__file__).parent
 
@@ -70,7 +70,7 @@ def test_forward_takes_two_launches_and_backward_four() -> None:
 
 
 def test_forward_leaves_little_for_backward() -> None:
-    from soap_kernels.triton import BACKEND
+    from soap_kernels.backends.triton import BACKEND
 
     for kind, (dtype, out, precision) in KINDS.items():
         norm = (0.4,) * 3 if dtype == torch.uint8 else None

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from soap_kernels import equations, reference
-from soap_kernels.backends import Fusion
+from soap_kernels import equations
+from soap_kernels.backends import Fusion, reference
 from soap_kernels.compat import TriplePrior
-from soap_kernels.equations import PARTS, Weights
+from soap_kernels.frames import as_float
 from soap_kernels.modules import SOAP
+from soap_kernels.weights import PARTS, Weights
 from test_compat import check_in_single_precision
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +58,7 @@ def check(
     settings = (list(parts), list(sizes), precision, mean, std, out, channels_last, "triton")
     y, _ = torch.ops.soap_kernels.soap(x, weights, *settings)
     exact = [w.detach().double().requires_grad_() for w in weights]
-    frames = equations.as_float(x.detach(), mean, std).double().requires_grad_()
+    frames = as_float(x.detach(), mean, std).double().requires_grad_()
     expected = equations.soap(frames, Weights.unflatten(exact, parts, len(sizes)), sizes)
     rounding = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(y.dtype, 0.0)
     assert worst(y, expected) < tolerance + rounding
@@ -77,7 +78,7 @@ def check(
 
 
 def test_all_parts_in_two_launches_and_four() -> None:
-    from soap_kernels.triton.plan import LAUNCHES
+    from soap_kernels.backends.triton.plan import LAUNCHES
 
     LAUNCHES.clear()
     check((1, 3, 2, 3, 9), needs_x=False)
@@ -115,7 +116,7 @@ def test_fuse_priors_multiplied_and_interleaved(channels: int) -> None:
 
 
 def test_the_authors_module_equals_the_published_equations() -> None:
-    from soap_kernels.triton.plan import LAUNCHES
+    from soap_kernels.backends.triton.plan import LAUNCHES
 
     LAUNCHES.clear()
     check_in_single_precision(TriplePrior(backend="triton"), torch.randn(8, 3, 2, 5))

@@ -24,7 +24,8 @@ from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
 from soap_net.data.splits import ClipSet, load_split
 from soap_net.data.transforms import ClipLoader
 from soap_net.errors import UserError
-from soap_net.evaluate import EvalResult, Interrupted, clip_loader, evaluate, evaluate_run
+from soap_net.evaluate import EvalResult, clip_loader, evaluate, evaluate_run
+from soap_net.interrupts import Interrupted
 from soap_net.models import HEADS, SOAPNet, build_model
 
 REPOSITORY = Path(__file__).parents[2]

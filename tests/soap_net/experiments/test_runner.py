@@ -17,7 +17,6 @@ import torch
 from soap_net.cli import main
 from soap_net.config import Config, from_dict
 from soap_net.errors import UserError
-from soap_net.evaluate import Interrupted
 from soap_net.experiments.command import build
 from soap_net.experiments.runner import (
     Estimate,
@@ -32,6 +31,7 @@ from soap_net.experiments.runner import (
     seeded,
     student_t,
 )
+from soap_net.interrupts import Interrupted
 
 TASKS = 50
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soap_kernels.triton.prepare import gate_rows, sigmoid
+from soap_kernels.backends.triton.prepare import gate_rows, sigmoid
 
 
 @triton.jit

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soap_kernels.backends import Fusion, Options
-from soap_kernels.equations import ThreeDEMWeights, Weights, as_float, as_output, compute_dtype
 from soap_kernels.fold import (
     fold_cwem,
     fold_hmem,
@@ -23,6 +22,8 @@ from soap_kernels.fold import (
     unfold_hmem,
     unfold_three_dem,
 )
+from soap_kernels.frames import as_float, as_output, compute_dtype
+from soap_kernels.weights import ThreeDEMWeights, Weights
 
 
 @dataclass(frozen=True)

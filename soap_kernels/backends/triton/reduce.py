@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soap_kernels.triton.prepare import gate_rows, is_column
+from soap_kernels.backends.triton.prepare import gate_rows, is_column
 
 
 @triton.jit

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soap_kernels.backends import Fusion
+from soap_kernels.backends.reference import Prepared
+from soap_kernels.backends.triton.fuse import join
+from soap_kernels.backends.triton.plan import launch
+from soap_kernels.backends.triton.sweep import part
 from soap_kernels.fold import fold_joint, unfold_joint
-from soap_kernels.reference import Prepared
-from soap_kernels.triton.fuse import join
-from soap_kernels.triton.plan import launch
-from soap_kernels.triton.sweep import part
 
 BLOCK = 1024
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels import reference
-from soap_kernels.backends import Fusion, Options
-from soap_kernels.equations import Weights, as_float
+from soap_kernels.backends import Fusion, Options, reference
+from soap_kernels.backends.reference import Prepared
 from soap_kernels.fold import fold_joint, unfold_joint, unfold_three_dem
-from soap_kernels.reference import Prepared
+from soap_kernels.frames import as_float
+from soap_kernels.weights import Weights
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
 _library.define(

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/backend.h"
+#include "backend.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

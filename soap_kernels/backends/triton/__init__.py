@@ -37,7 +37,7 @@ def _driver() -> str | None:
 
 
 def _ops() -> ModuleType:
-    from soap_kernels.triton import ops
+    from soap_kernels.backends.triton import ops
 
     return ops
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from soap_kernels.backends import Fusion, Options
-from soap_kernels.equations import PARTS
-from soap_kernels.reference import BACKEND as REFERENCE
+from soap_kernels.backends.reference import BACKEND as REFERENCE
+from soap_kernels.weights import PARTS
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
 _library.define(

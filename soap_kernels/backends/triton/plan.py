@@ -48,7 +48,7 @@ def ceil_power(n: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How planes become rows and columns of the folded convolution; see :mod:`soap_kernels.triton.prepare`."""
+    """How planes become rows and columns of the folded convolution; see :mod:`soap_kernels.backends.triton.prepare`."""
 
     frames: int
     channels: int

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soap_kernels.triton.fuse import clip_gate, convolve, load_row, priors, row_planes, split, tile_pixels
-from soap_kernels.triton.prepare import is_column, sigmoid
+from soap_kernels.backends.triton.fuse import clip_gate, convolve, load_row, priors, row_planes, split, tile_pixels
+from soap_kernels.backends.triton.prepare import is_column, sigmoid
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soap_kernels.triton.prepare import map_constant, pick, project_motion, restored
+from soap_kernels.backends.triton.prepare import map_constant, pick, project_motion, restored
 
 
 @triton.jit

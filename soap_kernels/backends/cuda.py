@@ -2,8 +2,8 @@
 
 A forward is two launches (``prepare``, ``fuse``), a backward to all weights three (``sweep``, ``reduce``, ``finish``).
 These serve clips of up to 3 channels whose tile fits shared memory (40 frames of fp32, 90 of fp16, bf16 or uint8); for
-feature maps the folded convolution is cuDNN's, with one kernel around it (:mod:`soap_kernels.cuda_wide`). fp64 goes to
-the reference.
+feature maps the folded convolution is cuDNN's, with one kernel around it (:mod:`soap_kernels.backends.cuda_wide`).
+fp64 goes to the reference.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels import cuda_wide
-from soap_kernels.backends import Fusion, Options
-from soap_kernels.reference import BACKEND as LIBRARY
+from soap_kernels.backends import Fusion, Options, cuda_wide
+from soap_kernels.backends.reference import BACKEND as LIBRARY
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
 _library.define(

@@ -102,10 +102,10 @@ class Backend(Protocol):
 
 # The best first: "auto" takes the first that is present for the tensor's device.
 MODULES = {
-    "cuda": "soap_kernels.cuda",
-    "triton": "soap_kernels.triton",
-    "cpp": "soap_kernels.cpp",
-    "reference": "soap_kernels.reference",
+    "cuda": "soap_kernels.backends.cuda",
+    "triton": "soap_kernels.backends.triton",
+    "cpp": "soap_kernels.backends.cpp",
+    "reference": "soap_kernels.backends.reference",
 }
 NAMES = ("auto", *MODULES)
 

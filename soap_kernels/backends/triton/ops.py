@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soap_kernels import reference
-from soap_kernels.backends import Fusion, Options
-from soap_kernels.equations import Weights, as_float, as_output
-from soap_kernels.fold import unfold_three_dem
-from soap_kernels.triton import wide as planes
-from soap_kernels.triton.finish import finish, finish_priors
-from soap_kernels.triton.fuse import fuse, fuse_dx
-from soap_kernels.triton.plan import (
+from soap_kernels.backends import Fusion, Options, reference
+from soap_kernels.backends.triton import wide as planes
+from soap_kernels.backends.triton.finish import finish, finish_priors
+from soap_kernels.backends.triton.fuse import fuse, fuse_dx
+from soap_kernels.backends.triton.plan import (
     PROGRAMS,
     Cover,
     Layout,
@@ -31,11 +28,14 @@ from soap_kernels.triton.plan import (
     tile,
     wide,
 )
-from soap_kernels.triton.prepare import prepare
-from soap_kernels.triton.reduce import reduce
-from soap_kernels.triton.sweep import sweep, weigh
-from soap_kernels.triton.window_sums import window_sums as window_sums_kernel
-from soap_kernels.triton.window_sums import window_sums_backward as window_sums_backward_kernel
+from soap_kernels.backends.triton.prepare import prepare
+from soap_kernels.backends.triton.reduce import reduce
+from soap_kernels.backends.triton.sweep import sweep, weigh
+from soap_kernels.backends.triton.window_sums import window_sums as window_sums_kernel
+from soap_kernels.backends.triton.window_sums import window_sums_backward as window_sums_backward_kernel
+from soap_kernels.fold import unfold_three_dem
+from soap_kernels.frames import as_float, as_output
+from soap_kernels.weights import Weights
 
 PLANE_BLOCK = 2048  # pixels that a program of prepare adds up at once
 REDUCE_ROWS, REDUCE_COLUMNS = 32, 64

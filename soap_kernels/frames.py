@@ -1,0 +1,49 @@
+"""Dtypes and layouts of frames on their way in and out, and the guard against autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What priors are computed in: fp64 for fp64 frames, fp32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class without_autocast:
+    """Autocast off: y has x's dtype under autocast too, and accumulation stays in fp32."""
+
+    def __init__(self, x: Tensor) -> None:
+        # Only where it is on: there is none for some devices, such as meta.
+        kind = x.device.type
+        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.off = torch.autocast(kind, enabled=False) if on else None
+
+    def __enter__(self) -> None:
+        if self.off:
+            self.off.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.off:
+            self.off.__exit__(*error)
+
+
+def as_float(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """Frames in the dtype of the computation; with ``mean`` and ``std`` (units of 0..1) uint8 frames, normalised."""
+    if mean is None or std is None:
+        return x.to(compute_dtype(x))
+    shape = (1, 1, -1, 1, 1)
+    centre = torch.tensor(mean, dtype=torch.float32, device=x.device).view(shape)
+    scale = torch.tensor(std, dtype=torch.float32, device=x.device).view(shape)
+    return (x.to(torch.float32) / 255 - centre) / scale
+
+
+def as_output(y: Tensor, out_dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """``y`` as ``out_dtype``, contiguous, or with ``y.flatten(0, 1)`` contiguous in channels_last."""
+    if not channels_last:
+        return y.to(out_dtype).contiguous()
+    return y.to(out_dtype).movedim(2, -1).contiguous().movedim(-1, 2)
