@@ -245,7 +245,7 @@ class BuildNative(build_ext):
         if wanted == "0":
             return
         try:
-            library, ninja = describe(), self._ninja()
+            ninja, library = self._ninja(), describe()
             if (missing := missing_source(library)) is not None:
                 raise SystemExit(f"{ext.name} cannot be built: {missing} is missing")
             self._build(library, ninja, Path(self.get_ext_fullpath(ext.name)).resolve())

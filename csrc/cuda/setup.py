@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from setup import BuildNative  # noqa: E402
+from setup import BuildNative
 
 os.environ["SOAP_KERNELS_CUDA"] = "1"  # without its library there is nothing to ship
 # The library knows nothing of Python, so one wheel serves all of them.
