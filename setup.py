@@ -171,8 +171,8 @@ def cuda_library() -> Library:
         raise CannotBuild("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
     cxx = compiler()
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"release (\d+)\.", release)
-    if found and found[1] != torch.cuda.split(".")[0]:  # one CUDA runtime a process: PyTorch's
+    found, major = re.search(r"release (\d+)\.", release), torch.cuda.split(".")[0]
+    if found and found[1] != major:  # one CUDA runtime a process: PyTorch's
         raise CannotBuild(f"nvcc is of CUDA {found[1]}, this PyTorch of CUDA {torch.cuda}")
     toolkit = cuda_toolkit(nvcc)
     device = [nvcc, "-std=c++17", "-O3", "-ccbin", cxx[0], *cuda_architectures(nvcc)]
@@ -185,7 +185,7 @@ def cuda_library() -> Library:
     library.objects.append(("ops.o", "csrc/cuda/ops.cpp", [*cxx, *ops_flags]))
     # libtorch and the CUDA runtime are loaded by `import torch` before this library.
     folders = [torch.folder / "lib", *(toolkit / d for d in ("lib64", "lib") if (toolkit / d).is_dir())]
-    library.link = [*cxx, "-shared", *(f"-L{f}" for f in folders), "-ltorch_cuda", "-ltorch_cpu", "-lcudart"]
+    library.link = [*cxx, "-shared", *(f"-L{f}" for f in folders), "-ltorch_cuda", "-ltorch_cpu", f"-l:libcudart.so.{major}"]
     return library
 
 

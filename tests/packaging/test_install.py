@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -92,11 +93,13 @@ def install(python: Path, source: Path, *options: str, **environment: str) -> su
     return run(command, python.parent, {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"} | environment)
 
 
-def check_kernels(python: Path, package: Path) -> None:
+def check_kernels(python: Path, package: Path, environment: Mapping[str, str] | None = None) -> None:
     """The package that is found is the one at ``package``, and its C++ kernels agree with the oracle."""
-    found = succeed([python, "-c", "import soap_kernels; print(soap_kernels.__file__)"], python.parent).stdout
+    found = succeed(
+        [python, "-c", "import soap_kernels; print(soap_kernels.__file__)"], python.parent, environment
+    ).stdout
     assert Path(found.strip()).is_relative_to(package)
-    checked = succeed([python, "-m", "soap_kernels.selfcheck"], python.parent).stdout
+    checked = succeed([python, "-m", "soap_kernels.selfcheck"], python.parent, environment).stdout
     assert re.search(r"^cpp +cpu +float32 .* ok$", checked, re.M), checked
 
 
@@ -205,3 +208,31 @@ def test_elsewhere_than_on_linux_the_kernels_are_left_out_in_one_line(tmp_path: 
     code = f"{imports}; sys.platform = 'win32'; runpy.run_path('setup.py', None, '__main__')"
     done = succeed([sys.executable, "-c", code, "build_ext"], copy_of_checkout(tmp_path))
     assert "soap_kernels._cpp is left out: the kernels are built on Linux only" in done.stderr
+
+
+@needs_compiler
+def test_make_wheel_gives_one_that_any_torch_loads(tmp_path: Path) -> None:
+    """`make wheel` in a copy of the checkout. SOAP_KERNELS_OTHER_PYTHON: the same Python with another torch."""
+    if importlib.util.find_spec("auditwheel") is None or importlib.util.find_spec("build") is None:
+        pytest.skip("build and auditwheel are not here (pip install '.[publish]')")
+    checkout = copy_of_checkout(tmp_path / "a checkout")
+    (checkout / ".venv").symlink_to(sys.prefix)
+    made = succeed(["make", "wheel", "--old-file=.venv/.installed"], checkout, {"SOAP_KERNELS_CXXFLAGS": ""})
+    assert re.search(r"^cpp +cpu +float32 .* ok$", made.stdout, re.M), made.stdout
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    assert re.search(r"-manylinux_2_\d+_\w+\.whl$", wheel.name)
+
+    installed = checkout / "build/wheel/installed"
+    (library,) = (installed / "soap_kernels").glob("_cpp*.so")
+    undefined = succeed(["nm", "-D", "--undefined-only", library], checkout).stdout
+    assert "torch_get_num_threads" in undefined
+    assert re.findall(r"\b_ZNK?(?:2at|3c10|5torch)\w*", undefined) == []  # PyTorch's C++, which changes with releases
+    if other := os.environ.get("SOAP_KERNELS_OTHER_PYTHON"):
+        check_kernels(Path(other), installed, {"PYTHONPATH": str(installed)})
+
+
+def test_both_distributions_bear_one_version() -> None:
+    versions = re.compile(r'^version = "(.+)"$', re.M)
+    root, cuda = ((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8") for folder in (".", "csrc/cuda"))
+    assert versions.findall(root) == versions.findall(cuda)
+    assert f'"soap-net=={versions.findall(root)[0]}"' in cuda
