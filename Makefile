@@ -75,4 +75,4 @@ wheel: $(INSTALLED)
 	cd build/wheel/installed && "$$OLDPWD/$(BIN)/python" -m soap_kernels.selfcheck
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info soap_kernels/*.so
+	rm -rf $(VENV) build dist runs *.egg-info csrc/cuda/build csrc/cuda/*.egg-info soap_kernels/*.so
