@@ -185,7 +185,14 @@ def cuda_library() -> Library:
     library.objects.append(("ops.o", "csrc/cuda/ops.cpp", [*cxx, *ops_flags]))
     # libtorch and the CUDA runtime are loaded by `import torch` before this library.
     folders = [torch.folder / "lib", *(toolkit / d for d in ("lib64", "lib") if (toolkit / d).is_dir())]
-    library.link = [*cxx, "-shared", *(f"-L{f}" for f in folders), "-ltorch_cuda", "-ltorch_cpu", f"-l:libcudart.so.{major}"]
+    library.link = [
+        *cxx,
+        "-shared",
+        *(f"-L{f}" for f in folders),
+        "-ltorch_cuda",
+        "-ltorch_cpu",
+        f"-l:libcudart.so.{major}",
+    ]
     return library
 
 
@@ -244,12 +251,14 @@ class BuildNative(build_ext):
         wanted = os.environ.get(switch, "auto")
         if wanted == "0":
             return
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             ninja, library = self._ninja(), describe()
             if (missing := missing_source(library)) is not None:
                 raise SystemExit(f"{ext.name} cannot be built: {missing} is missing")
-            self._build(library, ninja, Path(self.get_ext_fullpath(ext.name)).resolve())
+            self._build(library, ninja, output)
         except CannotBuild as why:
+            output.unlink(missing_ok=True)  # an earlier build's
             if wanted == "1":
                 raise SystemExit(f"{ext.name} cannot be built: {why}") from why
             message = f"{ext.name} is left out: {why}. Everything works without it, on the slower PyTorch reference."

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -173,8 +174,10 @@ def test_an_editable_checkout_serves_from_and_into_paths_that_ask_for_quotes(odd
 def test_without_a_compiler_the_kernels_are_left_out_and_what_is_said_then_brings_them(odd: Path) -> None:
     """From and into paths that ask for quotes, too."""
     python = environment_at(odd / "none")
-    done = install(python, odd / "checkout", "--no-build-isolation", PATH=str(odd))
+    script(odd / "no compiler/ninja", shutil.which("ninja", path=first_on_path(Path(sys.executable).parent)) or "")
+    done = install(python, odd / "checkout", "--no-build-isolation", "--verbose", PATH=str(odd / "no compiler"))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "soap_kernels._cpp is left out: no C++ compiler was found" in done.stdout + done.stderr
 
     used = succeed([python, "-c", FIRST_USE], python.parent)
     assert Path(used.stdout.strip()).is_relative_to(python.parents[1])
@@ -206,7 +209,11 @@ def test_with_a_compiler_a_source_file_that_is_missing_fails_the_build(tmp_path:
 def test_elsewhere_than_on_linux_the_kernels_are_left_out_in_one_line(tmp_path: Path) -> None:
     imports = "import runpy, sys, setuptools.command.build_ext"  # which look at the platform
     code = f"{imports}; sys.platform = 'win32'; runpy.run_path('setup.py', None, '__main__')"
-    done = succeed([sys.executable, "-c", code, "build_ext"], copy_of_checkout(tmp_path))
+    earlier = tmp_path / f"lib/soap_kernels/_cpp{sysconfig.get_config_var('EXT_SUFFIX')}"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    done = succeed([sys.executable, "-c", code, "build_ext", "--build-lib", "lib"], copy_of_checkout(tmp_path))
+    assert not earlier.exists()
     assert "soap_kernels._cpp is left out: the kernels are built on Linux only" in done.stderr
 
 
