@@ -185,14 +185,8 @@ def cuda_library() -> Library:
     library.objects.append(("ops.o", "csrc/cuda/ops.cpp", [*cxx, *ops_flags]))
     # libtorch and the CUDA runtime are loaded by `import torch` before this library.
     folders = [torch.folder / "lib", *(toolkit / d for d in ("lib64", "lib") if (toolkit / d).is_dir())]
-    library.link = [
-        *cxx,
-        "-shared",
-        *(f"-L{f}" for f in folders),
-        "-ltorch_cuda",
-        "-ltorch_cpu",
-        f"-l:libcudart.so.{major}",
-    ]
+    libraries = ["-ltorch_cuda", "-ltorch_cpu", f"-l:libcudart.so.{major}"]
+    library.link = [*cxx, "-shared", *(f"-L{f}" for f in folders), *libraries]
     return library
 
 

@@ -114,7 +114,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script(path: Path, command: str) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'#!/bin/sh\n{command} "$@"\n')
     path.chmod(0o755)
 
@@ -236,6 +236,31 @@ def test_make_wheel_gives_one_that_any_torch_loads(tmp_path: Path) -> None:
     assert re.findall(r"\b_ZNK?(?:2at|3c10|5torch)\w*", undefined) == []  # PyTorch's C++, which changes with releases
     if other := os.environ.get("SOAP_KERNELS_OTHER_PYTHON"):
         check_kernels(Path(other), installed, {"PYTHONPATH": str(installed)})
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+def test_the_cuda_distribution_brings_one_file_beside_those_of_soap_net(odd: Path) -> None:
+    """By compilers that compile nothing, as this is about files: test_cuda_build.py compiles and loads it."""
+    python, checkout, tools = environment_at(odd / "cuda"), odd / "checkout", odd / "cuda/tools"
+    touch = 'while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done #'
+    script(tools / "g++", touch)
+    script(tools / "bin/nvcc", f'if [ "$1" = --version ]; then echo "release {torch.version.cuda},"; fi; {touch}')
+    assert install(python, checkout, "--no-build-isolation", SOAP_KERNELS_CPU="0").returncode == 0
+    package = Path(succeed([python, "-c", "import soap_kernels; print(soap_kernels.__path__[0])"], odd).stdout.strip())
+    before = {path.name for path in package.iterdir()}
+
+    path = first_on_path(tools, Path(sys.executable).parent)
+    cuda = {"PATH": path, "CUDA_HOME": str(tools), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    done = install(python, checkout / "csrc/cuda", "--no-build-isolation", **cuda)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in package.iterdir()} - before == {"_cuda.abi3.so"}
+    code = "import soap_kernels.backends.cuda as c; print(c._load())"
+    assert succeed([python, "-c", code], odd).stdout.startswith("the CUDA library does not load (")
+    succeed([python, "-m", "pip", "uninstall", "--yes", "soap-kernels-cuda"], odd)
+    assert {path.name for path in package.iterdir()} == before
+
+    without = install(python, checkout / "csrc/cuda", "--no-build-isolation", **cuda | {"CUDA_HOME": str(odd)})
+    assert "soap_kernels._cuda cannot be built: nvcc was not found" in without.stdout + without.stderr
 
 
 def test_both_distributions_bear_one_version() -> None:
