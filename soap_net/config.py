@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from soap_net.errors import UserError, did_you_mean
+from soap_net.files import write_text
 from soap_net.settings import AtLeast, build, dump, kinds, parse_options, read, read_yaml, shown, to_dict
 
 Amp = Literal["none", "bf16", "fp16"]
@@ -210,8 +211,8 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the full config as YAML."""
-    path.write_text(dump(config), encoding="utf-8")
+    """Writes the full config as YAML, whole or not at all."""
+    write_text(path, dump(config))
 
 
 def presets() -> dict[str, Path]:

@@ -6,6 +6,7 @@ read and goes through SOAP and the backbone once; the tasks then run the head al
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from soap_net.checkpoint import load_model
 from soap_net.config import Amp, Config, DataConfig, EvalConfig
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import Episode, EpisodeSampler
+from soap_net.data.loading import PerClip, load
+from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import ClipSet, load_split
-from soap_net.data.transforms import ClipLoader, FrameSampling
+from soap_net.data.transforms import clip_loader
 from soap_net.errors import ClipError, UserError, said
-from soap_net.interrupts import Interrupted, leave_signals_to_main
+from soap_net.files import write_text
+from soap_net.interrupts import Interrupted
 from soap_net.models.heads import Embedded, FewShotHead, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import Ranks, join
+from soap_net.runs import RunFolder
 
 CLIPS_PER_CALL = 8
 EMBEDDED_LIMIT = 2 * 2**30
@@ -73,35 +77,7 @@ class EvalResult:
 
     def save(self, path: Path) -> None:
         """Writes itself as JSON, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-class Frames(Dataset[Tensor | ClipError]):
-    """The evaluation frames of a list of clips; an unreadable clip is its error."""
-
-    def __init__(self, clips: Sequence[Clip], loader: ClipLoader) -> None:
-        self.clips = clips
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, position: int) -> Tensor | ClipError:
-        try:
-            return self.loader(self.clips[position], None)
-        except ClipError as error:
-            return error
-
-
-def clip_loader(data: DataConfig, train: bool) -> ClipLoader:
-    """How the config reads a clip: at random in training, at the centre in evaluation."""
-    sampling = FrameSampling(data.frames, data.interval)
-    return ClipLoader(sampling, data.resize, data.crop, flip=data.flip, train=train, order=data.order)
+        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 def autocast(device: torch.device, amp: Amp) -> torch.autocast:
@@ -119,6 +95,7 @@ def clip_features(
     *,
     amp: Amp = "none",
     progress: Callable[[int], object] = lambda count: None,
+    memory: ClipMemory | None = None,
 ) -> tuple[Tensor, list[ClipError | None]]:
     """Features of each clip, and for each the error that kept it from being read (its features are zero then).
 
@@ -127,25 +104,20 @@ def clip_features(
     """
     features = torch.zeros(len(clips), data.frames, model.backbone.dim, device=device)
     errors: list[ClipError | None] = [None] * len(clips)
-    batches = DataLoader(
-        Frames(clips, clip_loader(data, train=False)),
-        batch_size=CLIPS_PER_CALL,
-        collate_fn=list,
-        num_workers=min(data.workers, (len(clips) + CLIPS_PER_CALL - 1) // CLIPS_PER_CALL),
-        worker_init_fn=leave_signals_to_main,
-    )
-    for number, batch in enumerate(batches):
-        rows, frames = [], []
-        for row, item in enumerate(batch, number * CLIPS_PER_CALL):
-            if isinstance(item, ClipError):
-                errors[row] = item
-            else:
-                rows.append(row)
-                frames.append(item)
-        if frames:
-            with autocast(device, amp):
-                features[rows] = model.features(torch.stack(frames).to(device)).float()
-        progress(len(batch))
+    dataset = PerClip(clips, clip_loader(data, train=False, memory=memory))
+    with contextlib.closing(load(dataset, data.workers, batch_size=CLIPS_PER_CALL)) as batches:
+        for number, batch in enumerate(batches):
+            rows, frames = [], []
+            for row, item in enumerate(batch, number * CLIPS_PER_CALL):
+                if isinstance(item, ClipError):
+                    errors[row] = item
+                else:
+                    rows.append(row)
+                    frames.append(item)
+            if frames:
+                with autocast(device, amp):
+                    features[rows] = model.features(torch.stack(frames).to(device)).float()
+            progress(len(batch))
     return features, errors
 
 
@@ -159,6 +131,7 @@ def evaluate(
     amp: Amp = "none",
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    memory: ClipMemory | None = None,
 ) -> EvalResult:
     """Classification accuracy over `config.tasks` tasks drawn from `clips`.
 
@@ -171,6 +144,7 @@ def evaluate(
         amp: mixed precision of SOAP and backbone.
         progress: whether to show a progress bar.
         stop: asked now and then; when it returns True, `Interrupted` is raised.
+        memory: keeps decoded clips from call to call; by default none are kept.
 
     Raises:
         UserError: too few classes or clips for such tasks, or no readable clip left in a class.
@@ -182,12 +156,17 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop)
+        store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop, memory)
         chosen = store.fill(episodes)
-        correct, confusion = _run_tasks(store, episodes, chosen, config, ranks, progress and ranks.first, stop)
+        correct, confusion = _run_tasks(store, episodes, chosen, config)
     finally:
         model.train(was_training)
-    seconds = time.perf_counter() - began
+    return _result(store, config, correct, confusion, time.perf_counter() - began)
+
+
+def _result(
+    store: _Store, config: EvalConfig, correct: np.ndarray, confusion: np.ndarray, seconds: float
+) -> EvalResult:
     accuracies = 100.0 * correct / (config.way * config.queries)
     answered = confusion.sum(axis=1)
     return EvalResult(
@@ -197,40 +176,51 @@ def evaluate(
         way=config.way,
         shot=config.shot,
         queries=config.queries,
-        split=clips.split,
+        split=store.clips.split,
         seed=config.seed,
         episodes_per_second=config.tasks / seconds,
         seconds=seconds,
         per_class={
             name: float(100.0 * confusion[i, i] / answered[i]) if answered[i] else None
-            for i, name in enumerate(clips.classes)
+            for i, name in enumerate(store.clips.classes)
         },
-        classes=list(clips.classes),
+        classes=list(store.clips.classes),
         confusion=confusion.tolist(),
         failed_clips=store.failures,
         correct=correct.tolist(),
     )
 
 
+@dataclass
 class _Store:
     """The features of the clips met so far, one row each, and the clips that can't be read."""
 
-    def __init__(
-        self,
-        model: SOAPNet,
-        clips: ClipSet,
-        data: DataConfig,
-        ranks: Ranks,
-        amp: Amp,
-        progress: bool,
-        stop: Callable[[], bool],
-    ) -> None:
-        self.model, self.clips, self.data, self.ranks, self.amp = model, clips, data, ranks, amp
-        self.progress, self.stop = progress, stop
-        self.rows: dict[tuple[int, int], int] = {}
-        self.features = torch.zeros(0, data.frames, model.backbone.dim, device=ranks.device)
-        self.broken: set[tuple[int, int]] = set()
-        self.failures: list[str] = []
+    model: SOAPNet
+    clips: ClipSet
+    data: DataConfig
+    ranks: Ranks
+    amp: Amp
+    progress: bool
+    stop: Callable[[], bool]
+    memory: ClipMemory | None
+    rows: dict[tuple[int, int], int] = field(default_factory=dict)
+    broken: set[tuple[int, int]] = field(default_factory=set)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.features = torch.zeros(0, self.data.frames, self.model.backbone.dim, device=self.ranks.device)
+
+    @contextlib.contextmanager
+    def advancing(self, what: str, unit: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows a bar; what is called as the work goes moves it, and raises `Interrupted` once it is to be stopped."""
+        with tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if self.progress else True) as bar:
+
+            def advance(count: int) -> None:
+                if self.stop():
+                    raise Interrupted
+                bar.update(count)
+
+            yield advance
 
     def fill(self, episodes: Sequence[Episode]) -> list[tuple[list[int], list[int]]]:
         """Reads what the episodes need; returns the rows of each one's support and query, grouped by way."""
@@ -245,17 +235,11 @@ class _Store:
     def _read(self, fresh: list[tuple[int, int]]) -> None:
         ranks = self.ranks
         mine = range(ranks.rank, len(fresh), ranks.size)
-        with tqdm(
-            total=len(mine), desc="features", unit="clip", leave=False, disable=None if self.progress else True
-        ) as bar:
-
-            def advance(count: int) -> None:
-                if self.stop():
-                    raise Interrupted
-                bar.update(count)
-
-            clips = [self.clips.clips[fresh[i][0]][fresh[i][1]] for i in mine]
-            own, errors = clip_features(self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance)
+        clips = [self.clips.clips[fresh[i][0]][fresh[i][1]] for i in mine]
+        with self.advancing("features", "clip", len(mine)) as advance:
+            own, errors = clip_features(
+                self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance, memory=self.memory
+            )
         features = torch.zeros(len(fresh), *own.shape[1:], device=ranks.device)
         features[ranks.rank :: ranks.size] = own
         ranks.sum([features])
@@ -275,22 +259,17 @@ def _readable(
     episode: Episode, clips: ClipSet, broken: set[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The (class, clip) pairs of an episode, each broken one replaced by the next spare, as `EpisodeDataset` does."""
-    chosen: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    for label, class_id in enumerate(episode.classes):
-        spare = iter(episode.spare[label])
-        for role, members in enumerate((episode.support[label], episode.query[label])):
-            for member in members:
-                pair: tuple[int, int] | None = (class_id, member)
-                while pair in broken:
-                    replacement = next(spare, None)
-                    pair = None if replacement is None else (class_id, replacement)
-                if pair is None:
-                    raise UserError(
-                        f"task {episode.index}: class {clips.classes[class_id]!r} has no readable clip left; "
-                        f"{len(broken)} clips could not be read"
-                    )
-                chosen[role].append(pair)
-    return chosen
+
+    def take(class_id: int, clip_id: int, slot: int) -> tuple[int, int] | None:
+        return None if (class_id, clip_id) in broken else (class_id, clip_id)
+
+    def exhausted(class_id: int) -> UserError:
+        return UserError(
+            f"task {episode.index}: class {clips.classes[class_id]!r} has no readable clip left; "
+            f"{len(broken)} clips could not be read"
+        )
+
+    return episode.fill(take, exhausted)
 
 
 @torch.inference_mode()
@@ -299,12 +278,10 @@ def _run_tasks(
     episodes: Sequence[Episode],
     chosen: list[tuple[list[int], list[int]]],
     config: EvalConfig,
-    ranks: Ranks,
-    progress: bool,
-    stop: Callable[[], bool],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right answers per task, and the confusion matrix over all classes of the split."""
-    device, way = ranks.device, config.way
+    ranks, way = store.ranks, config.way
+    device = ranks.device
     support_labels = torch.arange(way, device=device).repeat_interleave(config.shot)
     truth = np.repeat(np.arange(way), config.queries)
     class_ids = np.array([episode.classes for episode in episodes])
@@ -318,15 +295,10 @@ def _run_tasks(
 
     batched = torch.vmap(score)
     mine = range(ranks.rank, len(episodes), ranks.size)
-    with (
-        warnings.catch_warnings(),
-        tqdm(total=len(mine), desc="tasks", unit="task", leave=False, disable=None if progress else True) as bar,
-    ):
+    with warnings.catch_warnings(), store.advancing("tasks", "task", len(mine)) as advance:
         # Some heads hold an operation that vmap runs task by task; the rest of them still gains.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         for start in range(0, len(mine), head.tasks_at_once):
-            if stop():
-                raise Interrupted
             tasks = list(mine[start : start + head.tasks_at_once])
             sides = []
             for role in (0, 1):
@@ -337,7 +309,7 @@ def _run_tasks(
                 else:
                     sides.append(tuple(tensor[rows] for tensor in embedded))
             predicted[tasks] = batched(*sides).argmax(dim=-1)
-            bar.update(len(tasks))
+            advance(len(tasks))
     ranks.sum([predicted])
     answers = predicted.cpu().numpy()
     confusion = np.zeros((len(store.clips.classes),) * 2, dtype=np.int64)
@@ -358,7 +330,14 @@ def _embed_all(head: FewShotHead, features: Tensor) -> Embedded | None:
     return whole
 
 
-def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, progress: bool = True) -> EvalResult:
+def evaluate_run(
+    checkpoint: Path,
+    config: Config,
+    *,
+    out: Path | None = None,
+    progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> EvalResult:
     """Evaluates a checkpoint and writes `eval.json` beside it.
 
     A result that can't be written after all is returned all the same, with a warning on stderr.
@@ -368,6 +347,8 @@ def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, p
         config: its `data`, `eval`, `device`, `train.amp`, `model.soap.backend` and `model.soap.precision` count; all
             else of the model is the checkpoint's own.
         out: a .json file, or a folder to put `eval.json` in.
+        progress: whether to show progress bars.
+        stop: see `evaluate`; `Interrupted` leaves what was written as it was.
 
     Raises:
         UserError: bad checkpoint or data set, impossible values, a number of frames that the model can't take, or a
@@ -382,10 +363,12 @@ def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, p
                 f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
             )
         clips = load_split(config.data.root, config.eval.split, config.data.split_file(config.eval.split))
-        target = out if out is not None and out.suffix == ".json" else (out or checkpoint.parent) / "eval.json"
+        target = out if out is not None and out.suffix == ".json" else RunFolder(out or checkpoint.parent).result
         if ranks.first:
             _refuse_unwritable(target)
-        result = evaluate(model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress)
+        result = evaluate(
+            model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress, stop=stop
+        )
         if ranks.first:
             try:
                 result.save(target)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from soap_net.config import Config
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
 from soap_net.data.splits import load_split
-from soap_net.evaluate import clip_loader
+from soap_net.data.transforms import clip_loader
 from soap_net.experiments.runner import MARKERS, Experiment, Result, Results, Row, Run, changed, new_figure, save_figure
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model

@@ -45,7 +45,8 @@ from soap_net.errors import UserError
 from soap_net.evaluate import evaluate
 from soap_net.interrupts import Interrupted
 from soap_net.ranks import Ranks, pick_device
-from soap_net.train import FREE_TO_CHANGE, train, versions
+from soap_net.runs import FREE_TO_CHANGE, versions
+from soap_net.train import train
 
 PAPER = "[SOAP, arXiv 2407.16344](https://arxiv.org/abs/2407.16344)"
 KEPT_CLIPS = 512 * 2**20

@@ -228,6 +228,8 @@ def test_make_wheel_gives_one_that_any_torch_loads(tmp_path: Path) -> None:
     assert re.search(r"^cpp +cpu +float32 .* ok$", made.stdout, re.M), made.stdout
     (wheel,) = (checkout / "dist").glob("*.whl")
     assert re.search(r"-manylinux_2_\d+_\w+\.whl$", wheel.name)
+    held = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in tracked() if name.startswith(("soap_kernels/", "soap_net/")) and name not in held] == []
 
     installed = checkout / "build/wheel/installed"
     (library,) = (installed / "soap_kernels").glob("_cpp*.so")

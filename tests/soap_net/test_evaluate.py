@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,10 +22,11 @@ from soap_net import checkpoint
 from soap_net.config import Config, to_dict
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
+from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import ClipSet, load_split
-from soap_net.data.transforms import ClipLoader
+from soap_net.data.transforms import ClipLoader, clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import EvalResult, clip_loader, evaluate, evaluate_run
+from soap_net.evaluate import EvalResult, evaluate, evaluate_run
 from soap_net.interrupts import Interrupted
 from soap_net.models import HEADS, SOAPNet, build_model
 
@@ -152,6 +154,30 @@ def test_evaluation_can_be_stopped(tiny_run: Callable[..., Config]) -> None:
         evaluate(*make(config), config.data, config.eval, progress=False, stop=lambda: True)
 
 
+def test_a_stopped_evaluation_leaves_no_decoding_processes(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(data__workers=2)
+    with pytest.raises(Interrupted) as stopped:
+        evaluate(*make(config), config.data, config.eval, progress=False, stop=lambda: True)
+    assert multiprocessing.active_children() == [], "even while the error, and with it every frame, is kept"
+    assert stopped.value
+
+
+def test_clips_are_kept_in_the_memory_handed_in(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run()
+    model, clips = make(config)
+    memory = ClipMemory(2**20)
+    results = [evaluate(model, clips, config.data, config.eval, progress=False, memory=memory)]
+
+    def read(self: Clip, indices: Any) -> Tensor:
+        raise AssertionError("read again, though it was kept")
+
+    monkeypatch.setattr(Clip, "read", read)
+    results.append(evaluate(model, clips, config.data, config.eval, progress=False, memory=memory))
+    assert results[0].confusion == results[1].confusion
+
+
 @pytest.fixture
 def saved(tiny_run: Callable[..., Config], tmp_path: Path) -> tuple[Path, Config]:
     config = tiny_run()
@@ -180,6 +206,14 @@ def test_a_checkpoints_result_lies_beside_it(saved: tuple[Path, Config], tmp_pat
     evaluate_run(path, config, out=tmp_path / "named.json", progress=False)
     assert json.loads((tmp_path / "elsewhere" / "eval.json").read_text())["accuracy"] == result.accuracy
     assert json.loads((tmp_path / "named.json").read_text())["accuracy"] == result.accuracy
+
+
+def test_an_evaluation_that_is_stopped_leaves_the_last_result(saved: tuple[Path, Config], tmp_path: Path) -> None:
+    path, config = saved
+    (tmp_path / "eval.json").write_text("older")
+    with pytest.raises(Interrupted):
+        evaluate_run(path, config, progress=False, stop=lambda: True)
+    assert (tmp_path / "eval.json").read_text() == "older"
 
 
 def test_another_number_of_frames_than_trained_on_is_refused(saved: tuple[Path, Config]) -> None:
@@ -232,7 +266,7 @@ def test_a_result_that_cannot_be_written_after_all_is_returned(
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("soap_net.evaluate.os.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     result = evaluate_run(path, config, progress=False)
     assert result.tasks == 20
     said = f"warning: {tmp_path / 'eval.json'}: the result can't be written: no space left on device\n"
