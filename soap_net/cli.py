@@ -357,9 +357,10 @@ def _info(args: list[str]) -> int:
         print(f"warning: {line}")
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         print(f"backends for tensors on {device}:")
-        for name, why_absent in backends.status(device).items():
+        status = backends.status(device)
+        for name, why_absent in status.items():
             print(f"  {name:<10}  {'present' if why_absent is None else f'absent: {why_absent}'}")
-        print(f"  {'auto':<10}  takes {backends.choose('auto', torch.empty(0, device=device)).name}")
+        print(f"  {'auto':<10}  takes {next(name for name in status if status[name] is None)}")
     return 0
 
 
