@@ -7,7 +7,6 @@ Weights: random, those that a net has by name (ImageNet's), or a local ``.pth``/
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soap_net.errors import UserError
+from soap_net.errors import UserError, did_you_mean
 
 State = Mapping[str, Tensor]
 Statistics = tuple[float, float, float]
@@ -131,9 +130,8 @@ def build_backbone(name: str, weights: str | None = None) -> Backbone:
     elif name in BACKBONES:
         built = BACKBONES[name](name)
     else:
-        nearest = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UserError(f"unknown backbone {name!r}{hint} (known: {', '.join(BACKBONES)}, timm:<name>)")
+        known = f"(known: {', '.join(BACKBONES)}, timm:<name>)"
+        raise UserError(f"unknown backbone {name!r}{did_you_mean(name, BACKBONES)} {known}")
     if weights is None or weights == "random":
         return built.backbone
     if weights in built.published:
@@ -236,10 +234,9 @@ def _from_hub(entry: Any) -> State:
 def _timm(name: str, model: str) -> Built:
     import timm
 
-    known = timm.list_models()
-    if model.split(".")[0] not in known:
-        nearest = difflib.get_close_matches(model, known, n=1)
-        raise UserError(f"timm has no model {model!r}" + (f"; did you mean timm:{nearest[0]}?" if nearest else ""))
+    known = [f"timm:{one}" for one in timm.list_models()]
+    if f"timm:{model.split('.')[0]}" not in known:
+        raise UserError(f"timm has no model {model!r}{did_you_mean(f'timm:{model}', known)}")
     net: Any = timm.create_model(model, num_classes=0)
     cfg = net.pretrained_cfg
     classifier = cfg.get("classifier") or ()
