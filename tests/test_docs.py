@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Recorded results (docs/results/*/table.md) name the commands of their day, and stay as they are.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [*sorted((ROOT / "docs" / "experiments").glob("*.md")), ROOT / "docs" / "results" / "README.md"]
-PROGRAMS = ("soap-net", "python", "python3", "pytest", "make", "pip", "torchrun", "tensorboard", "source", "pre-commit")
+PROGRAMS = ("soap-net", "python", "python3", "pytest", "make", "pip", "torchrun", "tensorboard", "source")
 BLOCK = re.compile(
     r"^```(?P<language>\w*)\n(?P<fenced>(?s:.*?))^```$"
     r"|(?<=\n\n)(?P<indented>(?: {4}.*\n|\n(?= {4}))+)"
@@ -84,8 +84,8 @@ RULES = (
     Rule(r"python -m soap_net", slow=True),
     Rule(r"python -m soap_kernels.selfcheck", not_run="test_selfcheck.py runs it"),
     Rule(r"(make|python -m benchmarks|pytest benchmarks) .*|python -m benchmarks", not_run="run by make, in .ci/run"),
-    Rule(r"(.* )?pip install.*", not_run="the tests of building and packaging install in every way"),
-    Rule(r"source .*|tensorboard .*", not_run="acts on the reader's shell or screen"),
+    Rule(r"(.* )?pip (install|wheel).*", not_run="the tests of building and packaging install in every way"),
+    Rule(r"source .*|tensorboard .*|.* pre_commit install", not_run="acts on the reader's shell, screen or checkout"),
     Rule(r"pytest -m gpu.*|python benchmarks/\w+\.py.*", not_run="needs a GPU"),
 )
 
@@ -234,6 +234,12 @@ def test_make_targets_in_the_docs_exist() -> None:
     made = {s.text.split()[1] for all_of in SNIPPETS.values() for s in all_of if s.text.startswith("make ")}
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "test"} <= made <= targets
+
+
+def test_links_lead_to_files() -> None:
+    for page in SNIPPETS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_snippets_are_found_in_every_form(tmp_path: Path) -> None:
