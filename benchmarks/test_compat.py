@@ -18,8 +18,6 @@ from torch import Tensor
 
 from soap_kernels.compat import TriplePrior
 
-CLIPS, SIZE = 6, 224
-
 
 def plain(module: Any, x: Tensor, seq_len: int) -> Tensor:
     """The published forward, with the weights that the module holds in place of convolutions made anew."""
@@ -47,11 +45,12 @@ def plain(module: Any, x: Tensor, seq_len: int) -> Tensor:
 
 @pytest.mark.parametrize("version", ["plain", "ours"])
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-def test_triple_prior(benchmark: Any, version: str, training: bool) -> None:
+def test_triple_prior(benchmark: Any, smallest: bool, version: str, training: bool) -> None:
     torch.manual_seed(0)
+    clips, size = (1, 16) if smallest else (6, 224)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = TriplePrior().to(device)
-    x = torch.randn(CLIPS * 8, 3, SIZE, SIZE, device=device)
+    x = torch.randn(clips * 8, 3, size, size, device=device)
     forward: Callable[[Tensor, int], Tensor] = module if version == "ours" else lambda x, t: plain(module, x, t)
     grad = torch.randn_like(x)
 

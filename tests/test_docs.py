@@ -87,6 +87,9 @@ RULES = (
     Rule(r"(.* )?pip (install|wheel).*", not_run="the tests of building and packaging install in every way"),
     Rule(r"source .*|tensorboard .*|.* pre_commit install", not_run="acts on the reader's shell, screen or checkout"),
     Rule(r"pytest -m gpu.*|python benchmarks/\w+\.py.*", not_run="needs a GPU"),
+    Rule(
+        r"python tests/gpu_proof/report.py", not_run="compiles for minutes; test_report.py has it for one architecture"
+    ),
 )
 
 
