@@ -2,7 +2,7 @@
 
     python -m benchmarks --device cpu            all of it, into benchmarks/results/ (about 10 minutes)
     python -m benchmarks --device cpu --quick    the table of providers alone, without torch.compile
-    python -m benchmarks --smallest --out build  all of it once on the smallest shapes: that it runs, not how fast
+    python -m benchmarks --smallest --out build  once, on the smallest shapes, without torch.compile: that it all runs
 
 All providers run interleaved in one process and medians are compared, so that a busy machine slows them alike. Memory
 is measured in fresh processes.
@@ -263,7 +263,7 @@ def measure(quick: bool, repeats: int, threads: int, smallest: bool) -> dict[str
     clips, size = (1, 16) if smallest else (6, 224)
     work = Work.make(clips, size=size)
     record: dict[str, Any] = {"machine": machine(), "shape": list(work.x.shape)}
-    one, both = provider_calls(work, compiled=not quick)
+    one, both = provider_calls(work, compiled=not (quick or smallest))
     record["forward"] = interleaved(one, repeats)
     record["training"] = interleaved(both, repeats)
     peak = fma_peak(threads)
@@ -367,7 +367,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--smallest", action="store_true", help="everything once, on the smallest shapes")
+    parser.add_argument("--smallest", action="store_true", help="once, on the smallest shapes: that it runs")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
