@@ -172,6 +172,15 @@ def test_a_video_may_take_its_time_as_long_as_frames_come(
     assert torch.equal(clip.read(range(12)), frames)
 
 
+def test_metadata_that_is_no_utf8_does_no_harm(tmp_path: Path, write_video: Make) -> None:
+    title, broken = "K\u00e4se".encode(), b"K\xff\xfese"
+    path = write_video(tmp_path / "a.mp4", metadata={"title": title.decode()})
+    content = path.read_bytes()
+    assert title in content
+    path.write_bytes(content.replace(title, broken))
+    assert Clip(path).read([0, 29]).shape == (2, 3, 48, 64)
+
+
 class CountingContainer:
     """Stands for an open container and counts the packets taken from it."""
 
