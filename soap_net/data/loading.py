@@ -6,8 +6,9 @@ import math
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeVar, overload
 
@@ -23,7 +24,7 @@ STUCK_AFTER = 600.0
 """Seconds in which a worker must give its next item or batch. A single clip that hangs is given up much sooner."""
 GRACE = 5.0
 """Seconds that workers have to end when nothing more is wanted of them."""
-_starting = threading.Lock()
+_starting = threading.Lock()  # so that each knows the processes it started from those of others
 
 
 class PerClip(Dataset[T | ClipError], Generic[T]):
@@ -122,15 +123,7 @@ class _Crew:
     """What a DataLoader gives, and the processes that make it, if any."""
 
     def __init__(self, batches: DataLoader[Any]) -> None:
-        with _starting:
-            others = multiprocessing.active_children()
-            before = signal.getsignal(signal.SIGCHLD)
-            self.items = iter(batches)
-            self.processes = [child for child in multiprocessing.active_children() if child not in others]
-        main = threading.current_thread() is threading.main_thread()
-        if self.processes and main and _is_pytorchs(signal.getsignal(signal.SIGCHLD)):
-            # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
+        self.items, self.processes = _started(batches) if batches.num_workers else (iter(batches), [])
         self.stuck = False
         # At exit, multiprocessing sends its children SIGTERM, which these ignore, and waits for them without end.
         self.at_exit = Finalize(None, self.kill, exitpriority=1)
@@ -184,6 +177,20 @@ class _Crew:
                 return
         self.stuck = True
         self.kill()
+
+
+def _started(batches: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
+    child_ended = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
+    with _starting:
+        others = multiprocessing.active_children()
+        before = child_ended and signal.getsignal(child_ended)
+        items = iter(batches)
+        processes = [child for child in multiprocessing.active_children() if child not in others]
+    main = threading.current_thread() is threading.main_thread()
+    if child_ended and main and _is_pytorchs(signal.getsignal(child_ended)):
+        # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
+        signal.signal(child_ended, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
+    return items, processes
 
 
 def _is_pytorchs(handler: object) -> bool:
