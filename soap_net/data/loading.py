@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,7 +13,9 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeVar, overload
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from soap_net.data.clips import Clip
 from soap_net.errors import ClipError, UserError
@@ -78,18 +81,25 @@ def load(
     Raises:
         UserError: one that the data set raised, as it was raised there; or a worker was killed, or is stuck.
     """
+    size = batch_size or 1
+    workers = min(workers, -(-len(dataset) // size))  # type: ignore[arg-type]
+    reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()  # each worker's process id and position
     batches = DataLoader(
-        _Guarded(dataset),
+        _Guarded(dataset, reading),
         batch_size=batch_size,
         collate_fn=None if batch_size is None else list,
-        num_workers=min(workers, -(-len(dataset) // (batch_size or 1))),  # type: ignore[arg-type]
+        num_workers=workers,
         worker_init_fn=leave_signals_to_main,
         pin_memory=pin_memory,
     )
     crew = _Crew(batches)
     try:
         for number in range(len(batches)):
-            found = crew.next(timeout, _named(dataset, number, batch_size))
+            try:
+                found = crew.next(timeout)
+            except _Lost as lost:
+                at = reading[:, 1][reading[:, 0] == lost.pid] if lost.pid else reading[number % workers, 1:]
+                raise UserError(f"{lost} while reading {_named(dataset, at.tolist())}; {lost.remedy}") from None
             for item in found if batch_size else [found]:
                 if isinstance(item, _Raised):
                     raise item.error
@@ -106,17 +116,28 @@ class _Raised:
 
 
 class _Guarded(Dataset[Any]):
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[Any], reading: Tensor) -> None:
         self.dataset = dataset
+        self.reading = reading
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, position: int) -> Any:
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), position])
         try:
             return self.dataset[position]
         except UserError as error:
             return _Raised(error)
+
+
+class _Lost(Exception):
+    def __init__(self, what: str, remedy: str, pid: int | None = None) -> None:
+        super().__init__(what)
+        self.remedy = remedy
+        self.pid = pid  # of the process that died; None: the one that is waited for is stuck
 
 
 class _Crew:
@@ -128,8 +149,8 @@ class _Crew:
         # At exit, multiprocessing sends its children SIGTERM, which these ignore, and waits for them without end.
         self.at_exit = Finalize(None, self.kill, exitpriority=1)
 
-    def next(self, timeout: float, what: str) -> Any:
-        """The next item, `what`. Raises UserError where a process died, or `timeout` seconds brought nothing."""
+    def next(self, timeout: float) -> Any:
+        """The next item or batch. Raises _Lost where a process died, or `timeout` seconds brought nothing."""
         if not self.processes:
             return next(self.items)
         # Not DataLoader's own timeout: it does not count while a tensor's memory is being asked of a stuck worker.
@@ -141,14 +162,15 @@ class _Crew:
             ended = connection.wait([process.sentinel for process in self.processes], timeout=0.5)
             dead = [process for process in self.processes if process.sentinel in ended]
             if self.stuck:
-                raise UserError(
-                    f"the data workers gave nothing for {timeout:g} s while reading {what}, and were ended; "
-                    "`soap-net data check` finds clips that hang their decoder"
+                raise _Lost(
+                    f"nothing came from the data workers for {timeout:g} s, and they were ended,",
+                    "`soap-net data check` finds clips that hang their decoder",
                 ) from None
             if dead:
                 dead[0].join()  # for its exit code
-                raise UserError(
-                    f"a data worker {_end_of(dead[0].exitcode)}; where memory ran out, fewer workers may help"
+                how = _end_of(dead[0].exitcode)
+                raise _Lost(
+                    f"a data worker {how}", "where memory ran out, fewer workers may help", dead[0].pid
                 ) from None
             raise
         finally:
@@ -206,8 +228,5 @@ def _end_of(code: int | None) -> str:
         return f"was killed by signal {-code}"
 
 
-def _named(dataset: Dataset[Any], number: int, batch_size: int | None) -> str:
-    size = batch_size or 1
-    if isinstance(dataset, PerClip):
-        return ", ".join(clip.name for clip in dataset.clips[number * size : (number + 1) * size])
-    return f"item {number * size}"
+def _named(dataset: Dataset[Any], positions: list[int]) -> str:
+    return ", ".join(dataset.clips[at].name if isinstance(dataset, PerClip) else f"item {at}" for at in positions)
