@@ -127,7 +127,7 @@ def test_a_worker_that_dies_ends_the_reading(mishap: Callable[[], object], how: 
 def test_a_worker_stuck_in_native_code_ends_the_reading(workers: int) -> None:
     began = time.monotonic()
     with pytest.raises(
-        UserError, match="^nothing came from the data workers for 3 s, and they were ended, while reading item 3; "
+        UserError, match=r"^nothing came from the data workers for 3 s, and they were ended, while reading item 3; "
     ):
         list(load(Items(mishap=stuck_in_native_code), workers, timeout=3))
     assert time.monotonic() - began < 30
