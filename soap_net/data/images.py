@@ -174,7 +174,7 @@ def _decode_image(data: bytes, path: Path, number: int | None = None) -> Tensor:
             opened.verify()  # a PNG's checksums, which decoding does not look at
         with Image.open(io.BytesIO(data)) as opened:
             opened.info.pop("transparency", None)  # a palette's would be warned of, and is dropped anyway
-            if opened.mode.startswith("I;16"):
+            if opened.mode.startswith("I"):  # 16 bits a pixel, by Pillow's version "I;16" or "I"
                 grey = (np.array(opened) >> 8).astype(np.uint8)
                 pixels = np.repeat(grey[..., None], 3, -1)
             else:
