@@ -14,7 +14,8 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 # A slow test may take minutes, but not this many seconds; the quick ones' limit is in pyproject.toml.
 SLOW := --timeout 1200 --durations 10
 
-.PHONY: help install demo test test-slow test-gpu-proof test-lowest test-newest test-pythons lint benchmark wheel clean
+.PHONY: help install demo test test-slow test-gpu-proof test-lowest test-newest test-pythons lint benchmark benchmark-check wheel \
+	clean
 
 help:
 	@echo "make install         set up $(VENV) alone"
@@ -26,6 +27,7 @@ help:
 	@echo "make test-newest     test the newest Python here with the newest of every dependency"
 	@echo "make test-pythons    test every Python here from 3.10 on"
 	@echo "make benchmark       time SOAP's kernels against plain PyTorch on this machine"
+	@echo "make benchmark-check run every benchmark once, on the smallest shapes, timing nothing"
 	@echo "make wheel           build sdist and wheel as published, into dist/; install and check the wheel"
 	@echo "make clean           remove $(VENV), build products and runs"
 
@@ -73,6 +75,12 @@ benchmark: $(INSTALLED)
 
 # The sdist, from it the wheel, then the wheel as auditwheel names it: every library that it does not bring is PyTorch's or
 # the system's. Unpacked beside nothing else, it has to pass the audit of its binary interface and the self-check.
+benchmark-check: $(INSTALLED)
+	@echo "==> Running every benchmark once on the smallest shapes, timing nothing"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest benchmarks --benchmark-disable -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks --smallest --out build/benchmarks
+	$(BIN)/python -m benchmarks.autotune_triton --help > /dev/null
+
 wheel: $(INSTALLED)
 	@echo "==> Building the sdist, and from it the wheel"
 	rm -rf build/wheel dist && mkdir -p build/wheel
