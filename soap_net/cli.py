@@ -343,7 +343,7 @@ def _info(args: list[str]) -> int:
     import torch
 
     from soap_kernels import backends
-    from soap_net.train import versions
+    from soap_net.runs import versions
 
     for name, value in versions().items():
         print(f"{name:<12}  {value if value is not None else '-'}")

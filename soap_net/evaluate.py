@@ -21,20 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from soap_net.checkpoint import load_model
 from soap_net.config import Amp, Config, DataConfig, EvalConfig
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import Episode, EpisodeSampler
+from soap_net.data.loading import PerClip, load
 from soap_net.data.splits import ClipSet, load_split
 from soap_net.data.transforms import ClipLoader, FrameSampling
 from soap_net.errors import ClipError, UserError, said
-from soap_net.interrupts import Interrupted, leave_signals_to_main
+from soap_net.files import write_text
+from soap_net.interrupts import Interrupted
 from soap_net.models.heads import Embedded, FewShotHead, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import Ranks, join
+from soap_net.runs import RunFolder
 
 CLIPS_PER_CALL = 8
 EMBEDDED_LIMIT = 2 * 2**30
@@ -73,29 +75,7 @@ class EvalResult:
 
     def save(self, path: Path) -> None:
         """Writes itself as JSON, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-class Frames(Dataset[Tensor | ClipError]):
-    """The evaluation frames of a list of clips; an unreadable clip is its error."""
-
-    def __init__(self, clips: Sequence[Clip], loader: ClipLoader) -> None:
-        self.clips = clips
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, position: int) -> Tensor | ClipError:
-        try:
-            return self.loader(self.clips[position], None)
-        except ClipError as error:
-            return error
+        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 def clip_loader(data: DataConfig, train: bool) -> ClipLoader:
@@ -127,13 +107,7 @@ def clip_features(
     """
     features = torch.zeros(len(clips), data.frames, model.backbone.dim, device=device)
     errors: list[ClipError | None] = [None] * len(clips)
-    batches = DataLoader(
-        Frames(clips, clip_loader(data, train=False)),
-        batch_size=CLIPS_PER_CALL,
-        collate_fn=list,
-        num_workers=min(data.workers, (len(clips) + CLIPS_PER_CALL - 1) // CLIPS_PER_CALL),
-        worker_init_fn=leave_signals_to_main,
-    )
+    batches = load(PerClip(clips, clip_loader(data, train=False)), data.workers, batch_size=CLIPS_PER_CALL)
     for number, batch in enumerate(batches):
         rows, frames = [], []
         for row, item in enumerate(batch, number * CLIPS_PER_CALL):
@@ -358,7 +332,14 @@ def _embed_all(head: FewShotHead, features: Tensor) -> Embedded | None:
     return whole
 
 
-def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, progress: bool = True) -> EvalResult:
+def evaluate_run(
+    checkpoint: Path,
+    config: Config,
+    *,
+    out: Path | None = None,
+    progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> EvalResult:
     """Evaluates a checkpoint and writes `eval.json` beside it.
 
     A result that can't be written after all is returned all the same, with a warning on stderr.
@@ -368,6 +349,8 @@ def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, p
         config: its `data`, `eval`, `device`, `train.amp`, `model.soap.backend` and `model.soap.precision` count; all
             else of the model is the checkpoint's own.
         out: a .json file, or a folder to put `eval.json` in.
+        progress: whether to show progress bars.
+        stop: see `evaluate`; `Interrupted` leaves what was written as it was.
 
     Raises:
         UserError: bad checkpoint or data set, impossible values, a number of frames that the model can't take, or a
@@ -382,10 +365,12 @@ def evaluate_run(checkpoint: Path, config: Config, *, out: Path | None = None, p
                 f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
             )
         clips = load_split(config.data.root, config.eval.split, config.data.split_file(config.eval.split))
-        target = out if out is not None and out.suffix == ".json" else (out or checkpoint.parent) / "eval.json"
+        target = out if out is not None and out.suffix == ".json" else RunFolder(out or checkpoint.parent).result
         if ranks.first:
             _refuse_unwritable(target)
-        result = evaluate(model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress)
+        result = evaluate(
+            model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress, stop=stop
+        )
         if ranks.first:
             try:
                 result.save(target)

@@ -1,10 +1,19 @@
-"""Ctrl-C and SIGTERM: the first asks a command to save and end, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks a command to save and end, the second ends it at once.
+
+A command enters `StopSignals` and asks it now and then whether to stop; what it calls takes that question as a
+callable, and raises `Interrupted`. Its processes don't hear the signals (`leave_signals_to_main`, and
+`ignoring_interrupts` while they start): readers of data are ended by the main process, and those that have work to save
+ask the event that `StopSignals` sets.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import Any
 
@@ -14,10 +23,20 @@ class Interrupted(RuntimeError):
 
 
 class StopSignals:
-    """Notes the first Ctrl-C or SIGTERM in `requested`; a second one ends the program at once."""
+    """Notes the first Ctrl-C or SIGTERM in `requested`; a second one ends the program at once.
 
-    def __init__(self) -> None:
+    Args:
+        event: set then too, for other processes to ask. Where the signals are handled, ask `requested` alone: a signal
+            that comes while the event is being asked would wait for that to end, and so for ever.
+        message: what the user is told then.
+    """
+
+    def __init__(
+        self, event: Event | None = None, message: str = "stopping and saving; once more to stop at once"
+    ) -> None:
         self.requested = False
+        self._event = event
+        self._message = message
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -28,7 +47,9 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        sys.stderr.write("\nstopping and saving; once more to stop at once\n")
+        if self._event is not None:
+            self._event.set()
+        sys.stderr.write(f"\n{self._message}\n")
         self._put_back()
 
     def _put_back(self) -> None:
@@ -39,7 +60,20 @@ class StopSignals:
         self._put_back()
 
 
-def leave_signals_to_main(worker: int) -> None:
-    """Makes a decoding process ignore Ctrl-C and SIGTERM: the main process ends its workers when it has saved."""
+@contextlib.contextmanager
+def ignoring_interrupts() -> Iterator[None]:
+    """Processes that are started meanwhile ignore Ctrl-C from their first moment on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def leave_signals_to_main(worker: int = 0) -> None:
+    """Makes this process ignore Ctrl-C and SIGTERM, as the main process ends it; a DataLoader's `worker_init_fn`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,8 @@ from soap_net.checkpoint import load_model
 from soap_net.data.splits import load_split
 from soap_net.errors import UserError
 from soap_net.evaluate import clip_loader
+from soap_net.files import write_text
+from soap_net.runs import RunFolder, episode_seconds
 
 Array = NDArray[Any]
 
@@ -57,7 +57,7 @@ class _Run:
     """What the report shows of a run folder."""
 
     name: str
-    folder: Path
+    folder: RunFolder
     colour: str
     config: dict[str, Any]
     versions: dict[str, Any]
@@ -73,8 +73,8 @@ class _Run:
 
     @property
     def episode_milliseconds(self) -> float | None:
-        speeds = [entry["episodes_per_second"] for entry in self.metrics if "episodes_per_second" in entry]
-        return 1000 * sum(1 / speed for speed in speeds) / len(speeds) if speeds else None
+        seconds = episode_seconds(self.metrics)
+        return None if seconds is None else 1000 * seconds
 
     @property
     def task(self) -> str:
@@ -116,10 +116,14 @@ def write_report(path: Path, runs: Mapping[str, Path], *, title: str = "SOAP-Net
             except (UserError, RuntimeError) as error:  # of one run, which the others need not suffer
                 run.shown_problem = str(error)
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("soap_net", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     evaluated = [run for run in read if run.result]
-    html = environment.from_string(TEMPLATE).render(
+    html = environment.get_template("report.html").render(
         title=title,
         runs=read,
         evaluated=evaluated,
@@ -128,32 +132,20 @@ def write_report(path: Path, runs: Mapping[str, Path], *, title: str = "SOAP-Net
         curves=_curves(read),
         confusions=[(run, _confusion(run.result)) for run in read if run.result],
     )
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, html)
 
 
 def _read(name: str, folder: Path, colour: str) -> _Run:
-    config_file = folder / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"{folder}: not a run folder: there is no config.yaml in it")
-    lines = _text(folder / "metrics.jsonl").splitlines()
+    run = RunFolder(folder)
     return _Run(
         name=name,
-        folder=folder,
+        folder=run,
         colour=colour,
-        config=yaml.safe_load(_text(config_file)),
-        versions=json.loads(_text(folder / "versions.json") or "{}"),
-        metrics=[json.loads(line) for line in lines if line.endswith("}")],
-        result=json.loads(_text(folder / "eval.json") or "null"),
+        config=run.read_config(),
+        versions=run.read_versions(),
+        metrics=run.read_metrics(),
+        result=run.read_result(),
     )
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 # Charts
@@ -223,9 +215,9 @@ def _confusion(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[float, s
 
 @torch.inference_mode()
 def _priors(run: _Run, count: int) -> list[_Shown]:
-    checkpoint = run.folder / "last.pt"
+    folder = run.folder
     # All backends compute the same; the one it was trained with may need a GPU.
-    model, config = load_model(checkpoint if checkpoint.is_file() else run.folder / "best.pt", backend="auto")
+    model, config = load_model(folder.last if folder.last.is_file() else folder.best, backend="auto")
     soap: Any = model.soap
     split = run.config["eval"]["split"]
     clips = load_split(config.data.root, split, config.data.split_file(split))
@@ -276,190 +268,3 @@ def _picture(images: Array) -> str:
 
 def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-TEMPLATE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { --ink: #1d2330; --soft: #667085; --line: #e4e7ec; --ground: #f6f7f9; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }
-h2 { font-size: 18px; margin: 0 0 4px; }
-h3 { font-size: 14px; margin: 24px 0 8px; font-weight: 600; overflow-wrap: anywhere; }
-p { margin: 0 0 12px; color: var(--soft); max-width: 78ch; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; margin-top: 20px; padding: 24px; }
-.chip { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
-.legend span + span { margin-left: 20px; }
-.result { display: grid; grid-template-columns: minmax(120px, 200px) 1fr 150px; gap: 16px; margin: 14px 0;
-  align-items: center; }
-.result .name { overflow-wrap: anywhere; font-weight: 600; }
-.result small { color: var(--soft); display: block; font-weight: 400; }
-.result .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.result .number b { font-size: 20px; }
-.track { position: relative; height: 22px; background: #f0f2f5; border-radius: 4px; }
-.track i { position: absolute; top: 0; bottom: 0; }
-.track .bar { left: 0; border-radius: 4px; opacity: 0.85; }
-.track .interval { top: 9px; bottom: 9px; background: var(--ink); min-width: 2px; }
-.track .chance { width: 0; border-left: 2px dotted #888; top: -5px; bottom: -5px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.facts { width: 100%; margin-top: 20px; }
-.facts th, .facts td { text-align: right; padding: 7px 10px; border-top: 1px solid var(--line); font-weight: 400; }
-.facts th { color: var(--soft); font-size: 13px; border-top: 0; }
-.facts th:first-child, .facts td:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-.confusion td, .confusion th { padding: 0; font-weight: 400; font-size: 12px; }
-.confusion tbody th { text-align: right; padding-right: 10px; white-space: nowrap; }
-.confusion td { width: 38px; min-width: 30px; height: 30px; text-align: center; border: 1px solid #fff; }
-.confusion td.dark { color: #fff; }
-.confusion thead th { vertical-align: bottom; padding-bottom: 6px; }
-.confusion thead span { writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap;
-  display: inline-block; }
-.pair { display: flex; flex-wrap: wrap; gap: 32px; }
-.strip { display: grid; grid-template-columns: 150px 1fr; gap: 14px; align-items: center; margin-top: 4px; }
-.strip div { font-size: 13px; line-height: 1.3; }
-.strip small { color: var(--soft); display: block; font-size: 11.5px; }
-.strip img { width: 100%; display: block; image-rendering: pixelated; border-radius: 3px; }
-.scale { display: inline-block; width: 90px; height: 10px; border-radius: 2px; vertical-align: -1px; margin: 0 6px;
-  background: linear-gradient(90deg, #000004, #3b0f70, #8c2981, #de4968, #fe9f6d, #fcfdbf); }
-img.curves { width: 100%; margin-top: 8px; }
-details { margin-top: 10px; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
-pre { background: var(--ground); padding: 14px; border-radius: 6px; overflow-x: auto; font-size: 12.5px; }
-footer { color: var(--soft); font-size: 13px; margin-top: 20px; }
-@media (max-width: 640px) { .result { grid-template-columns: 1fr; gap: 4px; } .result .number { text-align: left; }
-  .strip { grid-template-columns: 1fr; gap: 2px; } }
-</style>
-</head>
-<body>
-<main>
-<h1>{{ title }}</h1>
-<p>Few-shot action recognition with SOAP (arXiv 2407.16344).</p>
-
-<section>
-<h2>Accuracy{% if unseen %} on unseen classes{% endif %}</h2>
-{% if evaluated %}
-<p>{% if tasks | length == 1 %}{{ tasks[0] }}. {% endif %}
-The dark line is the 95&nbsp;% interval, the dotted one chance.</p>
-{% for run in evaluated %}
-<div class="result">
-<div class="name"><span class="chip" style="background: {{ run.colour }}"></span>{{ run.name }}
-{% if tasks | length > 1 %}
-<small>{{ run.task }}</small>
-{% endif %}
-</div>
-<div class="track">
-<i class="bar" style="width: {{ "%.3f" | format(run.result.accuracy) }}%; background: {{ run.colour }}"></i>
-{% set left = [run.result.accuracy - run.result.ci95, 0] | max %}
-{% set right = [run.result.accuracy + run.result.ci95, 100] | min %}
-<i class="interval" style="left: {{ "%.3f" | format(left) }}%; width: {{ "%.3f" | format(right - left) }}%"></i>
-<i class="chance" style="left: {{ "%.3f" | format(100 / run.result.way) }}%"></i>
-</div>
-<div class="number">
-<b>{{ "%.1f" | format(run.result.accuracy) }}</b> &plusmn; {{ "%.1f" | format(run.result.ci95) }} %
-</div>
-</div>
-{% endfor %}
-{% else %}
-<p>Not evaluated yet.</p>
-{% endif %}
-<div class="wide"><table class="facts">
-<tr><th>run</th><th>priors of SOAP</th><th>backbone</th><th>head</th><th>training episodes</th><th>time each</th>
-<th>evaluation tasks</th><th>time each</th></tr>
-{% for run in runs %}
-<tr><td>{{ run.name }}</td><td>{{ run.soap }}</td><td>{{ run.config.model.backbone }}</td>
-<td>{{ run.config.model.head }}</td>
-<td>{{ run.metrics[-1].episode if run.metrics else "-" }}</td>
-<td>{{ "%.0f ms" | format(run.episode_milliseconds) if run.episode_milliseconds else "-" }}</td>
-<td>{{ run.result.tasks if run.result else "-" }}</td>
-<td>{{ "%.1f ms" | format(1000 / run.result.episodes_per_second) if run.result else "-" }}</td></tr>
-{% endfor %}
-</table></div>
-</section>
-
-{% if curves %}
-<section>
-<h2>Learning curves</h2>
-<p>Thin: each logged step; thick: its moving mean; circles: validation on classes of their own, with
-95&nbsp;% intervals; dotted: chance.</p>
-<p class="legend">
-{% for run in runs %}
-<span><span class="chip" style="background: {{ run.colour }}"></span>{{ run.name }}</span>
-{% endfor %}
-</p>
-<img class="curves" src="{{ curves }}" alt="loss and accuracy over training episodes">
-</section>
-{% endif %}
-
-{% if confusions %}
-<section>
-<h2>Confusion</h2>
-<p>Rows: the true class; columns: what its queries were taken for, in percent of the row.</p>
-<div class="pair">
-{% for run, rows in confusions %}
-<div class="wide">
-<h3><span class="chip" style="background: {{ run.colour }}"></span>{{ run.name }}</h3>
-<table class="confusion">
-<thead><tr><th></th>{% for name, _ in rows %}<th><span>{{ name }}</span></th>{% endfor %}</tr></thead>
-<tbody>
-{% for name, cells in rows %}
-<tr><th>{{ name }}</th>
-{% for share, text in cells %}
-<td style="background: rgba(0, 66, 122, {{ "%.3f" | format(0.04 + 0.86 * share) }})"
-{%- if share > 0.45 %} class="dark"{% endif %}>{{ text }}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-{% endfor %}
-</div>
-</section>
-{% endif %}
-
-{% for run in runs if run.shown or run.shown_problem %}
-<section>
-<h2>What SOAP does: {{ run.name }}</h2>
-{% if run.shown %}
-<p>Clips of {{ "training" if run.config.eval.split == "train" else "unseen" }} classes.
-Below the frames the priors, each between 0 and 1, that SOAP adds to them: 3DEM from a
-spatio-temporal convolution, CWEM from each channel's mean over time, HMEM from differences between tuples of frames.
-Last the sum, stretched to full contrast. Colours run from the lowest value <span class="scale"></span> to the highest
-in the row, which stand at its left.</p>
-{% for clip in run.shown %}
-<h3>{{ clip.name }}</h3>
-{% for strip in clip.strips %}
-<div class="strip">
-<div>{{ strip.label }}<small>{{ strip.note }}</small><small>{{ strip.scale }}</small></div>
-<img src="{{ strip.image }}" alt="{{ strip.label }} of {{ clip.name }}"></div>
-{% endfor %}
-{% endfor %}
-{% else %}
-<p>The priors can't be shown: {{ run.shown_problem }}</p>
-{% endif %}
-</section>
-{% endfor %}
-
-<section>
-<h2>Settings</h2>
-{% for run in runs %}
-<details><summary>{{ run.name }}: {{ run.folder }}</summary><pre>{{ run.settings }}</pre></details>
-{% endfor %}
-<footer>
-{% for name, value in runs[0].versions.items() if value %}
-{{ name }} {{ value }}{{ "" if loop.last else " · " }}
-{% endfor %}
-</footer>
-</section>
-</main>
-</body>
-</html>
-"""

@@ -182,6 +182,14 @@ def test_a_checkpoints_result_lies_beside_it(saved: tuple[Path, Config], tmp_pat
     assert json.loads((tmp_path / "named.json").read_text())["accuracy"] == result.accuracy
 
 
+def test_an_evaluation_that_is_stopped_leaves_the_last_result(saved: tuple[Path, Config], tmp_path: Path) -> None:
+    path, config = saved
+    (tmp_path / "eval.json").write_text("older")
+    with pytest.raises(Interrupted):
+        evaluate_run(path, config, progress=False, stop=lambda: True)
+    assert (tmp_path / "eval.json").read_text() == "older"
+
+
 def test_another_number_of_frames_than_trained_on_is_refused(saved: tuple[Path, Config]) -> None:
     path, config = saved
     config.data.frames = 5
@@ -232,7 +240,7 @@ def test_a_result_that_cannot_be_written_after_all_is_returned(
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("soap_net.evaluate.os.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     result = evaluate_run(path, config, progress=False)
     assert result.tasks == 20
     said = f"warning: {tmp_path / 'eval.json'}: the result can't be written: no space left on device\n"

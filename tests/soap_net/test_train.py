@@ -22,9 +22,11 @@ from soap_net.config import Config, TrainConfig, load_config, save_config
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
 from soap_net.data.splits import load_split
 from soap_net.errors import UserError
-from soap_net.evaluate import clip_loader
+from soap_net.evaluate import clip_loader, evaluate
+from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
-from soap_net.train import NonFiniteLoss, TrainingStopped, learning_rate, versions
+from soap_net.runs import versions
+from soap_net.train import NonFiniteLoss, Step, Training, TrainingStopped, learning_rate
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,14 +61,14 @@ def thorough(tiny_run: Callable[..., Config], tmp_path: Path) -> Callable[[str],
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, count: int, action: Callable[[], None]) -> None:
     """Runs `action` as the `count`-th episode is fetched."""
-    fetch, fetched = train._next, iter(range(1, 10**6))
+    fetch, fetched = EpisodeDataset.__getitem__, iter(range(1, 10**6))
 
-    def fetch_or_act(episodes: Any) -> Any:
+    def fetch_or_act(self: EpisodeDataset, position: int) -> Any:
         if next(fetched) == count:
             action()
-        return fetch(episodes)
+        return fetch(self, position)
 
-    monkeypatch.setattr(train, "_next", fetch_or_act)
+    monkeypatch.setattr(EpisodeDataset, "__getitem__", fetch_or_act)
 
 
 # ------------------------------------------------------------------------------------------------------ gradients
@@ -214,6 +216,101 @@ def test_the_callers_random_state_is_left_alone(tiny_run: Callable[..., Config])
     torch.manual_seed(5)
     run(tiny_run(train__episodes=2, train__val_every=0))
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ callback
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+def test_a_callback_sees_each_step_with_its_gradients(tiny_run: Callable[..., Config], clip_norm: float) -> None:
+    config = tiny_run(train__episodes=5, train__val_every=0, train__clip_norm=clip_norm, train__optimizer="sgd")
+    steps: list[Step] = []
+    torch.manual_seed(config.episode.seed)
+    before = build_model(config.model, config.data.frames)
+
+    def note(training: Training, step: Step) -> None:
+        assert training.state.episode == step.episodes.stop
+        norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters() if p.grad is not None])
+        assert 0 < step.clipped <= 1
+        assert (step.clipped < 1) == (clip_norm > 0)
+        if clip_norm:
+            assert float(norm) == pytest.approx(clip_norm, rel=1e-3)
+        if not steps:
+            for old, new in zip(before.parameters(), training.model.parameters(), strict=True):
+                expected = old if new.grad is None else old - step.lr * new.grad
+                torch.testing.assert_close(new, expected, rtol=1e-5, atol=1e-7)
+        steps.append(step)
+
+    train.train(config, progress=False, callback=note)
+    assert [step.episodes for step in steps] == [range(0, 2), range(2, 4), range(4, 5)]
+    for step, line in zip(steps, metrics(config.out), strict=True):
+        assert (step.loss, step.accuracy, step.lr) == (line["loss"], line["accuracy"], line["lr"])
+        assert len(step.losses) == len(step.accuracies) == len(step.episodes)
+        assert step.loss == pytest.approx(sum(step.losses) / len(step.losses))
+        assert step.accuracy == pytest.approx(sum(step.accuracies) / len(step.accuracies))
+        assert step.seconds > 0
+
+
+def test_what_a_callback_does_with_the_model_changes_no_training(thorough: Callable[[str], Config]) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("watched")
+    seen: list[float] = []
+
+    def watch(training: Training, step: Step) -> None:
+        torch.rand(3)
+        clips = training.val_clips
+        assert clips is not None
+        seen.append(evaluate(training.model, clips, config.data, config.eval, progress=False).accuracy)
+        training.save(config.out / f"episode{training.state.episode}.pt")
+
+    train.train(config, progress=False, callback=watch)
+    assert len(seen) == 6
+    after = checkpoint.load(config.out / "last.pt")
+    del after["config"]
+    assert_equal(after, whole)
+    assert "optimizer" not in checkpoint.load(config.out / "episode12.pt")
+    assert_equal(checkpoint.load(config.out / "episode12.pt")["model"], whole["model"])
+
+
+def test_a_callback_can_stop_the_training_which_resumes_as_if_never_stopped(thorough: Callable[[str], Config]) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("stopped")
+
+    def stop_at_8(training: Training, step: Step) -> None:
+        if training.state.episode == 8:  # where a validation is due
+            raise Interrupted
+
+    with pytest.raises(TrainingStopped):
+        train.train(config, progress=False, callback=stop_at_8)
+    progress = checkpoint.load(config.out / "last.pt")["progress"]
+    assert (progress["episode"], progress["validated"]) == (8, 4)
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+
+
+def test_a_caller_that_says_when_to_stop_keeps_its_signal_handlers(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("stopped")
+    asked: list[bool] = []
+    handler = signal.getsignal(signal.SIGINT)
+    fetch = EpisodeDataset.__getitem__
+
+    def fetch_and_look(self: EpisodeDataset, position: int) -> Any:
+        assert signal.getsignal(signal.SIGINT) is handler
+        return fetch(self, position)
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) > 7  # once after each episode, once more after each step, and in validation
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EpisodeDataset, "__getitem__", fetch_and_look)
+        with pytest.raises(TrainingStopped) as stopped:
+            train.train(config, progress=False, stop=stop)
+    assert stopped.value.episode == 4
+    assert_equal(run(config, resume=True), whole)
 
 
 # ------------------------------------------------------------------------------------------------- run folder

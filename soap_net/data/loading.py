@@ -1,0 +1,198 @@
+"""Reads a data set ahead in other processes. Whatever happens to them ends the reading with one clear error."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing import connection
+from multiprocessing.util import Finalize
+from typing import Any, Generic, TypeVar, overload
+
+from torch.utils.data import DataLoader, Dataset
+
+from soap_net.data.clips import Clip
+from soap_net.errors import ClipError, UserError
+from soap_net.interrupts import leave_signals_to_main
+
+T = TypeVar("T")
+
+STUCK_AFTER = 600.0
+"""Seconds in which a worker must give its next item or batch. A single clip that hangs is given up much sooner."""
+GRACE = 5.0
+"""Seconds that workers have to end when nothing more is wanted of them."""
+_starting = threading.Lock()
+
+
+class PerClip(Dataset[T | ClipError], Generic[T]):
+    """`read` of each of `clips`; an unreadable clip is its error. `read` must pickle, as a partial does."""
+
+    def __init__(self, clips: Sequence[Clip], read: Callable[[Clip], T]) -> None:
+        self.clips = clips
+        self.read = read
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, position: int) -> T | ClipError:
+        try:
+            return self.read(self.clips[position])
+        except ClipError as error:
+            return error
+
+
+@overload
+def load(
+    dataset: Dataset[T], workers: int, *, batch_size: None = None, pin_memory: bool = False, timeout: float = ...
+) -> Generator[T, None, None]: ...
+
+
+@overload
+def load(
+    dataset: Dataset[T], workers: int, *, batch_size: int, pin_memory: bool = False, timeout: float = ...
+) -> Generator[list[T], None, None]: ...
+
+
+def load(
+    dataset: Dataset[T],
+    workers: int,
+    *,
+    batch_size: int | None = None,
+    pin_memory: bool = False,
+    timeout: float = STUCK_AFTER,
+) -> Generator[T | list[T], None, None]:
+    """The items of `dataset` in their order, or lists of `batch_size` of them, read by `workers` processes.
+
+    The processes end with the generator: when it is exhausted, closed or dropped, or raises. They ignore Ctrl-C and
+    SIGTERM, so that the main process can finish what it does first.
+
+    Args:
+        dataset: has a length; its items travel between processes.
+        workers: 0 reads in this process.
+        pin_memory: move tensors into page-locked memory.
+        timeout: seconds to wait for the next item or batch before the workers count as stuck.
+
+    Raises:
+        UserError: one that the data set raised, as it was raised there; or a worker was killed, or is stuck.
+    """
+    batches = DataLoader(
+        _Guarded(dataset),
+        batch_size=batch_size,
+        collate_fn=None if batch_size is None else list,
+        num_workers=min(workers, -(-len(dataset) // (batch_size or 1))),  # type: ignore[arg-type]
+        worker_init_fn=leave_signals_to_main,
+        pin_memory=pin_memory,
+    )
+    crew = _Crew(batches)
+    try:
+        for number in range(len(batches)):
+            found = crew.next(timeout, _named(dataset, number, batch_size))
+            for item in found if batch_size else [found]:
+                if isinstance(item, _Raised):
+                    raise item.error
+            yield found
+    finally:
+        crew.end()
+
+
+class _Raised:
+    """A `UserError` on its way between processes: raised in a worker, it would arrive as a traceback's text."""
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+
+class _Guarded(Dataset[Any]):
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, position: int) -> Any:
+        try:
+            return self.dataset[position]
+        except UserError as error:
+            return _Raised(error)
+
+
+class _Crew:
+    """What a DataLoader gives, and the processes that make it, if any."""
+
+    def __init__(self, batches: DataLoader[Any]) -> None:
+        with _starting:
+            others = multiprocessing.active_children()
+            handler = signal.getsignal(signal.SIGCHLD)
+            self.items = iter(batches)
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                # PyTorch's handler would raise a worker's death in whatever line is running then, far from here.
+                signal.signal(signal.SIGCHLD, handler)
+            self.processes = [child for child in multiprocessing.active_children() if child not in others]
+        self.stuck = False
+        # At exit, multiprocessing sends its children SIGTERM, which these ignore, and waits for them without end.
+        self.at_exit = Finalize(None, self.kill, exitpriority=1)
+
+    def next(self, timeout: float, what: str) -> Any:
+        """The next item, `what`. Raises UserError where a process died, or `timeout` seconds brought nothing."""
+        if not self.processes:
+            return next(self.items)
+        # Not DataLoader's own timeout: it does not count while a tensor's memory is being asked of a stuck worker.
+        watch = threading.Timer(timeout, self._give_up)
+        watch.daemon = True
+        watch.start()
+        try:
+            return next(self.items)
+        except Exception:
+            ended = connection.wait([process.sentinel for process in self.processes], timeout=0.5)
+            dead = [process for process in self.processes if process.sentinel in ended]
+            if self.stuck:
+                raise UserError(
+                    f"the data workers gave nothing for {timeout:g} s while reading {what}, and were ended; "
+                    "`soap-net data check` finds clips that hang their decoder"
+                ) from None
+            if dead:
+                dead[0].join()  # for its exit code
+                raise UserError(
+                    f"a data worker {_end_of(dead[0].exitcode)}; where memory ran out, fewer workers may help"
+                ) from None
+            raise
+        finally:
+            watch.cancel()
+
+    def end(self) -> None:
+        """Asks the processes to end, and kills those that don't."""
+        if not self.at_exit.still_active():  # the program is ending: they were killed, and no thread can start
+            return
+        watch = threading.Timer(0.0 if self.stuck else GRACE, self.kill)
+        watch.daemon = True
+        watch.start()
+        del self.items  # what DataLoader asks and waits in
+        watch.cancel()
+        self.at_exit()
+        for process in self.processes:
+            process.join()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def _give_up(self) -> None:
+        self.stuck = True
+        self.kill()
+
+
+def _end_of(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _named(dataset: Dataset[Any], number: int, batch_size: int | None) -> str:
+    size = batch_size or 1
+    if isinstance(dataset, PerClip):
+        return ", ".join(clip.name for clip in dataset.clips[number * size : (number + 1) * size])
+    return f"item {number * size}"

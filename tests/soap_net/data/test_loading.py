@@ -1,0 +1,175 @@
+"""What comes from data workers, and what ends them: real processes, really killed and really stuck."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from soap_net.data.clips import Clip, ClipError
+from soap_net.data.loading import PerClip, load
+from soap_net.errors import UserError
+
+
+class Items(Dataset[Tensor]):
+    """Tensors of 0, 1, 2 ...; `mishap` comes over the process that reads item 3."""
+
+    def __init__(self, count: int = 8, mishap: Callable[[], object] | None = None) -> None:
+        self.count = count
+        self.mishap = mishap
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> Tensor:
+        if position == 3 and self.mishap is not None:
+            self.mishap()
+        return torch.full((1000,), position)
+
+
+def stuck_in_native_code() -> None:
+    ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the interpreter's lock: no Python runs in this process any more
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exits() -> None:
+    os._exit(7)
+
+
+def refuses() -> None:
+    raise ClipError(Path("some.mp4"), "no good")
+
+
+def fails() -> None:
+    raise RuntimeError("a fault in the program")
+
+
+def read_number(clip: Clip) -> int:
+    if clip.path.name == "2.mp4":
+        refuses()
+    if clip.path.name == "5.mp4":
+        stuck_in_native_code()
+    return int(clip.path.stem)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> None:
+    yield
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_items_come_in_their_order_one_by_one_or_in_lists(workers: int) -> None:
+    assert [int(item[0]) for item in load(Items(), workers)] == list(range(8))
+    lists = [[int(item[0]) for item in items] for items in load(Items(), workers, batch_size=3)]
+    assert lists == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert list(load(Items(0), workers)) == []
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_users_arrives_as_it_was_raised(workers: int, batch_size: int | None) -> None:
+    with pytest.raises(ClipError, match=r"^some\.mp4: no good$") as caught:
+        list(load(Items(mishap=refuses), workers, batch_size=batch_size))
+    assert caught.value.path == Path("some.mp4")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fault_of_the_program_keeps_its_traceback(workers: int) -> None:
+    with pytest.raises(RuntimeError, match="a fault in the program"):
+        list(load(Items(mishap=fails), workers))
+
+
+def test_per_clip_gives_an_unreadable_clips_error_in_its_place() -> None:
+    clips = [Clip(Path(f"{number}.mp4")) for number in range(5)]
+    for workers in (0, 2):
+        found = list(load(PerClip(clips, read_number), workers))
+        assert [item for item in found if not isinstance(item, ClipError)] == [0, 1, 3, 4]
+        assert str(found[2]) == "some.mp4: no good"
+
+
+@pytest.mark.parametrize(("mishap", "how"), [(killed, "was killed by SIGKILL"), (exits, "ended with code 7")])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_dies_ends_the_reading(mishap: Callable[[], object], how: str, workers: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"^a data worker {how}; where memory ran out, fewer workers may help$"):
+        list(load(Items(mishap=mishap), workers))
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_stuck_in_native_code_ends_the_reading(workers: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"^the data workers gave nothing for 3 s while reading item \d, and were ende"):
+        list(load(Items(mishap=stuck_in_native_code), workers, timeout=3))
+    assert time.monotonic() - began < 30
+
+
+def test_the_clip_that_a_worker_is_stuck_in_is_named() -> None:
+    clips = [Clip(Path(f"a/{number}.mp4")) for number in (0, 1, 5)]
+    reading = load(PerClip(clips, read_number), 1, timeout=3)
+    # What came before may hang with it: its memory is asked of the process that is stuck.
+    with pytest.raises(UserError, match="gave nothing for 3 s while reading a/5, and were ended"):
+        list(reading)
+
+
+def test_time_that_the_caller_takes_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = load(Items(), 1, timeout=5)
+    for item in reading:
+        if int(item[0]) < 3:
+            time.sleep(2.0)
+    assert int(item[0]) == 7
+
+
+def test_closing_ends_workers_that_ignore_sigterm_and_are_stuck() -> None:
+    reading = load(Items(mishap=stuck_in_native_code), 2)
+    next(reading)
+    began = time.monotonic()
+    reading.close()
+    assert time.monotonic() - began < 20
+
+
+def test_a_worker_killed_meanwhile_raises_nothing_in_the_callers_code() -> None:
+    reading = load(Items(100), 1)
+    next(reading)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    for _ in range(20):
+        time.sleep(0.02)  # where PyTorch's handler of SIGCHLD would raise
+    with pytest.raises(UserError, match="killed by SIGKILL"):
+        list(reading)
+
+
+def test_ctrl_c_and_sigterm_leave_workers_alone() -> None:
+    reading = load(Items(60), 1)
+    next(reading)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(multiprocessing.active_children()[0].pid, number)
+    assert [int(item[0]) for item in reading] == list(range(1, 60))
+
+
+def test_the_program_ends_though_nobody_closed_the_reading() -> None:
+    program = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("cases", {__file__!r})
+cases = importlib.util.module_from_spec(spec)
+sys.modules["cases"] = cases
+spec.loader.exec_module(cases)
+reading = cases.load(cases.Items(mishap=cases.stuck_in_native_code), 2)
+print(int(next(reading)[0]), flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
