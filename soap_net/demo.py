@@ -136,9 +136,9 @@ def _train_and_evaluate(nets: Mapping[str, Config], progress: bool) -> None:
 
 def learn(config: Config, stop: Stop) -> None:
     """What a net's process does."""
-    folder = train(config, resume=True, progress=False)
+    folder = train(config, resume=True, progress=False, stop=stop)
     # The last weights, not the best of a few validations: nothing is chosen by looking at accuracies.
-    evaluate_run(RunFolder(folder).last, config, progress=False)
+    evaluate_run(RunFolder(folder).last, config, progress=False, stop=stop)
 
 
 def _advance(bars: Mapping[str, tqdm[Any]], nets: Mapping[str, Config]) -> None:

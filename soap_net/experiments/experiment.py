@@ -177,7 +177,7 @@ def train_and_test(run: Run, config: Config, stop: Stop) -> Result:
     """Trains the run, going on where it was stopped, and evaluates it once for each of its tests."""
     began = time.perf_counter()
     if run.weights_of is None:
-        folder = train(config, resume=True, progress=False)
+        folder = train(config, resume=True, progress=False, stop=stop)
     else:
         folder = config.out.with_name(folder_name(run.weights_of, run.seed))
     trained = time.perf_counter()

@@ -210,8 +210,6 @@ def trace(config: Config, stop: Stop) -> dict[str, Any]:
     curves = defaultdict[str, list[float]](list)
 
     def note(training: Training, step: Step) -> None:
-        if stop():
-            raise Interrupted
         model = training.model
         curves["loss"] += step.losses
         curves["accuracy"] += step.accuracies
@@ -222,7 +220,7 @@ def trace(config: Config, stop: Stop) -> dict[str, Any]:
             norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
             curves[name].append(norm / step.clipped)
 
-    train(config, progress=False, callback=note)
+    train(config, progress=False, callback=note, stop=stop)
     return {"curves": curves}
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
+from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -24,11 +23,12 @@ KEPT_CLIPS = 512 * 2**20
 """Bytes of decoded clips that each process keeps, as run after run reads the same ones."""
 Stop = Callable[[], bool]
 """Asked now and then whether to save and raise `Interrupted`."""
+Results = Generator[tuple["Job", Any], None, None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Something that a process of its own does; ``work(config, stop)`` and what it returns must pickle."""
+    """Something to do; ``work(config, stop)`` and what it returns must pickle where it is done in another process."""
 
     name: str
     """What its errors begin with."""
@@ -43,10 +43,10 @@ def perform(
     threads: int | None = None,
     waiting: Callable[[], None] = lambda: None,
     let_end: bool = True,
-) -> Iterator[tuple[Job, Any]]:
+) -> Results:
     """Does `jobs`, `at_once` of them at a time, and gives each with its result as they come.
 
-    One at a time they are done in this process; else each in one of `at_once` processes, with a share of the GPUs.
+    One at a time they are done in this process; else in `at_once` others, which share out cores and GPUs.
 
     Args:
         threads: of each process; by default its share of the cores.
@@ -56,111 +56,123 @@ def perform(
 
     Raises:
         UserError: a job's, after its name; or its process died.
-        RuntimeError: a job's RuntimeError or OSError, as text after its name.
-        Interrupted: Ctrl-C or SIGTERM, after the jobs under way have saved; `KeyboardInterrupt` where a second one
-            came, at which they were killed.
+        RuntimeError: any other error of a job, as text after its name.
+        Interrupted: Ctrl-C or SIGTERM, once the jobs under way have saved. A second one ends them at once.
     """
-    if at_once == 1:
-        yield from _perform_here(jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    stop, slots = context.Event(), context.Queue()
-    for slot in range(at_once):
-        slots.put(slot)
-    threads = threads or max(1, (os.cpu_count() or 1) // at_once)
-    with (
-        StopSignals(stop) as signals,
-        ProcessPoolExecutor(at_once, context, _enter_worker, (slots, stop, threads)) as pool,
-    ):
-        with ignoring_interrupts():  # the processes begin here
-            futures = {pool.submit(_do_in_worker, job): job for job in jobs}
-        try:
-            yield from _results(futures, stop, waiting, let_end)
-        except BaseException as error:
-            stop.set()
-            if isinstance(error, KeyboardInterrupt):
-                for child in multiprocessing.active_children():
-                    child.kill()
-            _interrupt_children()
-            raise
-        if signals.requested:
-            raise Interrupted
-
-
-def _perform_here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Any]]:
-    with StopSignals() as signals, decoded.keeping(KEPT_CLIPS):
-        for job in jobs:
-            yield job, _do(job, lambda: signals.requested)
-        if signals.requested:
-            raise Interrupted
-
-
-def _results(
-    futures: dict[Future[Any], Job], stop: Event, waiting: Callable[[], None], let_end: bool
-) -> Iterator[tuple[Job, Any]]:
-    failure: Exception | None = None
-    while futures:
-        ready, _ = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
-        waiting()
-        if stop.is_set():
-            _interrupt_children()  # again and again, as one that is just beginning its training hears nothing yet
-        for future in ready:
-            job = futures.pop(future)
+    with StopSignals() as signals:
+        if at_once == 1:
+            with decoded.keeping(KEPT_CLIPS):
+                for job in jobs:
+                    yield job, _do(job, lambda: signals.requested)
+        else:
+            threads = threads or max(1, (os.cpu_count() or 1) // at_once)
+            stop = multiprocessing.get_context("spawn").Event()
+            with ignoring_interrupts():
+                workers = [_Worker(slot, threads, stop) for slot in range(min(at_once, len(jobs)))]
             try:
-                result = future.result()
-            except BrokenProcessPool:
-                if stop.is_set():
-                    raise failure or Interrupted() from None
-                raise UserError(
-                    f"{job.name}: its process, or one beside it, died, for lack of memory perhaps; "
-                    "what is finished is kept, and fewer at a time may help"
-                ) from None
-            except (Interrupted, UserError, RuntimeError) as error:
-                failure = failure or error
-                if isinstance(error, Interrupted) or not let_end:
+                yield from _share_out(jobs, workers, signals, stop, waiting, let_end)
+            except KeyboardInterrupt:
+                for worker in workers:
+                    worker.process.kill()
+                raise
+            finally:
+                stop.set()
+                for worker in workers:
+                    worker.end()
+        if signals.requested:
+            raise Interrupted
+
+
+def _share_out(
+    jobs: Sequence[Job],
+    workers: Sequence[_Worker],
+    signals: StopSignals,
+    stop: Event,
+    waiting: Callable[[], None],
+    let_end: bool,
+) -> Results:
+    left, failure = deque(jobs), None
+    busy = {worker.pipe: (worker, worker.begin(left.popleft())) for worker in workers}
+    while busy:
+        ready = wait(list(busy), timeout=0.2)
+        waiting()
+        if signals.requested:
+            stop.set()
+        for pipe in ready:
+            worker, job = busy.pop(pipe)  # type: ignore[index]
+            outcome = worker.outcome(job)
+            if isinstance(outcome, Exception):
+                failure = failure or outcome
+                if isinstance(outcome, Interrupted) or not let_end:
                     stop.set()
-                for other in [other for other in futures if other.cancel()]:
-                    del futures[other]
             else:
-                yield job, result
-    if failure is not None:
+                yield job, outcome
+            if left and not failure and not signals.requested:
+                busy[worker.pipe] = worker, worker.begin(left.popleft())
+    if failure:
         raise failure
+
+
+class _Worker:
+    """A process that does one job after another."""
+
+    def __init__(self, slot: int, threads: int, stop: Event) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.stop = stop
+        self.pipe, inner = context.Pipe()
+        self.process = context.Process(target=_serve, args=(inner, slot, threads, stop))
+        self.process.start()
+        inner.close()
+
+    def begin(self, job: Job) -> Job:
+        """Hands `job` over, and returns it."""
+        with suppress(BrokenPipeError):  # it has died, which shows when its outcome is asked for
+            self.pipe.send(job)
+        return job
+
+    def outcome(self, job: Job) -> Any:
+        """What became of `job`: its result or its error."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            if self.stop.is_set():  # a SIGTERM to all may come before it ignores them
+                return Interrupted()
+            return UserError(
+                f"{job.name}: its process ended with code {self.process.exitcode}, for lack of memory perhaps; "
+                "what is finished is kept, and fewer at a time may help"
+            )
+
+    def end(self) -> None:
+        """Waits until it has ended, which it does when nothing can be sent to it any more."""
+        self.pipe.close()
+        self.process.join()
+
+
+def _serve(pipe: Connection, slot: int, threads: int, stop: Event) -> None:
+    leave_signals_to_main()
+    torch.set_num_threads(threads)
+    with suppress(EOFError, ConnectionError), decoded.keeping(KEPT_CLIPS):  # the main process has closed the pipe
+        while True:
+            job: Job = pipe.recv()
+            if torch.cuda.is_available() and job.config.device in ("auto", "cuda"):
+                job.config.device = f"cuda:{slot % torch.cuda.device_count()}"
+            try:
+                outcome = _do(job, stop.is_set)
+            except Exception as error:
+                outcome = error
+            pipe.send(outcome)
 
 
 def _do(job: Job, stop: Stop) -> Any:
     """Does a job. What goes wrong becomes an error that holds a text alone, as not every other can travel."""
-    if stop():
-        raise Interrupted
     try:
+        if stop():
+            raise Interrupted
         return job.work(job.config, stop)
-    except (Interrupted, KeyboardInterrupt):
-        raise Interrupted from None
+    except Interrupted as error:
+        raise Interrupted(str(error)) from None
     except UserError as error:
-        raise UserError(f"{job.name}: {error}") from None
-    except (RuntimeError, OSError) as error:
-        raise RuntimeError(f"{job.name}: {type(error).__name__}: {error}") from None
-
-
-_worker: tuple[int, Event] | None = None
-
-
-def _enter_worker(slots: Queue[int], stop: Event, threads: int) -> None:
-    global _worker
-    leave_signals_to_main()
-    _worker = slots.get(), stop
-    torch.set_num_threads(threads)
-    decoded.limit = KEPT_CLIPS
-
-
-def _do_in_worker(job: Job) -> Any:
-    assert _worker is not None
-    slot, stop = _worker
-    if torch.cuda.is_available() and job.config.device in ("auto", "cuda"):
-        job.config.device = f"cuda:{slot % torch.cuda.device_count()}"
-    return _do(job, stop.is_set)
-
-
-def _interrupt_children() -> None:
-    for child in multiprocessing.active_children():
-        if child.pid is not None:
-            os.kill(child.pid, signal.SIGINT)
+        raise UserError(f"{job.name}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"{job.name}: {type(error).__name__}: {error}") from error

@@ -59,11 +59,8 @@ class Sensitivity(Experiment):
 
     def rows(self, results: Results) -> list[Row]:
         lines = [self._row(choice, _cell(choice), "val") for choice in self.choices]
-        return lines + [
-            self._row(choice, tested_cell(choice), "test")
-            for choice in self.choices
-            if results.seeds(tested_cell(choice))
-        ]
+        tested = [choice for choice in self.choices if results.seeds(tested_cell(choice))]
+        return lines + [self._row(choice, tested_cell(choice), "test") for choice in tested]
 
     def _row(self, choice: Choice, cell: str, split: str) -> Row:
         sizes, hidden = choice

@@ -103,7 +103,7 @@ def test_an_unfinished_demo_keeps_its_runs_and_any_other_starts_anew(done: Path,
 
 def test_what_a_net_process_refuses_arrives_as_one_line(tmp_path: Path) -> None:
     net = demo.net_configs(_config(tmp_path))["with_soap"]
-    with pytest.raises(UserError, match="^with SOAP: .*motion") as caught:
+    with pytest.raises(UserError, match=r"^with SOAP: .*motion") as caught:
         list(perform([Job("with SOAP", demo.learn, net)], 1))
     assert "\n" not in str(caught.value)
 

@@ -15,8 +15,8 @@ from soap_net.cli import main
 from soap_net.config import Config
 from soap_net.errors import UserError
 from soap_net.experiments.command import EXPERIMENTS, build, default_seeds
-from soap_net.experiments.overhead import added, kept_bytes, trace
 from soap_net.experiments.experiment import Experiment, run_config, run_experiment
+from soap_net.experiments.overhead import added, kept_bytes, trace
 from soap_net.experiments.results import Results
 from soap_net.interrupts import Interrupted
 from soap_net.models.heads import HEADS
@@ -120,24 +120,18 @@ def test_overhead_traces_the_training_that_train_does(
         )  # fmt: skip
 
     curves = trace(config("traced"), lambda: False)["curves"]
-    weights = [
-        checkpoint.load(RunFolder(out).last)["model"]
-        for out in (train(config("trained"), progress=False), tmp_path / "traced")
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    train(config("trained"), progress=False)
+    traced, trained = (checkpoint.load(RunFolder(tmp_path / out).last)["model"] for out in ("traced", "trained"))
+    assert traced.keys() == trained.keys()
+    assert all(torch.equal(traced[name], trained[name]) for name in trained)
     logged = [entry["loss"] for entry in RunFolder(tmp_path / "trained").read_metrics() if "loss" in entry]
     by_batch = [np.mean(curves["loss"][i : i + 2]) for i in (0, 2, 4)]
     assert by_batch == pytest.approx(logged)
 
 
 def test_overhead_notes_the_gradients_before_they_are_clipped(tiny_run: Callable[..., Config], tmp_path: Path) -> None:
-    free, clipped = (
-        trace(tiny_run(train__episodes=2, train__clip_norm=norm, out=str(tmp_path / str(norm))), lambda: False)[
-            "curves"
-        ]
-        for norm in (0.0, 1e-3)
-    )
+    configs = [tiny_run(train__episodes=2, train__clip_norm=norm, out=str(tmp_path / f"{norm}")) for norm in (0, 1e-3)]
+    free, clipped = (trace(config, lambda: False)["curves"] for config in configs)
     for name in ("backbone", "3DEM", "CWEM", "HMEM"):
         assert clipped[name] == pytest.approx(free[name], rel=1e-4)
 
