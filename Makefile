@@ -11,7 +11,10 @@ export SOAP_KERNELS_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: help install demo test test-slow test-gpu-proof lint benchmark clean
+# A slow test may take minutes, but not this many seconds; the quick ones' limit is in pyproject.toml.
+SLOW := --timeout 1200 --durations 10
+
+.PHONY: help install demo test test-slow test-gpu-proof test-lowest test-newest test-pythons lint benchmark clean
 
 help:
 	@echo "make install         set up $(VENV) alone"
@@ -19,6 +22,9 @@ help:
 	@echo "make test            set up $(VENV), run ruff, mypy and the quick tests"
 	@echo "make test-slow       run the tests that take longer"
 	@echo "make test-gpu-proof  compile the GPU kernels for four architectures and run them on the CPU"
+	@echo "make test-lowest     test the oldest Python here with the oldest of every dependency (an environment of its own)"
+	@echo "make test-newest     test the newest Python here with the newest of every dependency"
+	@echo "make test-pythons    test every Python here from 3.10 on"
 	@echo "make benchmark       time SOAP's kernels against plain PyTorch on this machine"
 	@echo "make clean           remove $(VENV), build products and runs"
 
@@ -30,7 +36,7 @@ $(INSTALLED): $(SOURCES)
 	@echo "==> Installing PyTorch and the build tools (a few minutes the first time)"
 	$(PIP) install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" torch torchvision
 	@echo "==> Building and installing soap-net with its kernels"
-	$(PIP) install --quiet --no-build-isolation --editable ".[dev,timm,efficientnet-lite0,videomae]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[dev,videomae]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -49,15 +55,19 @@ test: lint
 
 test-slow: $(INSTALLED)
 	@echo "==> Running the slow tests"
-	$(PYTEST) -m "slow and not gpu_proof" --durations 10
+	$(PYTEST) -m "slow and not gpu_proof" $(SLOW)
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
-	$(PYTEST) -m gpu_proof --durations 10 tests/soap_kernels
+	$(PYTEST) -m gpu_proof $(SLOW) tests/soap_kernels
+
+test-lowest test-newest test-pythons:
+	@echo "==> Testing other versions (the first time a few minutes of downloads and 6 GB for each Python)"
+	$(PYTHON) tests/supported.py $(@:test-%=%)
 
 benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info soap_kernels/*.so
+	rm -rf $(VENV) .venv-3.* build runs *.egg-info soap_kernels/*.so

@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from soap_net.checkpoint import load_model
 from soap_net.config import Amp, DataConfig
-from soap_net.data.clips import VIDEO_SUFFIXES, Clip, is_image, natural
+from soap_net.data.clips import Clip
+from soap_net.data.images import is_image, natural
 from soap_net.data.splits import load_split
+from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.errors import UserError
 from soap_net.evaluate import CLIPS_PER_CALL, clip_features
 from soap_net.models.soap_net import SOAPNet

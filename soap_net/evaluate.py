@@ -29,7 +29,7 @@ from soap_net.data.clips import Clip
 from soap_net.data.episodes import Episode, EpisodeSampler
 from soap_net.data.loading import PerClip, load
 from soap_net.data.splits import ClipSet, load_split
-from soap_net.data.transforms import ClipLoader, FrameSampling
+from soap_net.data.transforms import ClipLoader, clip_loader
 from soap_net.errors import ClipError, UserError, said
 from soap_net.files import write_text
 from soap_net.interrupts import Interrupted
@@ -76,12 +76,6 @@ class EvalResult:
     def save(self, path: Path) -> None:
         """Writes itself as JSON, whole or not at all."""
         write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
-
-
-def clip_loader(data: DataConfig, train: bool) -> ClipLoader:
-    """How the config reads a clip: at random in training, at the centre in evaluation."""
-    sampling = FrameSampling(data.frames, data.interval)
-    return ClipLoader(sampling, data.resize, data.crop, flip=data.flip, train=train, order=data.order)
 
 
 def autocast(device: torch.device, amp: Amp) -> torch.autocast:
@@ -249,22 +243,17 @@ def _readable(
     episode: Episode, clips: ClipSet, broken: set[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The (class, clip) pairs of an episode, each broken one replaced by the next spare, as `EpisodeDataset` does."""
-    chosen: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    for label, class_id in enumerate(episode.classes):
-        spare = iter(episode.spare[label])
-        for role, members in enumerate((episode.support[label], episode.query[label])):
-            for member in members:
-                pair: tuple[int, int] | None = (class_id, member)
-                while pair in broken:
-                    replacement = next(spare, None)
-                    pair = None if replacement is None else (class_id, replacement)
-                if pair is None:
-                    raise UserError(
-                        f"task {episode.index}: class {clips.classes[class_id]!r} has no readable clip left; "
-                        f"{len(broken)} clips could not be read"
-                    )
-                chosen[role].append(pair)
-    return chosen
+
+    def take(class_id: int, clip_id: int, slot: int) -> tuple[int, int] | None:
+        return None if (class_id, clip_id) in broken else (class_id, clip_id)
+
+    def exhausted(class_id: int) -> UserError:
+        return UserError(
+            f"task {episode.index}: class {clips.classes[class_id]!r} has no readable clip left; "
+            f"{len(broken)} clips could not be read"
+        )
+
+    return episode.fill(take, exhausted)
 
 
 @torch.inference_mode()

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from soap_net.data.clips import Clip, ClipError, ClipInfo
+from soap_net.data.loading import PerClip, load
 from soap_net.data.splits import ClipSet, MissingClipsError, load_split
 from soap_net.data.transforms import FrameSampling
 
@@ -128,22 +129,10 @@ def _spread(values: Sequence[Any]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-class _Probes(Dataset[ClipInfo | ClipError]):
-    def __init__(self, clips: Sequence[Clip], sampling: FrameSampling) -> None:
-        self.clips = clips
-        self.sampling = sampling
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, position: int) -> ClipInfo | ClipError:
-        try:
-            clip = self.clips[position]
-            info = clip.probe()
-            clip.read(self.sampling.indices(info.frames, None))  # a damaged video may still have its first frame
-        except ClipError as error:
-            return error
-        return info
+def _probe(sampling: FrameSampling, clip: Clip) -> ClipInfo:
+    info = clip.probe()
+    clip.read(sampling.indices(info.frames, None))  # a damaged video may still have its first frame
+    return info
 
 
 def check_data(
@@ -172,7 +161,7 @@ def check_data(
         report.splits.append(found[-1][1])
     for clip_set, split_report in found:
         clips = [clip for members in clip_set.clips for clip in members]
-        probes = DataLoader(_Probes(clips, sampling or FrameSampling()), batch_size=None, num_workers=workers)
+        probes = load(PerClip(clips, partial(_probe, sampling or FrameSampling())), workers)
         silent = None if progress else True  # None: silent where nobody watches
         for result in tqdm(probes, desc=f"reading {clip_set.split}", unit="clip", leave=False, disable=silent):
             if isinstance(result, ClipError):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from soap_net.data.clips import Clip, ClipError
 from soap_net.data.splits import ClipSet
 from soap_net.data.transforms import ClipLoader
-from soap_net.errors import UserError
+from soap_net.errors import ClipError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,28 @@ class Episode:
     support: tuple[tuple[int, ...], ...]
     query: tuple[tuple[int, ...], ...]
     spare: tuple[tuple[int, ...], ...]
+
+    def fill(
+        self, take: Callable[[int, int, int], T | None], exhausted: Callable[[int], Exception]
+    ) -> tuple[list[T], list[T]]:
+        """What ``take(class, clip, slot)`` makes of the support's and of the query's clips, grouped by way.
+
+        Slots number the episode's places, each way's support before its query. Where ``take`` gives None, the next
+        spare clip steps in; raises ``exhausted(class)`` where the class has none left.
+        """
+        filled: tuple[list[T], list[T]] = ([], [])
+        slot = 0
+        for class_id, support, query, spare in zip(self.classes, self.support, self.query, self.spare, strict=True):
+            left = iter(spare)
+            for role, chosen in enumerate((support, query)):
+                for clip_id in chosen:
+                    taken = (take(class_id, candidate, slot) for candidate in chain([clip_id], left))
+                    found = next((item for item in taken if item is not None), None)
+                    if found is None:
+                        raise exhausted(class_id)
+                    filled[role].append(found)
+                    slot += 1
+        return filled
 
 
 class EpisodeSampler:
@@ -131,47 +156,35 @@ class EpisodeDataset(Dataset[EpisodeClips]):
 
     def __getitem__(self, position: int) -> EpisodeClips:
         episode = self.sampler[self.indices[position]]
+        clips = self.sampler.clips
         failures: list[ClipError] = []
-        frames: tuple[list[Tensor], list[Tensor]] = ([], [])
-        names: tuple[list[str], list[str]] = ([], [])
-        labels: tuple[list[int], list[int]] = ([], [])
-        slot = 0
-        for label, class_id in enumerate(episode.classes):
-            spare = iter(episode.spare[label])
-            for role, chosen in enumerate((episode.support[label], episode.query[label])):
-                for clip_id in chosen:
-                    clip, loaded = self._load(episode.index, class_id, clip_id, spare, slot, failures)
-                    slot += 1
-                    frames[role].append(loaded)
-                    names[role].append(clip.name)
-                    labels[role].append(label)
-        return EpisodeClips(
-            index=episode.index,
-            support=torch.stack(frames[0]),
-            support_labels=torch.tensor(labels[0]),
-            query=torch.stack(frames[1]),
-            query_labels=torch.tensor(labels[1]),
-            support_names=names[0],
-            query_names=names[1],
-            class_ids=episode.classes,
-            failures=failures,
-        )
 
-    def _load(
-        self, index: int, class_id: int, clip_id: int, spare: Iterator[int], slot: int, failures: list[ClipError]
-    ) -> tuple[Clip, Tensor]:
-        candidate: int | None = clip_id
-        while candidate is not None:
-            clip = self.sampler.clips.clips[class_id][candidate]
-            rng = self.sampler.generator(index, slot) if self.loader.train else None
+        def load(class_id: int, clip_id: int, slot: int) -> tuple[str, Tensor] | None:
+            clip = clips.clips[class_id][clip_id]
             try:
-                return clip, self.loader(clip, rng)
+                return clip.name, self.loader(clip, self.sampler.generator(episode.index, slot))
             except ClipError as failure:
                 failures.append(failure)
-                candidate = next(spare, None)
-        raise UserError(
-            f"episode {index}: class {self.sampler.clips.classes[class_id]!r} has no readable clip left; "
-            f"the last failure was {failures[-1]}"
+                return None
+
+        def exhausted(class_id: int) -> UserError:
+            return UserError(
+                f"episode {episode.index}: class {clips.classes[class_id]!r} has no readable clip left; "
+                f"the last failure was {failures[-1]}"
+            )
+
+        support, query = episode.fill(load, exhausted)
+        labels = torch.arange(self.sampler.way)
+        return EpisodeClips(
+            index=episode.index,
+            support=torch.stack([frames for _, frames in support]),
+            support_labels=labels.repeat_interleave(self.sampler.shot),
+            query=torch.stack([frames for _, frames in query]),
+            query_labels=labels.repeat_interleave(self.sampler.queries),
+            support_names=[name for name, _ in support],
+            query_names=[name for name, _ in query],
+            class_ids=episode.classes,
+            failures=failures,
         )
 
 

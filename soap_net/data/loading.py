@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import threading
@@ -123,12 +124,13 @@ class _Crew:
     def __init__(self, batches: DataLoader[Any]) -> None:
         with _starting:
             others = multiprocessing.active_children()
-            handler = signal.getsignal(signal.SIGCHLD)
+            before = signal.getsignal(signal.SIGCHLD)
             self.items = iter(batches)
-            if handler is not None and threading.current_thread() is threading.main_thread():
-                # PyTorch's handler would raise a worker's death in whatever line is running then, far from here.
-                signal.signal(signal.SIGCHLD, handler)
             self.processes = [child for child in multiprocessing.active_children() if child not in others]
+        main = threading.current_thread() is threading.main_thread()
+        if self.processes and main and _is_pytorchs(signal.getsignal(signal.SIGCHLD)):
+            # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
         self.stuck = False
         # At exit, multiprocessing sends its children SIGTERM, which these ignore, and waits for them without end.
         self.at_exit = Finalize(None, self.kill, exitpriority=1)
@@ -138,9 +140,8 @@ class _Crew:
         if not self.processes:
             return next(self.items)
         # Not DataLoader's own timeout: it does not count while a tensor's memory is being asked of a stuck worker.
-        watch = threading.Timer(timeout, self._give_up)
-        watch.daemon = True
-        watch.start()
+        came = threading.Event()
+        threading.Thread(target=self._watch, args=(timeout, came), daemon=True).start()
         try:
             return next(self.items)
         except Exception:
@@ -158,7 +159,7 @@ class _Crew:
                 ) from None
             raise
         finally:
-            watch.cancel()
+            came.set()
 
     def end(self) -> None:
         """Asks the processes to end, and kills those that don't."""
@@ -177,9 +178,16 @@ class _Crew:
         for process in self.processes:
             process.kill()
 
-    def _give_up(self) -> None:
+    def _watch(self, timeout: float, came: threading.Event) -> None:
+        for _ in range(math.ceil(timeout)):  # one by one, so that a program that was stopped for a while is not late
+            if came.wait(1.0):
+                return
         self.stuck = True
         self.kill()
+
+
+def _is_pytorchs(handler: object) -> bool:
+    return getattr(handler, "__module__", "").startswith("torch.")
 
 
 def _end_of(code: int | None) -> str:

@@ -15,13 +15,16 @@ class ClipMemory:
     """Reads frames of clips, and keeps whole clips decoded up to ``limit`` bytes, the ones used last.
 
     With a limit of 0 nothing is kept, and a clip is asked for the wanted frames alone. A clip larger than a 64th of the
-    limit is never kept. What is read is the same either way.
+    limit is never kept. What is read is the same either way. Another process gets the limit, and keeps its own.
     """
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
         self._kept: OrderedDict[Clip, Tensor] = OrderedDict()
         self._bytes = 0
+
+    def __reduce__(self) -> tuple[type[ClipMemory], tuple[int]]:
+        return type(self), (self.limit,)
 
     def read(self, clip: Clip, indices: Sequence[int]) -> Tensor:
         """uint8 ``(len(indices), 3, H, W)``, memory of the caller's own; raises ClipError."""

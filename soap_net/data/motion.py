@@ -295,7 +295,7 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
         raise UserError(f"{root}: not a folder, so the motion data can't be written there")
     if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
         raise UserError(f"{root}: holds other files than the motion data; choose another folder, or empty it")
-    codec, pixels, options = _encoder()
+    encoder = _encoder()
 
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.part-", dir=root.parent) as scratch:
@@ -309,17 +309,7 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
 
         def write(clip: tuple[str, str]) -> None:
             path = fresh / "videos" / clip[0] / f"{clip[1]}.mp4"
-            frames = render_clip(clip[0], clips[clip], config)
-            with av.open(str(path), "w") as container:
-                stream = container.add_stream(codec, rate=Fraction(config.frame_rate).limit_denominator(1001))
-                stream.width = stream.height = config.size
-                stream.pix_fmt = pixels
-                stream.options = options
-                stream.codec_context.gop_size = 1
-                stream.codec_context.thread_count = 1
-                for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-                container.mux(stream.encode())
+            _write_clip(path, render_clip(clip[0], clips[clip], config), config, *encoder)
 
         # Threads: most of the time goes into NumPy and FFmpeg, which let others run. Each clip has its own seed, so
         # that their number changes nothing.
@@ -336,6 +326,21 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
             root.rename(Path(scratch) / "replaced")
         fresh.rename(root)
     return root
+
+
+def _write_clip(
+    path: Path, frames: Tensor, config: MotionConfig, codec: str, pixels: str, options: dict[str, str]
+) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(config.frame_rate).limit_denominator(1001))
+        stream.width = stream.height = config.size
+        stream.pix_fmt = pixels
+        stream.options = options
+        stream.codec_context.gop_size = 1
+        stream.codec_context.thread_count = 1
+        for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def _complete(root: Path, digest: str, clips: Iterable[tuple[str, str]]) -> bool:

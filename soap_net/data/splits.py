@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from soap_net.data.clips import VIDEO_SUFFIXES, Clip, archive, natural
+from soap_net.data.clips import Clip
+from soap_net.data.images import archive, natural
+from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.errors import UserError
 
 SPLITS = ("train", "val", "test")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from soap_net.config import DataConfig
 from soap_net.data.clips import Clip
-from soap_net.data.memory import decoded
+from soap_net.data.memory import ClipMemory, decoded
 from soap_net.errors import UserError
 
 
@@ -70,6 +71,8 @@ class ClipLoader:
 
     ``order`` is how the frames are handed over, to study what a model makes of time: in theirs, ``"reversed"``, or
     ``"shuffled"``, anew for each load in training, by the clip's name in evaluation.
+
+    Clips are read through ``memory``, which by default keeps none.
     """
 
     sampling: FrameSampling = FrameSampling()
@@ -78,6 +81,7 @@ class ClipLoader:
     flip: bool = True
     train: bool = False
     order: Literal["forward", "reversed", "shuffled"] = "forward"
+    memory: ClipMemory = field(default_factory=ClipMemory, compare=False)
 
     def __post_init__(self) -> None:
         if self.crop < 1:
@@ -90,7 +94,7 @@ class ClipLoader:
         if self.train and rng is None:
             raise UserError("loading a clip for training needs a random generator")
         draw = rng if self.train else None
-        frames = decoded.read(clip, self.sampling.indices(clip.num_frames(), draw))
+        frames = self.memory.read(clip, self.sampling.indices(clip.num_frames(), draw))
         frames = self.transform(frames, draw)
         if self.order == "reversed":
             return frames.flip(0)
@@ -118,3 +122,10 @@ class ClipLoader:
         pixels = frames.numpy()
         # NumPy turns pixels into planes twice as fast as torch.
         return torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1] if mirrored else pixels))
+
+
+def clip_loader(data: DataConfig, train: bool, memory: ClipMemory | None = None) -> ClipLoader:
+    """How the config reads a clip: at random in training, at the centre in evaluation."""
+    sampling = FrameSampling(data.frames, data.interval)
+    memory = decoded if memory is None else memory
+    return ClipLoader(sampling, data.resize, data.crop, flip=data.flip, train=train, order=data.order, memory=memory)

@@ -37,10 +37,12 @@ def _write_video(
     times: list[int] | None = None,
     pixels: Callable[[int], Pixels] | None = None,
     gop: int = 12,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     width, height = size
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=container_options or {}) as container:
+        container.metadata.update(metadata or {})
         stream: Any = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.gop_size = gop

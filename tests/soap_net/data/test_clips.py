@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from soap_net.data.clips import Clip, ClipError, in_natural_order, natural
+from soap_net.data import videos
+from soap_net.data.clips import Clip, ClipError
+from soap_net.data.images import in_natural_order, natural
 
 Make = Callable[..., Path]
 Picture = Callable[..., np.ndarray]
@@ -112,6 +115,72 @@ def test_frames_of_an_mpeg_program_or_elementary_stream_are_not_taken_for_their_
     assert_reads_as_a_full_decode(path)
 
 
+def in_a_process(program: str, *arguments: object) -> str:
+    """What a program prints that must end within a minute."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_reading_does_not_hang_where_ffmpegs_log_goes_to_python(tmp_path: Path, write_video: Make) -> None:
+    # As torchvision.io has it: each of the decoder's threads then waits for Python's lock to say its word.
+    program = """
+import sys, av, pathlib
+from soap_net.data.clips import Clip
+for _ in range(40):
+    av.logging.set_level(av.logging.DEBUG)
+    print(len(Clip(pathlib.Path(sys.argv[1])).read([0, 9, 20])))
+"""
+    path = write_video(tmp_path / "a.mp4", frames=30, options={"bf": "3"})
+    assert in_a_process(program, path).split() == ["3"] * 40
+
+
+def test_a_video_that_hangs_its_decoder_is_a_broken_clip(tmp_path: Path, write_video: Make) -> None:
+    # The wait is native and can't be interrupted; afterwards the same file is refused at once, and the program ends.
+    program = """
+import sys, ctypes, time, pathlib
+from soap_net.data import videos
+from soap_net.data.clips import Clip, ClipError
+clip = Clip(pathlib.Path(sys.argv[1]))
+print(len(clip.read([1, 2])))
+videos._upright = lambda frame: ctypes.CDLL(None).sleep(1000)
+for videos.PATIENCE in (1, 1000):
+    began = time.monotonic()
+    try:
+        clip.read([1, 2])
+    except ClipError as error:
+        print(error.reason, time.monotonic() - began < 20)
+"""
+    said = in_a_process(program, write_video(tmp_path / "a.mp4"))
+    assert said.splitlines() == [
+        "2",
+        "FFmpeg hangs in it: no frame came for a while True",
+        "FFmpeg hangs in it: no frame came for a while True",
+    ]
+
+
+def test_a_video_may_take_its_time_as_long_as_frames_come(
+    tmp_path: Path, write_video: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=12)
+    clip = Clip(path)
+    frames = decode_all(path)[:12]
+    upright = videos._upright
+    monkeypatch.setattr(videos, "_upright", lambda frame: time.sleep(0.4) or upright(frame))
+    monkeypatch.setattr(videos, "PATIENCE", 3)
+    assert torch.equal(clip.read(range(12)), frames)
+
+
+def test_metadata_that_is_no_utf8_does_no_harm(tmp_path: Path, write_video: Make) -> None:
+    title, broken = "K\u00e4se".encode(), b"K\xff\xfese"
+    path = write_video(tmp_path / "a.mp4", metadata={"title": title.decode()})
+    content = path.read_bytes()
+    assert title in content
+    path.write_bytes(content.replace(title, broken))
+    assert Clip(path).read([0, 29]).shape == (2, 3, 48, 64)
+
+
 class CountingContainer:
     """Stands for an open container and counts the packets taken from it."""
 
@@ -150,7 +219,7 @@ def test_reading_far_frames_decodes_only_what_lies_after_their_keyframes(
     clip.num_frames()
     opened = av.open
     monkeypatch.setattr(CountingContainer, "packets", 0)
-    monkeypatch.setattr("soap_net.data.clips.av.open", lambda *a, **k: CountingContainer(opened(*a, **k)))
+    monkeypatch.setattr("soap_net.data.videos.av.open", lambda *a, **k: CountingContainer(opened(*a, **k)))
     clip.read([115, 231])
     # A few frames from each keyframe on, and what the decoder's threads take in advance.
     assert 8 <= CountingContainer.packets <= 16 + 4 * ((os.cpu_count() or 1) + 1)
@@ -168,7 +237,7 @@ def test_a_folder_of_images_is_read_in_natural_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if decoder == "Pillow":
-        monkeypatch.setattr("soap_net.data.clips.decode_image", None)
+        monkeypatch.setattr("soap_net.data.images.decode_image", None)
     for number in (1, 2, 10, 9, 100):
         (tmp_path / f"frame{number}{suffix}").write_bytes(encode_image(make_picture(number), suffix))
     (tmp_path / f"._frame3{suffix}").write_bytes(b"resource fork")
@@ -188,7 +257,7 @@ def test_images_of_every_kind_become_rgb(
     decoder: str, tmp_path: Path, make_picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if decoder == "Pillow":
-        monkeypatch.setattr("soap_net.data.clips.decode_image", None)
+        monkeypatch.setattr("soap_net.data.images.decode_image", None)
     image = Image.fromarray(make_picture(0))
     grey = np.asarray(image.convert("L"))
     image.convert("RGBA").save(tmp_path / "0.png")

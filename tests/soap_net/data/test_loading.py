@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from soap_net.data.clips import Clip, ClipError
 from soap_net.data.loading import PerClip, load
@@ -88,6 +88,16 @@ def test_an_error_of_the_users_arrives_as_it_was_raised(workers: int, batch_size
     assert caught.value.path == Path("some.mp4")
 
 
+def test_the_callers_own_handler_of_ended_children_stays() -> None:
+    heard: list[int] = []
+    previous = signal.signal(signal.SIGCHLD, lambda *_: heard.append(1))
+    try:
+        list(load(Items(), 2))
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+    assert heard
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fault_of_the_program_keeps_its_traceback(workers: int) -> None:
     with pytest.raises(RuntimeError, match="a fault in the program"):
@@ -144,11 +154,12 @@ def test_closing_ends_workers_that_ignore_sigterm_and_are_stuck() -> None:
 
 
 def test_a_worker_killed_meanwhile_raises_nothing_in_the_callers_code() -> None:
+    assert len(list(DataLoader(Items(2), num_workers=1))) == 2  # leaves PyTorch's handler of SIGCHLD behind
     reading = load(Items(100), 1)
     next(reading)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     for _ in range(20):
-        time.sleep(0.02)  # where PyTorch's handler of SIGCHLD would raise
+        time.sleep(0.02)  # where that handler would raise
     with pytest.raises(UserError, match="killed by SIGKILL"):
         list(reading)
 

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -5,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from soap_net.config import DataConfig
 from soap_net.data.clips import Clip, ClipError
 from soap_net.data.memory import ClipMemory
+from soap_net.data.transforms import clip_loader
 
 LIMIT = 64 * 6 * 48
 """Room for 64 clips of six frames of 3 x 4 x 4."""
@@ -71,3 +74,19 @@ def test_nothing_is_kept_beyond_the_limit_or_after_the_time_for_it(clip: Clip, r
     assert reads[4:] == [[2], [0, 1, 2, 3, 4, 5]]
     off.read(clip, [2])
     assert reads[6:] == [[2]]
+
+
+def test_clips_are_read_through_the_memory_that_the_loader_is_given(clip: Clip, reads: list[list[int]]) -> None:
+    memory = ClipMemory(LIMIT)
+    loader = clip_loader(DataConfig(frames=2, resize=4, crop=4), train=False, memory=memory)
+    assert torch.equal(loader(clip), loader(clip))
+    assert reads == [[1, 4], [0, 1, 2, 3, 4, 5]]
+
+
+def test_another_process_gets_the_limit_and_no_clips(clip: Clip, reads: list[list[int]]) -> None:
+    memory = ClipMemory(LIMIT)
+    memory.read(clip, [0])
+    copy = pickle.loads(pickle.dumps(memory))
+    copy.read(clip, [0])
+    assert copy.limit == LIMIT
+    assert reads == 2 * [[0], [0, 1, 2, 3, 4, 5]]
