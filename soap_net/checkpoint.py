@@ -6,10 +6,7 @@ A checkpoint is a dictionary of plain values and tensors, read back with ``weigh
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pickle
-import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from soap_net.config import Config, from_dict
-from soap_net.errors import UserError
+from soap_net.errors import UserError, said
+from soap_net.files import replacing
+from soap_net.settings import shown
 
 if TYPE_CHECKING:
     from soap_net.models.soap_net import SOAPNet
@@ -36,35 +35,15 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or the folder can't be written; the file at `path` is then as it was.
     """
-    # Not by tempfile, whose files only their owner may read: the checkpoint would keep that mode.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where the system lets one open a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint; only tensors and plain values are let in, never code.
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint, its tensors onto the CPU; only tensors and plain values are let in, never code.
 
     Raises:
-        CheckpointError: no such file, a folder, not to be read, truncated, not a checkpoint, or of a newer format.
+        CheckpointError: no such file, a folder, not to be read, truncated, not a checkpoint, or of another format.
     """
     if os.path.isdir(path):
         best = path / "best.pt"
@@ -72,21 +51,23 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
             f"{path}: a folder, not a checkpoint{f'; there is {best}' if os.path.isfile(best) else ''}"
         )
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: the checkpoint can't be read: {(error.strerror or str(error)).lower()}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: the checkpoint can't be read: {said(error)}") from error
+    except Exception as error:  # a damaged pickle fails in as many ways as there are bytes in it
         raise CheckpointError(
             f"{path}: not a whole checkpoint of soap-net ({path.stat().st_size} bytes): truncated, or another format"
         ) from error
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise CheckpointError(f"{path}: not a checkpoint of soap-net: no config and model in it")
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {content['format']}, this version reads format {FORMAT}")
+    if not isinstance(content["format"], int) or content["format"] != FORMAT:
+        found = shown(content["format"])
+        raise CheckpointError(f"{path}: checkpoint format {found}, this version reads format {FORMAT}")
+    weights = content["model"]
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise CheckpointError(f"{path}: not a checkpoint of soap-net: its model holds other things than weights")
     return content
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -12,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from soap_net.errors import UserError
+from soap_net.errors import UserError, did_you_mean, nearest, said
+from soap_net.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from soap_net.config import Config
@@ -30,8 +30,8 @@ class _Options(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         for option in self._given:  # an option is missing: perhaps it is there and misspelt
-            if close := self._nearest(option):
-                raise UserError(f"unknown option {option}; did you mean {close}?")
+            if hint := self._hint(option):
+                raise UserError(f"unknown option {option}{hint}")
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_known(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -43,17 +43,14 @@ class _Options(argparse.ArgumentParser):
         """Parses all of `args`; an unknown one is named together with the nearest there is."""
         values, rest = self.parse_known(args)
         if rest:
-            close = self._nearest(rest[0])
-            raise UserError(f"unknown option {rest[0]}{f'; did you mean {close}?' if close else ''}")
+            raise UserError(f"unknown option {rest[0]}{self._hint(rest[0])}")
         return values
 
-    def _nearest(self, option: str) -> str | None:
-        """The option that an unknown one most resembles; None if it is known, resembles none, or is no option."""
+    def _hint(self, option: str) -> str:
+        """Names the option that an unknown one was meant to be; empty if it is known, like none, or no option."""
         known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         name = option.partition("=")[0]
-        if name in known or not name.startswith("--"):
-            return None
-        return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+        return did_you_mean(name, known) if name.startswith("--") and name not in known else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--debug"]
     try:
         return _dispatch(args)
-    except KeyboardInterrupt:
-        print("soap-net: stopped", file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        print(f"soap-net: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -83,7 +80,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         return 2, text
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return 1, f"{where}{error.strerror.lower()}"
+        return 1, f"{where}{said(error)}"
     return 1, f"{type(error).__name__}: {text} (--debug shows where)"
 
 
@@ -101,8 +98,8 @@ def _dispatch(args: list[str]) -> int:
         if name in ("data", "data -h", "data --help"):
             print(_overview("data"))
             return 0
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
+        close = nearest(name, COMMANDS)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}; {hint}")
     return COMMANDS[name][0](args[len(name.split()) :])
 
@@ -123,6 +120,15 @@ def _overview(prefix: str = "") -> str:
     if not prefix:
         lines += ["Presets for --config: " + ", ".join(presets()) + "."]
     return "\n".join(lines)
+
+
+def _prints() -> bool:
+    """Whether this process tells the user the outcome: the only one, or the first of those under torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _demo(args: list[str]) -> int:
@@ -161,9 +167,8 @@ def _train(args: list[str]) -> int:
     try:
         folder = train(config, resume=options.resume is not None)
     except TrainingStopped as stopped:
-        print(f"soap-net: {stopped}; go on with: soap-net train --resume {stopped.folder}", file=sys.stderr)
-        return 130
-    if os.environ.get("RANK", "0") == "0":
+        raise Interrupted(f"{stopped}; go on with: soap-net train --resume {stopped.folder}") from None
+    if _prints():
         print(f"trained: {folder}; evaluate with: soap-net eval --checkpoint {folder / 'best.pt'}")
     return 0
 
@@ -186,10 +191,10 @@ def _eval(args: list[str]) -> int:
     from soap_net.evaluate import evaluate_run
 
     result = evaluate_run(options.checkpoint, config, out=options.out)
-    if os.environ.get("RANK", "0") != "0":
+    if not _prints():
         return 0
     if options.json:
-        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        _print_json(result.to_dict())
         return 0
     print(
         f"{result.accuracy:.2f} +- {result.ci95:.2f} %  ({result.tasks} tasks, {result.way}-way {result.shot}-shot, "
@@ -243,7 +248,7 @@ def _classify(args: list[str]) -> int:
         rows = [
             {"clip": p.clip, "class": p.label, "probabilities": p.probabilities, "error": p.error} for p in predictions
         ]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        _print_json(rows)
     else:
         width = max(len(prediction.clip) for prediction in predictions)
         for prediction in predictions:
@@ -286,7 +291,10 @@ def _data_check(args: list[str]) -> int:
     sampling = FrameSampling(data.frames, data.interval)
     splits = {split: data.split_file(split) for split in options.split}
     report = check_data(data.root, splits, sampling=sampling, workers=data.workers)
-    print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if options.json else report.summary())
+    if options.json:
+        _print_json(report.as_dict())
+    else:
+        print(report.summary())
     return 0 if report.sound else 2
 
 
@@ -294,11 +302,12 @@ def _data_motion(args: list[str]) -> int:
     root, args = _leading_path(args)
     if root is None and not {"-h", "--help"} & {*args}:
         raise UserError("say into which folder to write the data set: soap-net data motion ROOT")
-    from soap_net.config import parse
     from soap_net.data.motion import MotionConfig, write_motion
+    from soap_net.settings import parse_options
 
     text = "Write the embedded motion data set into the folder ROOT, given first."
-    print(write_motion(Path(root or ""), parse(args, MotionConfig, prog="soap-net data motion ROOT", description=text)))
+    config = parse_options(args, MotionConfig, prog="soap-net data motion ROOT", description=text)
+    print(write_motion(Path(root or ""), config))
     return 0
 
 
@@ -325,15 +334,11 @@ def _experiment(args: list[str]) -> int:
 
     import torch
 
-    from soap_net.experiments.experiment import ExperimentStopped, run_experiment
+    from soap_net.experiments.experiment import run_experiment
 
     folder = options.out or Path("runs/experiments") / options.name
     jobs = options.jobs or torch.cuda.device_count() or os.cpu_count() or 1
-    try:
-        run_experiment(experiment, folder, seeds=range(seeds), jobs=jobs, command=["soap-net", "experiment", *args])
-    except ExperimentStopped as stopped:
-        print(f"soap-net: {stopped}", file=sys.stderr)
-        return 130
+    run_experiment(experiment, folder, seeds=range(seeds), jobs=jobs, command=["soap-net", "experiment", *args])
     print((folder / "table.md").read_text(encoding="utf-8"))
     return 0
 

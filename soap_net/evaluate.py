@@ -6,6 +6,7 @@ read and goes through SOAP and the backbone once; the tasks then run the head al
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from soap_net.config import Amp, Config, DataConfig, EvalConfig
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import Episode, EpisodeSampler
 from soap_net.data.loading import PerClip, load
+from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import ClipSet, load_split
-from soap_net.data.transforms import ClipLoader, clip_loader
+from soap_net.data.transforms import clip_loader
 from soap_net.errors import ClipError, UserError, said
 from soap_net.files import write_text
 from soap_net.interrupts import Interrupted
@@ -93,6 +95,7 @@ def clip_features(
     *,
     amp: Amp = "none",
     progress: Callable[[int], object] = lambda count: None,
+    memory: ClipMemory | None = None,
 ) -> tuple[Tensor, list[ClipError | None]]:
     """Features of each clip, and for each the error that kept it from being read (its features are zero then).
 
@@ -101,19 +104,20 @@ def clip_features(
     """
     features = torch.zeros(len(clips), data.frames, model.backbone.dim, device=device)
     errors: list[ClipError | None] = [None] * len(clips)
-    batches = load(PerClip(clips, clip_loader(data, train=False)), data.workers, batch_size=CLIPS_PER_CALL)
-    for number, batch in enumerate(batches):
-        rows, frames = [], []
-        for row, item in enumerate(batch, number * CLIPS_PER_CALL):
-            if isinstance(item, ClipError):
-                errors[row] = item
-            else:
-                rows.append(row)
-                frames.append(item)
-        if frames:
-            with autocast(device, amp):
-                features[rows] = model.features(torch.stack(frames).to(device)).float()
-        progress(len(batch))
+    dataset = PerClip(clips, clip_loader(data, train=False, memory=memory))
+    with contextlib.closing(load(dataset, data.workers, batch_size=CLIPS_PER_CALL)) as batches:
+        for number, batch in enumerate(batches):
+            rows, frames = [], []
+            for row, item in enumerate(batch, number * CLIPS_PER_CALL):
+                if isinstance(item, ClipError):
+                    errors[row] = item
+                else:
+                    rows.append(row)
+                    frames.append(item)
+            if frames:
+                with autocast(device, amp):
+                    features[rows] = model.features(torch.stack(frames).to(device)).float()
+            progress(len(batch))
     return features, errors
 
 
@@ -127,6 +131,7 @@ def evaluate(
     amp: Amp = "none",
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    memory: ClipMemory | None = None,
 ) -> EvalResult:
     """Classification accuracy over `config.tasks` tasks drawn from `clips`.
 
@@ -139,6 +144,7 @@ def evaluate(
         amp: mixed precision of SOAP and backbone.
         progress: whether to show a progress bar.
         stop: asked now and then; when it returns True, `Interrupted` is raised.
+        memory: keeps decoded clips from call to call; by default none are kept.
 
     Raises:
         UserError: too few classes or clips for such tasks, or no readable clip left in a class.
@@ -150,12 +156,17 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop)
+        store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop, memory)
         chosen = store.fill(episodes)
-        correct, confusion = _run_tasks(store, episodes, chosen, config, ranks, progress and ranks.first, stop)
+        correct, confusion = _run_tasks(store, episodes, chosen, config)
     finally:
         model.train(was_training)
-    seconds = time.perf_counter() - began
+    return _result(store, config, correct, confusion, time.perf_counter() - began)
+
+
+def _result(
+    store: _Store, config: EvalConfig, correct: np.ndarray, confusion: np.ndarray, seconds: float
+) -> EvalResult:
     accuracies = 100.0 * correct / (config.way * config.queries)
     answered = confusion.sum(axis=1)
     return EvalResult(
@@ -165,40 +176,51 @@ def evaluate(
         way=config.way,
         shot=config.shot,
         queries=config.queries,
-        split=clips.split,
+        split=store.clips.split,
         seed=config.seed,
         episodes_per_second=config.tasks / seconds,
         seconds=seconds,
         per_class={
             name: float(100.0 * confusion[i, i] / answered[i]) if answered[i] else None
-            for i, name in enumerate(clips.classes)
+            for i, name in enumerate(store.clips.classes)
         },
-        classes=list(clips.classes),
+        classes=list(store.clips.classes),
         confusion=confusion.tolist(),
         failed_clips=store.failures,
         correct=correct.tolist(),
     )
 
 
+@dataclass
 class _Store:
     """The features of the clips met so far, one row each, and the clips that can't be read."""
 
-    def __init__(
-        self,
-        model: SOAPNet,
-        clips: ClipSet,
-        data: DataConfig,
-        ranks: Ranks,
-        amp: Amp,
-        progress: bool,
-        stop: Callable[[], bool],
-    ) -> None:
-        self.model, self.clips, self.data, self.ranks, self.amp = model, clips, data, ranks, amp
-        self.progress, self.stop = progress, stop
-        self.rows: dict[tuple[int, int], int] = {}
-        self.features = torch.zeros(0, data.frames, model.backbone.dim, device=ranks.device)
-        self.broken: set[tuple[int, int]] = set()
-        self.failures: list[str] = []
+    model: SOAPNet
+    clips: ClipSet
+    data: DataConfig
+    ranks: Ranks
+    amp: Amp
+    progress: bool
+    stop: Callable[[], bool]
+    memory: ClipMemory | None
+    rows: dict[tuple[int, int], int] = field(default_factory=dict)
+    broken: set[tuple[int, int]] = field(default_factory=set)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.features = torch.zeros(0, self.data.frames, self.model.backbone.dim, device=self.ranks.device)
+
+    @contextlib.contextmanager
+    def advancing(self, what: str, unit: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows a bar; what is called as the work goes moves it, and raises `Interrupted` once it is to be stopped."""
+        with tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if self.progress else True) as bar:
+
+            def advance(count: int) -> None:
+                if self.stop():
+                    raise Interrupted
+                bar.update(count)
+
+            yield advance
 
     def fill(self, episodes: Sequence[Episode]) -> list[tuple[list[int], list[int]]]:
         """Reads what the episodes need; returns the rows of each one's support and query, grouped by way."""
@@ -213,17 +235,11 @@ class _Store:
     def _read(self, fresh: list[tuple[int, int]]) -> None:
         ranks = self.ranks
         mine = range(ranks.rank, len(fresh), ranks.size)
-        with tqdm(
-            total=len(mine), desc="features", unit="clip", leave=False, disable=None if self.progress else True
-        ) as bar:
-
-            def advance(count: int) -> None:
-                if self.stop():
-                    raise Interrupted
-                bar.update(count)
-
-            clips = [self.clips.clips[fresh[i][0]][fresh[i][1]] for i in mine]
-            own, errors = clip_features(self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance)
+        clips = [self.clips.clips[fresh[i][0]][fresh[i][1]] for i in mine]
+        with self.advancing("features", "clip", len(mine)) as advance:
+            own, errors = clip_features(
+                self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance, memory=self.memory
+            )
         features = torch.zeros(len(fresh), *own.shape[1:], device=ranks.device)
         features[ranks.rank :: ranks.size] = own
         ranks.sum([features])
@@ -262,12 +278,10 @@ def _run_tasks(
     episodes: Sequence[Episode],
     chosen: list[tuple[list[int], list[int]]],
     config: EvalConfig,
-    ranks: Ranks,
-    progress: bool,
-    stop: Callable[[], bool],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right answers per task, and the confusion matrix over all classes of the split."""
-    device, way = ranks.device, config.way
+    ranks, way = store.ranks, config.way
+    device = ranks.device
     support_labels = torch.arange(way, device=device).repeat_interleave(config.shot)
     truth = np.repeat(np.arange(way), config.queries)
     class_ids = np.array([episode.classes for episode in episodes])
@@ -281,15 +295,10 @@ def _run_tasks(
 
     batched = torch.vmap(score)
     mine = range(ranks.rank, len(episodes), ranks.size)
-    with (
-        warnings.catch_warnings(),
-        tqdm(total=len(mine), desc="tasks", unit="task", leave=False, disable=None if progress else True) as bar,
-    ):
+    with warnings.catch_warnings(), store.advancing("tasks", "task", len(mine)) as advance:
         # Some heads hold an operation that vmap runs task by task; the rest of them still gains.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         for start in range(0, len(mine), head.tasks_at_once):
-            if stop():
-                raise Interrupted
             tasks = list(mine[start : start + head.tasks_at_once])
             sides = []
             for role in (0, 1):
@@ -300,7 +309,7 @@ def _run_tasks(
                 else:
                     sides.append(tuple(tensor[rows] for tensor in embedded))
             predicted[tasks] = batched(*sides).argmax(dim=-1)
-            bar.update(len(tasks))
+            advance(len(tasks))
     ranks.sum([predicted])
     answers = predicted.cpu().numpy()
     confusion = np.zeros((len(store.clips.classes),) * 2, dtype=np.int64)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from soap_net.checkpoint import load_model
 from soap_net.data.splits import load_split
+from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import clip_loader
 from soap_net.files import write_text
 from soap_net.runs import RunFolder, episode_seconds
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torchvision
-import yaml
 
 from soap_net.config import Config, flatten, save_config, to_dict
 from soap_net.errors import UserError
 from soap_net.files import write_text
+from soap_net.settings import read_yaml
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -73,11 +73,11 @@ class RunFolder:
         """The nested settings as they stand in the file, which an older version may have written.
 
         Raises:
-            UserError: this is not a run folder.
+            UserError: this is not a run folder, or its config is damaged.
         """
         if not self.config.is_file():
             raise UserError(f"{self.path}: not a run folder: there is no config.yaml in it")
-        values: dict[str, Any] = yaml.safe_load(_text(self.config))
+        values: dict[str, Any] = read_yaml(self.config)
         return values
 
     def read_versions(self) -> dict[str, Any]:

@@ -26,9 +26,11 @@ from soap_net import checkpoint
 from soap_net.config import Config, TrainConfig, to_dict
 from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, shard
 from soap_net.data.loading import load
+from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import load_split
+from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import autocast, clip_loader, evaluate
+from soap_net.evaluate import autocast, evaluate
 from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
 from soap_net.ranks import Ranks, join
@@ -89,6 +91,7 @@ def train(
     progress: bool = True,
     callback: Callable[[Training, Step], object] | None = None,
     stop: Callable[[], bool] | None = None,
+    memory: ClipMemory | None = None,
 ) -> Path:
     """Trains as `config` says and returns the run folder.
 
@@ -100,8 +103,9 @@ def train(
         resume: continue the run in `config.out` from its last.pt, if there is one.
         progress: whether to show progress bars.
         callback: called in every process after each optimizer step, before a validation or checkpoint that is due.
-            The parameters still hold the step's gradients; raising `Interrupted` saves and ends the training.
+            The parameters still hold the step's gradients; raising `Interrupted`, in all of them, saves and ends.
         stop: asked after each episode whether to save and end; by default, Ctrl-C and SIGTERM ask for that.
+        memory: keeps decoded clips from run to run; by default none are kept.
 
     Raises:
         UserError: impossible settings, bad data, a run folder that holds another run, too many clips that can't be
@@ -116,7 +120,8 @@ def train(
         signals if stop is None else contextlib.nullcontext(),
         _own_random_state(ranks.device),
     ):
-        training = Training(config, ranks, progress=progress, stop=stop or (lambda: signals.requested))
+        stop = stop or (lambda: signals.requested)
+        training = Training(config, ranks, progress=progress, stop=stop, memory=memory)
         with training.opened(resume):
             try:
                 training.validate_if_due()  # where the run was stopped in the middle of a validation
@@ -150,7 +155,7 @@ class Training:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, *, progress: bool = True, stop: Callable[[], bool] = lambda: False
+        self, config: Config, ranks: Ranks, *, progress: bool, stop: Callable[[], bool], memory: ClipMemory | None
     ) -> None:
         """Builds all of it, and so finds all that can be wrong with data set or model; touches no file yet."""
         cfg, data, episode = config.train, config.data, config.episode
@@ -159,7 +164,7 @@ class Training:
                 f"train.tasks_per_batch is {cfg.tasks_per_batch}: it must be a multiple of the {ranks.size} processes"
             )
         self.config, self.ranks, self.run = config, ranks, RunFolder(config.out)
-        self._progress, self._stop = progress, stop
+        self._progress, self._stop, self._memory = progress, stop, memory
         clips = load_split(data.root, "train", data.split_file("train"))
         self._sampler = EpisodeSampler(clips, episode.way, episode.shot, episode.queries, episode.seed)
         self.val_clips = load_split(data.root, "val", data.split_file("val")) if cfg.val_every else None
@@ -192,7 +197,7 @@ class Training:
             self.state = Progress(**content["progress"])
             self._saved_episode = self.state.episode
         mine = [index for batch in self.batches() for index in shard(batch, self.ranks.rank, self.ranks.size)]
-        dataset = EpisodeDataset(self._sampler, clip_loader(self.config.data, train=True), mine)
+        dataset = EpisodeDataset(self._sampler, clip_loader(self.config.data, train=True, memory=self._memory), mine)
         self._tasks = load(dataset, self.config.data.workers, pin_memory=self.ranks.device.type == "cuda")
         self._log = MetricsLog(self.run, self.state.episode, self.ranks.first)
         self._bar = tqdm(
@@ -225,7 +230,7 @@ class Training:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         sums = _Sums()
         for index in shard(batch, self.ranks.rank, self.ranks.size):
-            self._run(index, len(batch), sums)
+            self._episode(index, len(batch), sums)
             if self._stop() and self.ranks.size == 1:
                 break
         sums.stop = self._stop()
@@ -245,7 +250,7 @@ class Training:
         self._refuse_failures()
         return Step(batch, sums.losses, sums.accuracies, loss, accuracy, lr, clipped, seconds)
 
-    def _run(self, index: int, batch_size: int, sums: _Sums) -> None:
+    def _episode(self, index: int, batch_size: int, sums: _Sums) -> None:
         """Forward and backward on the next episode, which is `index`."""
         device, episode = self.ranks.device, self.config.episode
         task = next(self._tasks)
@@ -309,6 +314,7 @@ class Training:
         result = evaluate(
             self.model, self.val_clips, self.config.data, self._val_config, ranks=self.ranks,
             amp=self.config.train.amp, progress=self._progress, stop=lambda: alone and self._stop(),
+            memory=self._memory,
         )  # fmt: skip
         state.validated = state.episode
         self._log.write(state.episode, val_accuracy=result.accuracy, val_ci95=result.ci95)

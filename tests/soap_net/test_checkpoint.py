@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_the_old_file_whole(
         self.touch()
         return open("/dev/full", "wb")
 
-    monkeypatch.setattr(checkpoint.Path, "open", on_a_full_disk)
+    monkeypatch.setattr(Path, "open", on_a_full_disk)
     with pytest.raises(OSError, match="No space left") as raised:
         checkpoint.save(path, {**content, "large": torch.zeros(1_000_000)})
     monkeypatch.undo()
@@ -90,7 +90,7 @@ def test_a_failure_at_the_end_of_writing_leaves_the_old_file_whole(
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, function, fail)
+    monkeypatch.setattr(os, function, fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, content)
     assert path.read_bytes() == before

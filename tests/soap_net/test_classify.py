@@ -40,7 +40,7 @@ def test_probabilities_are_the_softmax_of_the_models_scores(classifier: Classifi
 
 
 def classifier_frames(classifier: Classifier, clip: Clip) -> torch.Tensor:
-    from soap_net.evaluate import clip_loader
+    from soap_net.data.transforms import clip_loader
 
     return clip_loader(classifier.data, train=False)(clip, None)
 

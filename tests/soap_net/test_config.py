@@ -2,12 +2,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from soap_net.config import Config, from_dict, known_keys, load_config, parse, presets, save_config, to_dict
+from soap_net.config import (
+    Config,
+    EvalConfig,
+    SoapConfig,
+    flatten,
+    from_dict,
+    known_keys,
+    load_config,
+    parse,
+    presets,
+    read_settings,
+    save_config,
+    to_dict,
+)
 from soap_net.errors import UserError
 
 FIELD = {"kinetics": 10_000, "ucf101": 10_000, "hmdb51": 10_000, "ssv2_cmn": 75_000, "ssv2_otam": 75_000}
@@ -30,11 +42,31 @@ def test_published_presets_hold_the_fields_settings(name: str, shot: int) -> Non
     assert (config.eval.tasks, config.eval.queries) == (10_000, 1)
     assert config.data.flip is not name.startswith("ssv2"), "left and right tell Something-Something's classes apart"
     assert config.out == Path(f"runs/{name}_5way_{shot}shot")
+    assert (config.data.root, config.data.workers) == (Path(f"data/{name}"), 8)
+    assert (config.model.head, config.model.weights, config.model.soap) == ("soap", "imagenet", SoapConfig())
+    assert (config.episode.queries, config.train.schedule, config.train.gamma) == (5, "multistep", 0.1)
+    assert (config.train.val_every, config.train.val_tasks) == (1000 if FIELD[name] == 10_000 else 5000, 500)
+    assert config.model.checkpoint_backbone is (shot == 5), "an episode's 50 clips fill a large GPU"
 
 
-def test_every_preset_loads() -> None:
-    for name in presets():
-        load_config(name)
+def test_the_demo_takes_minutes_on_two_cores() -> None:
+    config = load_config("demo")
+    data, train = config.data, config.train
+    assert (data.frames, data.interval, data.resize, data.crop, data.flip, data.workers) == (8, 1, 48, 48, False, 0)
+    assert (config.model.backbone, config.model.weights, config.model.head) == ("tiny", "random", "soap")
+    assert (config.model.head_options, config.model.channels_last) == ({"out_dim": 128}, True)
+    assert (config.episode.way, config.episode.shot, config.episode.queries) == (5, 1, 3)
+    assert (train.episodes, train.tasks_per_batch, train.optimizer, train.schedule) == (240, 1, "adamw", "cosine")
+    assert (train.lr, train.weight_decay, train.val_every, train.val_tasks) == (0.004, 0.01, 60, 300)
+    assert config.eval == EvalConfig(tasks=2000, way=5, shot=1, queries=1)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_hold_what_differs_from_the_defaults(name: str) -> None:
+    defaults = flatten(to_dict(Config()))
+    own = flatten(read_settings(presets()[name]))
+    assert [key for key, value in own.items() if value == defaults[key]] == []
+    assert own["out"] == f"runs/{name}"
 
 
 def test_options_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:
@@ -44,6 +76,9 @@ def test_options_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -
     assert (config.train.lr, config.train.momentum, config.train.gamma) == (0.25, 0.5, 0.1)
     assert config.model.soap.parts == ("cwem",)
     assert config.model.head_options == {"out_dim": 64}
+    assert parse(["--train.lr=0.25", f"--config={path}"]).train.lr == 0.25, "wherever they stand on the line"
+    (tmp_path / "second.yaml").write_text("train.lr: 1e-3\n")
+    assert load_config(path, [f"--config={tmp_path / 'second.yaml'}"]).train.lr == 1e-3, "the later file wins"
 
 
 def test_a_config_survives_yaml_and_dictionaries(tmp_path: Path) -> None:
@@ -78,6 +113,13 @@ def test_a_config_survives_yaml_and_dictionaries(tmp_path: Path) -> None:
         ("--device=gpu", "device is 'gpu': it must be one of auto, cpu, cuda, cuda:0, mps, xpu; did you mean cuda?"),
         ("--config=kinetics_5way_1shots", "did you mean kinetics_5way_1shot?"),
         ("--config", "argument --config: expected one argument"),
+        ("--data.interval=0", "data.interval is 0: it must be at least 1"),
+        ("--episode.seed=-1", "episode.seed is -1: it must be at least 0"),
+        ("--train.milestones=[0]", "train.milestones is 0: it must be at least 1"),
+        ("--train={lr: 1", "--train: while parsing a flow mapping"),
+        ("--model.head_options.x={a: 1}", "model.head_options.x is {'a': 1}: it must be a number, text, true, false"),
+        ("--model.head_options=null", "model.head_options is 'null': it must be settings such as {out_dim: 64}"),
+        ("train.lr", "unrecognized arguments: 'train.lr'"),
     ],
 )
 def test_a_bad_option_is_named_in_one_line_with_the_nearest_right_one(option: str, message: str) -> None:
@@ -96,7 +138,9 @@ def test_a_bad_option_is_named_in_one_line_with_the_nearest_right_one(option: st
         ("data: {root: null}", "data.root is null: it must be a folder"),
         ("[1, 2]", "expected settings such as"),
         ("{", "not a YAML file"),
-        ("train: {lr: x}", "train.lr is 'x': it must be a number"),
+        ("train: {lr: x}", "bad.yaml: train.lr is 'x': it must be a number"),
+        ("train: {lr: 1}\ntrain: {gamma: 1}", "bad.yaml: not a YAML file: the key 'train' is there twice"),
+        ("train: &a {lr: 1}", "bad.yaml: not a YAML file: anchors and aliases are not taken"),
     ],
 )
 def test_a_bad_file_is_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -106,6 +150,30 @@ def test_a_bad_file_is_named_in_one_line(tmp_path: Path, text: str, message: str
         load_config(path)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_several_settings_of_a_group_come_as_one_option_or_as_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("{lr: 0.5, milestones: [3]}")
+    config = parse([f"--train={tmp_path / 'train.yaml'}", "--train", "{lr: 0.25}", "--model.soap={parts: [hmem]}"])
+    assert (config.train.lr, config.train.milestones, config.model.soap.parts) == (0.25, (3,), ("hmem",))
+
+
+def test_options_of_the_head_come_one_by_one_over_those_there_are() -> None:
+    base = {"model": {"head_options": {"a": 1, "b": 2}}}
+    config = parse(["--model.head_options.b=1e-3", "--model.head_options.c", "[x, 1]"], base=base)
+    assert config.model.head_options == {"a": 1, "b": 0.001, "c": ["x", 1]}
+    assert parse(["--model.head_options={c: true}"], base=base).model.head_options == {"c": True}
+
+
+def test_a_config_that_was_changed_is_checked_again() -> None:
+    config = Config()
+    config.train.lr = -1.0
+    with pytest.raises(UserError, match=r"train\.lr is -1\.0: it must be at least 0"):
+        config.check()
+    config = Config()
+    config.model.head_options = {"out_dim": object()}
+    with pytest.raises(UserError, match=r"model\.head_options\.out_dim is <object"):
+        config.check()
 
 
 def test_a_file_of_comments_is_the_defaults(tmp_path: Path) -> None:
@@ -120,18 +188,6 @@ def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
 
 def test_tuple_sizes_count_only_where_hmem_is_on() -> None:
     assert parse(["--model.soap.tuple_sizes=[9]", "--model.soap.parts=[cwem]"]).model.soap.tuple_sizes == (9,)
-
-
-def test_other_dataclasses_parse_alike() -> None:
-    assert parse(["--size=3"], Shape, prog="test", description="") == Shape(3)
-    with pytest.raises(UserError, match="did you mean --size"):
-        parse(["--siez=3"], Shape, prog="test", description="")
-
-
-@dataclass
-class Shape:
-    size: int = 1
-    """Its size."""
 
 
 def test_keys_are_dotted() -> None:

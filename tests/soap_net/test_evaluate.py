@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,10 +22,11 @@ from soap_net import checkpoint
 from soap_net.config import Config, to_dict
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
+from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import ClipSet, load_split
-from soap_net.data.transforms import ClipLoader
+from soap_net.data.transforms import ClipLoader, clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import EvalResult, clip_loader, evaluate, evaluate_run
+from soap_net.evaluate import EvalResult, evaluate, evaluate_run
 from soap_net.interrupts import Interrupted
 from soap_net.models import HEADS, SOAPNet, build_model
 
@@ -150,6 +152,30 @@ def test_evaluation_can_be_stopped(tiny_run: Callable[..., Config]) -> None:
     config = tiny_run()
     with pytest.raises(Interrupted):
         evaluate(*make(config), config.data, config.eval, progress=False, stop=lambda: True)
+
+
+def test_a_stopped_evaluation_leaves_no_decoding_processes(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(data__workers=2)
+    with pytest.raises(Interrupted) as stopped:
+        evaluate(*make(config), config.data, config.eval, progress=False, stop=lambda: True)
+    assert multiprocessing.active_children() == [], "even while the error, and with it every frame, is kept"
+    assert stopped.value
+
+
+def test_clips_are_kept_in_the_memory_handed_in(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run()
+    model, clips = make(config)
+    memory = ClipMemory(2**20)
+    results = [evaluate(model, clips, config.data, config.eval, progress=False, memory=memory)]
+
+    def read(self: Clip, indices: Any) -> Tensor:
+        raise AssertionError("read again, though it was kept")
+
+    monkeypatch.setattr(Clip, "read", read)
+    results.append(evaluate(model, clips, config.data, config.eval, progress=False, memory=memory))
+    assert results[0].confusion == results[1].confusion
 
 
 @pytest.fixture

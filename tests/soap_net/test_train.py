@@ -21,8 +21,9 @@ from soap_net import checkpoint, train
 from soap_net.config import Config, TrainConfig, load_config, save_config
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
 from soap_net.data.splits import load_split
+from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import clip_loader, evaluate
+from soap_net.evaluate import evaluate
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
 from soap_net.runs import versions
