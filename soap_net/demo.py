@@ -16,13 +16,13 @@ from typing import Any
 from tqdm import tqdm
 
 from soap_net.config import Config, flatten, to_dict
+from soap_net.data.memory import ClipMemory
 from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, write_motion
 from soap_net.errors import UserError
 from soap_net.evaluate import evaluate_run
 from soap_net.experiments.experiment import changed
 from soap_net.experiments.processes import Job, Stop, perform
 from soap_net.files import write_text
-from soap_net.interrupts import Interrupted
 from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, episode_seconds
 from soap_net.train import train
 
@@ -47,7 +47,7 @@ def run_demo(config: Config, motion: MotionConfig | None = None, *, progress: bo
 
     Raises:
         UserError: impossible settings, or what a training or an evaluation refused.
-        KeyboardInterrupt: after both trainings have saved their state.
+        Interrupted: Ctrl-C or SIGTERM, after both trainings have saved their state.
     """
     motion = motion or MotionConfig()
     out = config.out
@@ -64,10 +64,7 @@ def run_demo(config: Config, motion: MotionConfig | None = None, *, progress: bo
         f"{len(SPLITS['test'])} patterns never seen"
     )
     learning = time.perf_counter()
-    try:
-        _train_and_evaluate(nets, progress)
-    except Interrupted:
-        raise KeyboardInterrupt from None
+    _train_and_evaluate(nets, progress)
     return _report(out, nets, time.perf_counter() - began, time.perf_counter() - learning)
 
 
@@ -134,9 +131,9 @@ def _train_and_evaluate(nets: Mapping[str, Config], progress: bool) -> None:
             pass
 
 
-def learn(config: Config, stop: Stop) -> None:
+def learn(config: Config, stop: Stop, memory: ClipMemory) -> None:
     """What a net's process does."""
-    folder = train(config, resume=True, progress=False, stop=stop)
+    folder = train(config, resume=True, progress=False, stop=stop, memory=memory)
     # The last weights, not the best of a few validations: nothing is chosen by looking at accuracies.
     evaluate_run(RunFolder(folder).last, config, progress=False, stop=stop)
 

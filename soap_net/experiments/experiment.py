@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from soap_net.checkpoint import load_model
 from soap_net.config import Config, flatten, from_dict, to_dict
+from soap_net.data.memory import ClipMemory
 from soap_net.data.motion import MotionConfig, write_motion
 from soap_net.data.splits import load_split
 from soap_net.errors import UserError
@@ -110,9 +111,9 @@ class Experiment(ABC):
         if self.motion is not None:
             write_motion(self.config.data.root, MotionConfig())
 
-    def work(self, run: Run, config: Config, stop: Stop) -> Result:
+    def work(self, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
         """Trains and tests one run, in a process of its own; `config` is the run's. What it returns goes to JSON."""
-        return train_and_test(run, config, stop)
+        return train_and_test(run, config, stop, memory)
 
     def write(self, folder: Path, results: Results, about: str) -> None:
         """Writes results.csv, table.md and plot.svg; `about` says how they came to be."""
@@ -173,11 +174,11 @@ class Experiment(ABC):
         plot_accuracies(path, rows, results, self.title, self.axis, self.chance, self.paper)
 
 
-def train_and_test(run: Run, config: Config, stop: Stop) -> Result:
+def train_and_test(run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
     """Trains the run, going on where it was stopped, and evaluates it once for each of its tests."""
     began = time.perf_counter()
     if run.weights_of is None:
-        folder = train(config, resume=True, progress=False, stop=stop)
+        folder = train(config, resume=True, progress=False, stop=stop, memory=memory)
     else:
         folder = config.out.with_name(folder_name(run.weights_of, run.seed))
     trained = time.perf_counter()
@@ -188,8 +189,9 @@ def train_and_test(run: Run, config: Config, stop: Stop) -> Result:
         cfg = changed(config, changes)
         clips = load_split(cfg.data.root, cfg.eval.split, cfg.data.split_file(cfg.eval.split))
         result = evaluate(
-            model, clips, cfg.data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop
-        )
+            model, clips, cfg.data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
+            memory=memory,
+        )  # fmt: skip
         tests[name] = {
             "accuracy": result.accuracy,
             "ci95": result.ci95,
@@ -285,9 +287,9 @@ def _unfinished(wanted: Sequence[Run], folder: Path, results: Results) -> list[R
     return [run for run in wanted if (run.cell, run.seed) not in results.finished]
 
 
-def _work(experiment: Experiment, run: Run, config: Config, stop: Stop) -> Result:
+def _work(experiment: Experiment, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
     """Does one run, in a process of its own, and writes its result.json."""
-    result = experiment.work(run, config, stop)
+    result = experiment.work(run, config, stop, memory)
     config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "result.json", json.dumps(result) + "\n")
     return result

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soap_net.config import Config
+from soap_net.data.memory import ClipMemory
 from soap_net.experiments.drawing import MARKERS, new_figure, save_figure
 from soap_net.experiments.experiment import Experiment, Run, changed
 from soap_net.experiments.processes import Stop
@@ -68,10 +69,10 @@ class Overhead(Experiment):
     def rows(self, results: Results) -> list[Row]:
         return [Row((name,), _cost(name)) for name in self.backbones]
 
-    def work(self, run: Run, config: Config, stop: Stop) -> Result:
+    def work(self, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
         if run.cell.startswith("cost-"):
             return {"tests": {}, **measure(config, REPEATS[self.preset], stop)}
-        return {"tests": {}, **trace(config, stop)}
+        return {"tests": {}, **trace(config, stop, memory)}
 
     def write(self, folder: Path, results: Results, about: str) -> None:
         rows = [row for row in self.rows(results) if results.seeds(row.cell)]
@@ -204,7 +205,7 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return total
 
 
-def trace(config: Config, stop: Stop) -> dict[str, Any]:
+def trace(config: Config, stop: Stop, memory: ClipMemory | None = None) -> dict[str, Any]:
     """Trains from the beginning, and notes loss and accuracy of each episode and the gradient norms of each step."""
     RunFolder(config.out).last.unlink(missing_ok=True)  # a training that goes on has lost its first half's curves
     curves = defaultdict[str, list[float]](list)
@@ -220,7 +221,7 @@ def trace(config: Config, stop: Stop) -> dict[str, Any]:
             norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
             curves[name].append(norm / step.clipped)
 
-    train(config, progress=False, callback=note, stop=stop)
+    train(config, progress=False, callback=note, stop=stop, memory=memory)
     return {"curves": curves}
 
 

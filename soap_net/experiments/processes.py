@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from soap_net.config import Config
-from soap_net.data.memory import decoded
+from soap_net.data.memory import ClipMemory
 from soap_net.errors import UserError
 from soap_net.interrupts import Interrupted, StopSignals, ignoring_interrupts, leave_signals_to_main
 
@@ -28,11 +28,14 @@ Results = Generator[tuple["Job", Any], None, None]
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do; ``work(config, stop)`` and what it returns must pickle where it is done in another process."""
+    """Something to do; ``work`` and what it returns must pickle where it is done in another process.
+
+    It is called with the config, the question whether to stop, and a memory that lasts from job to job.
+    """
 
     name: str
     """What its errors begin with."""
-    work: Callable[[Config, Stop], Any]
+    work: Callable[[Config, Stop, ClipMemory], Any]
     config: Config
 
 
@@ -61,9 +64,9 @@ def perform(
     """
     with StopSignals() as signals:
         if at_once == 1:
-            with decoded.keeping(KEPT_CLIPS):
-                for job in jobs:
-                    yield job, _do(job, lambda: signals.requested)
+            memory = ClipMemory(KEPT_CLIPS)
+            for job in jobs:
+                yield job, _do(job, lambda: signals.requested, memory)
         else:
             threads = threads or max(1, (os.cpu_count() or 1) // at_once)
             stop = multiprocessing.get_context("spawn").Event()
@@ -92,14 +95,16 @@ def _share_out(
     let_end: bool,
 ) -> Results:
     left, failure = deque(jobs), None
-    busy = {worker.pipe: (worker, worker.begin(left.popleft())) for worker in workers}
+    busy: dict[object, tuple[_Worker, Job]] = {
+        worker.pipe: (worker, worker.begin(left.popleft())) for worker in workers
+    }
     while busy:
-        ready = wait(list(busy), timeout=0.2)
+        ready = wait([worker.pipe for worker, _ in busy.values()], timeout=0.2)
         waiting()
         if signals.requested:
             stop.set()
         for pipe in ready:
-            worker, job = busy.pop(pipe)  # type: ignore[index]
+            worker, job = busy.pop(pipe)
             outcome = worker.outcome(job)
             if isinstance(outcome, Exception):
                 failure = failure or outcome
@@ -152,26 +157,27 @@ class _Worker:
 def _serve(pipe: Connection, slot: int, threads: int, stop: Event) -> None:
     leave_signals_to_main()
     torch.set_num_threads(threads)
-    with suppress(EOFError, ConnectionError), decoded.keeping(KEPT_CLIPS):  # the main process has closed the pipe
+    memory = ClipMemory(KEPT_CLIPS)
+    with suppress(EOFError, ConnectionError):  # the main process has closed the pipe
         while True:
             job: Job = pipe.recv()
             if torch.cuda.is_available() and job.config.device in ("auto", "cuda"):
                 job.config.device = f"cuda:{slot % torch.cuda.device_count()}"
             try:
-                outcome = _do(job, stop.is_set)
+                outcome = _do(job, stop.is_set, memory)
             except Exception as error:
                 outcome = error
             pipe.send(outcome)
 
 
-def _do(job: Job, stop: Stop) -> Any:
+def _do(job: Job, stop: Stop, memory: ClipMemory) -> Any:
     """Does a job. What goes wrong becomes an error that holds a text alone, as not every other can travel."""
     try:
         if stop():
             raise Interrupted
-        return job.work(job.config, stop)
-    except Interrupted as error:
-        raise Interrupted(str(error)) from None
+        return job.work(job.config, stop, memory)
+    except Interrupted:
+        raise Interrupted from None
     except UserError as error:
         raise UserError(f"{job.name}: {error}") from error
     except Exception as error:

@@ -18,6 +18,7 @@ from soap_net.data.motion import MotionConfig
 from soap_net.demo import NETS, run_demo
 from soap_net.errors import UserError
 from soap_net.experiments.processes import Job, perform
+from soap_net.interrupts import Interrupted
 from soap_net.runs import RunFolder
 
 MOTION = MotionConfig(size=24, seconds=0.5, dots=20, train_clips=2, val_clips=2, test_clips=3)
@@ -130,7 +131,7 @@ def test_an_interrupted_demo_saves_and_goes_on_where_it_stopped(done: Path, tmp_
 
     watcher = threading.Thread(target=interrupt)
     watcher.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         run_demo(config, MOTION, progress=False)
     watcher.join()
     assert not multiprocessing.active_children()

@@ -138,9 +138,10 @@ def test_overhead_notes_the_gradients_before_they_are_clipped(tiny_run: Callable
 
 def test_overhead_begins_a_stopped_trace_again(tiny_run: Callable[..., Config], tmp_path: Path) -> None:
     config = tiny_run(train__episodes=6, out=str(tmp_path / "run"))
-    answers = iter([False, True])
+    answers = iter([*[False] * 4, *[True] * 4])
     with pytest.raises(Interrupted):
         trace(config, lambda: next(answers))
+    assert checkpoint.load(RunFolder(config.out).last)["progress"]["episode"] == 2
     assert len(trace(config, lambda: False)["curves"]["loss"]) == 6
 
 

@@ -15,6 +15,7 @@ import torch
 
 from soap_net.cli import main
 from soap_net.config import Config, from_dict
+from soap_net.data.memory import ClipMemory
 from soap_net.errors import UserError
 from soap_net.experiments.command import build
 from soap_net.experiments.experiment import Experiment, ExperimentStopped, Run, run_experiment, seeded
@@ -45,7 +46,7 @@ class Toy(Experiment):
     def rows(self, results: Results) -> list[Row]:
         return [Row(("plain",), "plain", x="plain"), Row(("better",), "better", "test", ("plain", "test"), 81.1, x="b")]
 
-    def work(self, run: Run, config: Config, stop: Callable[[], bool]) -> Result:
+    def work(self, run: Run, config: Config, stop: Callable[[], bool], memory: ClipMemory) -> Result:
         if run.folder == self.stop_before:
             raise Interrupted
         if run.folder == self.fail:

@@ -12,33 +12,34 @@ import pytest
 import torch
 
 from soap_net.config import Config
+from soap_net.data.memory import ClipMemory
 from soap_net.errors import UserError
 from soap_net.experiments.processes import Job, Stop, perform
 from soap_net.interrupts import Interrupted
 
 
-def job(name: str, work: Callable[[Config, Stop], object], out: Path) -> Job:
+def job(name: str, work: Callable[[Config, Stop, ClipMemory], object], out: Path) -> Job:
     return Job(name, work, Config(out=out / name, device="cpu"))
 
 
-def note(config: Config, stop: Stop) -> int:
+def note(config: Config, stop: Stop, memory: ClipMemory) -> int:
     config.out.touch()
     return torch.get_num_threads()
 
 
-def refuse(config: Config, stop: Stop) -> None:
+def refuse(config: Config, stop: Stop, memory: ClipMemory) -> None:
     raise UserError("no such clip")
 
 
-def run_out_of_memory(config: Config, stop: Stop) -> None:
+def run_out_of_memory(config: Config, stop: Stop, memory: ClipMemory) -> None:
     raise RuntimeError("out of memory")
 
 
-def die(config: Config, stop: Stop) -> None:
+def die(config: Config, stop: Stop, memory: ClipMemory) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def save_when_stopped(config: Config, stop: Stop) -> None:
+def save_when_stopped(config: Config, stop: Stop, memory: ClipMemory) -> None:
     config.out.with_suffix(".begun").touch()
     while not stop():
         time.sleep(0.01)
@@ -46,13 +47,13 @@ def save_when_stopped(config: Config, stop: Stop) -> None:
     raise Interrupted("saved")
 
 
-def never_end(config: Config, stop: Stop) -> None:
+def never_end(config: Config, stop: Stop, memory: ClipMemory) -> None:
     config.out.with_suffix(".begun").touch()
     while True:
         time.sleep(1)
 
 
-def end_soon(config: Config, stop: Stop) -> str:
+def end_soon(config: Config, stop: Stop, memory: ClipMemory) -> str:
     time.sleep(1.0)
     return "ended"
 
@@ -72,7 +73,7 @@ def test_one_at_a_time_is_done_here_and_ends_at_the_first_failure(tmp_path: Path
     with pytest.raises(UserError, match=r"^bad: no such clip$"):
         list(perform(jobs, 1))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    [(_, worker)] = perform([job("pid", lambda config, stop: os.getpid(), tmp_path)], 1)
+    [(_, worker)] = perform([job("pid", lambda config, stop, memory: os.getpid(), tmp_path)], 1)
     assert worker == os.getpid()
 
 
