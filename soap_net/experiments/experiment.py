@@ -112,8 +112,41 @@ class Experiment(ABC):
             write_motion(self.config.data.root, MotionConfig())
 
     def work(self, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
-        """Trains and tests one run, in a process of its own; `config` is the run's. What it returns goes to JSON."""
-        return train_and_test(run, config, stop, memory)
+        """Trains one run, going on where it was stopped, and evaluates it once for each of its tests.
+
+        This is done in a process of its own; `config` is the run's. What it returns goes to JSON.
+        """
+        began = time.perf_counter()
+        if run.weights_of is None:
+            folder = train(config, resume=True, progress=False, stop=stop, memory=memory)
+        else:
+            folder = config.out.with_name(folder_name(run.weights_of, run.seed))
+        trained = time.perf_counter()
+        device = pick_device(config.device)
+        model, _ = load_model(RunFolder(folder).best, device)
+        tests = {}
+        for name, changes in run.tests.items():
+            cfg = changed(config, changes)
+            clips = load_split(cfg.data.root, cfg.eval.split, cfg.data.split_file(cfg.eval.split))
+            result = evaluate(
+                model, clips, cfg.data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
+                memory=memory,
+            )  # fmt: skip
+            tests[name] = {
+                "accuracy": result.accuracy,
+                "ci95": result.ci95,
+                "tasks": result.tasks,
+                "answers": result.way * result.queries,
+                "correct": result.correct,
+            }
+        soap = model.soap
+        return {
+            "tests": tests,
+            "train_seconds": trained - began,
+            "test_seconds": time.perf_counter() - trained,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "soap_parameters": 0 if soap is None else sum(p.numel() for p in soap.parameters()),
+        }
 
     def write(self, folder: Path, results: Results, about: str) -> None:
         """Writes results.csv, table.md and plot.svg; `about` says how they came to be."""
@@ -174,55 +207,13 @@ class Experiment(ABC):
         plot_accuracies(path, rows, results, self.title, self.axis, self.chance, self.paper)
 
 
-def train_and_test(run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
-    """Trains the run, going on where it was stopped, and evaluates it once for each of its tests."""
-    began = time.perf_counter()
-    if run.weights_of is None:
-        folder = train(config, resume=True, progress=False, stop=stop, memory=memory)
-    else:
-        folder = config.out.with_name(folder_name(run.weights_of, run.seed))
-    trained = time.perf_counter()
-    device = pick_device(config.device)
-    model, _ = load_model(RunFolder(folder).best, device)
-    tests = {}
-    for name, changes in run.tests.items():
-        cfg = changed(config, changes)
-        clips = load_split(cfg.data.root, cfg.eval.split, cfg.data.split_file(cfg.eval.split))
-        result = evaluate(
-            model, clips, cfg.data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
-            memory=memory,
-        )  # fmt: skip
-        tests[name] = {
-            "accuracy": result.accuracy,
-            "ci95": result.ci95,
-            "tasks": result.tasks,
-            "answers": result.way * result.queries,
-            "correct": result.correct,
-        }
-    soap = model.soap
-    return {
-        "tests": tests,
-        "train_seconds": trained - began,
-        "test_seconds": time.perf_counter() - trained,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "soap_parameters": 0 if soap is None else sum(p.numel() for p in soap.parameters()),
-    }
-
-
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with other settings, given by dotted key.
 
     Raises:
         UserError: no such setting, or an impossible value.
     """
-    values = to_dict(config)
-    for key, value in changes.items():
-        *path, leaf = key.split(".")
-        group = values
-        for name in path:
-            group = group[name]
-        group[leaf] = value
-    return from_dict(values)
+    return from_dict({**flatten(to_dict(config)), **changes})
 
 
 def run_experiment(

@@ -23,7 +23,6 @@ KEPT_CLIPS = 512 * 2**20
 """Bytes of decoded clips that each process keeps, as run after run reads the same ones."""
 Stop = Callable[[], bool]
 """Asked now and then whether to save and raise `Interrupted`."""
-Results = Generator[tuple["Job", Any], None, None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def perform(
     threads: int | None = None,
     waiting: Callable[[], None] = lambda: None,
     let_end: bool = True,
-) -> Results:
+) -> Generator[tuple[Job, Any], None, None]:
     """Does `jobs`, `at_once` of them at a time, and gives each with its result as they come.
 
     One at a time they are done in this process; else in `at_once` others, which share out cores and GPUs.
@@ -93,7 +92,7 @@ def _share_out(
     stop: Event,
     waiting: Callable[[], None],
     let_end: bool,
-) -> Results:
+) -> Generator[tuple[Job, Any], None, None]:
     left, failure = deque(jobs), None
     busy: dict[object, tuple[_Worker, Job]] = {
         worker.pipe: (worker, worker.begin(left.popleft())) for worker in workers
