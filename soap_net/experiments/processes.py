@@ -100,7 +100,7 @@ def _share_out(
     while busy:
         ready = wait([worker.pipe for worker, _ in busy.values()], timeout=0.2)
         waiting()
-        if signals.requested:
+        if signals.requested:  # not set by the handler, as a signal may come while this process is setting it
             stop.set()
         for pipe in ready:
             worker, job = busy.pop(pipe)
