@@ -14,7 +14,8 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 # A slow test may take minutes, but not this many seconds; the quick ones' limit is in pyproject.toml.
 SLOW := --timeout 1200 --durations 10
 
-.PHONY: help install demo test test-slow test-gpu-proof test-lowest test-newest test-pythons lint benchmark clean
+.PHONY: help install demo test test-slow test-gpu-proof test-lowest test-newest test-pythons lint benchmark benchmark-check wheel \
+	clean
 
 help:
 	@echo "make install         set up $(VENV) alone"
@@ -26,6 +27,8 @@ help:
 	@echo "make test-newest     test the newest Python here with the newest of every dependency"
 	@echo "make test-pythons    test every Python here from 3.10 on"
 	@echo "make benchmark       time SOAP's kernels against plain PyTorch on this machine"
+	@echo "make benchmark-check run every benchmark once, on the smallest shapes, timing nothing"
+	@echo "make wheel           build sdist and wheel as published, into dist/; install and check the wheel"
 	@echo "make clean           remove $(VENV), build products and runs"
 
 install: $(INSTALLED)
@@ -48,6 +51,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@export PATH="$(BIN):$$PATH"; if command -v actionlint > /dev/null; then actionlint; fi
 
 test: lint
 	@echo "==> Running the quick tests"
@@ -69,5 +73,24 @@ benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"
 	$(BIN)/python -m benchmarks
 
+# The sdist, from it the wheel, then the wheel as auditwheel names it: every library that it does not bring is PyTorch's or
+# the system's. Unpacked beside nothing else, it has to pass the audit of its binary interface and the self-check.
+benchmark-check: $(INSTALLED)
+	@echo "==> Running every benchmark once on the smallest shapes, timing nothing"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest benchmarks --benchmark-disable -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks --smallest --out build/benchmarks
+	$(BIN)/python -m benchmarks.autotune_triton --help > /dev/null
+
+wheel: $(INSTALLED)
+	@echo "==> Building the sdist, and from it the wheel"
+	rm -rf build/wheel dist && mkdir -p build/wheel
+	SOAP_KERNELS_CPU=1 SOAP_KERNELS_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	@echo "==> Installing and checking the wheel"
+	$(PIP) install --quiet --no-deps --no-index --target build/wheel/installed dist/*.whl
+	test ! -x $(BIN)/torch-abi-audit || $(BIN)/torch-abi-audit --check torch build/wheel/installed/soap_kernels
+	cd build/wheel/installed && "$$OLDPWD/$(BIN)/python" -m soap_kernels.selfcheck
+
 clean:
-	rm -rf $(VENV) .venv-3.* build runs *.egg-info soap_kernels/*.so
+	rm -rf $(VENV) .venv-3.* build dist runs *.egg-info csrc/cuda/build csrc/cuda/*.egg-info soap_kernels/*.so

@@ -1,13 +1,15 @@
 """Builds the native libraries of soap_kernels, with ninja: `pip install .` or `python setup.py build_ext --inplace`.
 
-What cannot be built is left out with one plain warning: the package works without, on the PyTorch reference.
+What cannot be built is left out with one plain warning: the package works without, on the PyTorch reference. Where a
+compiler is there and a source file is not, the build fails. The CUDA library is also a distribution of its own, which
+csrc/cuda/setup.py builds by means of this file.
 
 Environment:
     SOAP_KERNELS_CPU = 0 | 1 | auto    the CPU library; 1: a failure to build it is an error (default auto)
     SOAP_KERNELS_CUDA = 0 | 1 | auto   the CUDA library, which needs nvcc and a PyTorch with CUDA but no GPU
     TORCH_CUDA_ARCH_LIST               what to build it for (default "8.0;9.0;10.0;12.0+PTX", as far as nvcc knows them)
     CXX                                the C++ compiler (default g++, else c++)
-    SOAP_KERNELS_SANITIZE              e.g. address,undefined
+    SOAP_KERNELS_CXXFLAGS              more flags for it, e.g. "-fsanitize=address,undefined -g -O1"
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -52,61 +58,73 @@ class CannotBuild(Exception):
 class Library:
     """One shared library: a Python extension module built by a ninja file of our own."""
 
-    name: str  # the module, e.g. soap_kernels._cpp
-    switch: str  # the environment variable that turns it on and off
     objects: list[tuple[str, str, list[str]]] = field(default_factory=list)  # (object, source, compiler and flags)
     link: list[str] = field(default_factory=list)
 
 
-def compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")):
-        if found := shutil.which(name.split()[0]):
-            return " ".join([found, *name.split()[1:]])
+@dataclass
+class Torch:
+    """The PyTorch to build against. It is not imported: that takes seconds, and libraries that no build needs."""
+
+    folder: Path
+    version: str
+    cuda: str | None
+
+    @classmethod
+    def find(cls) -> Torch:
+        spec = find_spec("torch")
+        if spec is None or spec.origin is None:
+            raise CannotBuild("torch is missing in the building environment")
+        folder = Path(spec.origin).parent
+        facts = runpy.run_path(str(folder / "version.py"))
+        return cls(folder, facts["__version__"], facts["cuda"])
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: its path, and perhaps flags or, behind a wrapper such as ccache, the compiler."""
+    for command in (shlex.split(os.environ.get("CXX", "")), ["g++"], ["c++"], ["clang++"]):
+        if command and (found := shutil.which(command[0])):
+            return [found, *command[1:]]
     raise CannotBuild("no C++ compiler was found (g++ 11 or newer, or set CXX)")
 
 
-def python_includes() -> list[str]:
+def more_flags() -> list[str]:
+    return shlex.split(os.environ.get("SOAP_KERNELS_CXXFLAGS", ""))
+
+
+def includes(torch: Torch) -> list[str]:
     try:
         import pybind11
-        import torch
     except ImportError as error:
-        raise CannotBuild(f"{error.name} is missing in the building environment") from error
-    torch_include = Path(torch.__file__).parent / "include"
+        raise CannotBuild("pybind11 is missing in the building environment") from error
     # pybind11 first: torch brings a copy of its own, which refuses to be used with the stable ABI in some versions.
-    paths = [pybind11.get_include(), torch_include, sysconfig.get_path("include")]
-    return [f"-isystem{p}" for p in paths]
+    return [f"-isystem{p}" for p in (pybind11.get_include(), torch.folder / "include", sysconfig.get_path("include"))]
 
 
 def cpu_library() -> Library:
     """SOAP on the CPU: every stage for every instruction set, the backend that drives them, and the ops."""
-    import torch
-
-    cxx = compiler()
-    sanitize = os.environ.get("SOAP_KERNELS_SANITIZE")
-    extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"] if sanitize else []
-    flags = [*OPTIMIZE, *WARNINGS, *extra]
+    torch, cxx, more = Torch.find(), compiler(), more_flags()
+    flags = [*OPTIMIZE, *WARNINGS, *more]
     isas = [0, 1, 2] if platform.machine().lower() in ("x86_64", "amd64") else [0]
-    library = Library("soap_kernels._cpp", "SOAP_KERNELS_CPU")
+    library = Library()
     for stage in STAGES:
         for isa in isas:
             # Contraction only where products are written as such anyway: the plain set has no fused multiply-add.
             isa_flags = [*flags, *ISA_FLAGS[isa], "-ffp-contract=fast", f"-DSOAP_ISA={isa}"]
-            library.objects.append((f"{stage}.{isa}.o", f"csrc/cpu/{stage}.cpp", [cxx, *isa_flags]))
+            library.objects.append((f"{stage}.{isa}.o", f"csrc/cpu/{stage}.cpp", [*cxx, *isa_flags]))
     for source in ("fold", "reduce", "backend"):
-        library.objects.append((f"{source}.o", f"csrc/cpu/{source}.cpp", [cxx, *flags]))
-    version = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True, check=False).stdout
+        library.objects.append((f"{source}.o", f"csrc/cpu/{source}.cpp", [*cxx, *flags]))
+    version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=False).stdout
     defines = {
         "TORCH_TARGET_VERSION": TORCH_TARGET_MACRO,
-        "SOAP_COMPILER": f'\\"{(version.splitlines() or ["unknown"])[0]}\\"',
-        "SOAP_TORCH_VERSION": f'\\"{torch.__version__}\\"',
-        "SOAP_TORCH_TARGET": f'\\"{TORCH_TARGET}\\"',
+        "SOAP_COMPILER": f'"{(version.splitlines() or ["unknown"])[0]}"',
+        "SOAP_TORCH_VERSION": f'"{torch.version}"',
+        "SOAP_TORCH_TARGET": f'"{TORCH_TARGET}"',
     }
-    ops_flags = [*flags, *python_includes(), *(f"'-D{k}={v}'" for k, v in defines.items())]
-    ops_flags = [f.replace('\\"', '"') if f.startswith("'") else f for f in ops_flags]
-    library.objects.append(("ops.o", "csrc/cpu/ops.cpp", [cxx, *ops_flags]))
-    torch_lib = Path(torch.__file__).parent / "lib"
+    ops_flags = [*flags, *includes(torch), *(f"-D{k}={v}" for k, v in defines.items())]
+    library.objects.append(("ops.o", "csrc/cpu/ops.cpp", [*cxx, *ops_flags]))
     # libtorch is loaded by `import torch` before this library, so no path to it is written down.
-    library.link = [cxx, "-shared", *extra, f"-L{torch_lib}", "-ltorch_cpu"]
+    library.link = [*cxx, "-shared", *more, f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
     return library
 
 
@@ -143,9 +161,8 @@ def cuda_toolkit(nvcc: str) -> Path:
 
 def cuda_library() -> Library:
     """SOAP on NVIDIA GPUs. Needs nvcc and a PyTorch with CUDA, no GPU."""
-    import torch
-
-    if torch.version.cuda is None:
+    torch = Torch.find()
+    if torch.cuda is None:
         raise CannotBuild("this PyTorch is built without CUDA")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folders = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
@@ -154,22 +171,22 @@ def cuda_library() -> Library:
         raise CannotBuild("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
     cxx = compiler()
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"release (\d+)\.", release)
-    if found and found[1] != torch.version.cuda.split(".")[0]:  # one CUDA runtime a process: PyTorch's
-        raise CannotBuild(f"nvcc is of CUDA {found[1]}, this PyTorch of CUDA {torch.version.cuda}")
+    found, major = re.search(r"release (\d+)\.", release), torch.cuda.split(".")[0]
+    if found and found[1] != major:  # one CUDA runtime a process: PyTorch's
+        raise CannotBuild(f"nvcc is of CUDA {found[1]}, this PyTorch of CUDA {torch.cuda}")
     toolkit = cuda_toolkit(nvcc)
-    device = [nvcc, "-std=c++17", "-O3", "-ccbin", cxx.split()[0], *cuda_architectures(nvcc)]
+    device = [nvcc, "-std=c++17", "-O3", "-ccbin", cxx[0], *cuda_architectures(nvcc)]
     device += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=2"]
-    library = Library("soap_kernels._cuda", "SOAP_KERNELS_CUDA")
+    library = Library()
     for kernel in CUDA_KERNELS:
         library.objects.append((f"{kernel}.o", f"csrc/cuda/{kernel}.cu", device))
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_MACRO}", "-DUSE_CUDA"]
-    includes = [*python_includes(), f"-isystem{toolkit / 'include'}"]
-    library.objects.append(("ops.o", "csrc/cuda/ops.cpp", [cxx, *OPTIMIZE, *WARNINGS, *defines, *includes]))
-    torch_lib = Path(torch.__file__).parent / "lib"
+    ops_flags = [*OPTIMIZE, *WARNINGS, *more_flags(), *defines, *includes(torch), f"-isystem{toolkit / 'include'}"]
+    library.objects.append(("ops.o", "csrc/cuda/ops.cpp", [*cxx, *ops_flags]))
     # libtorch and the CUDA runtime are loaded by `import torch` before this library.
-    paths = [f"-L{torch_lib}", *(f"-L{toolkit / d}" for d in ("lib64", "lib") if (toolkit / d).is_dir())]
-    library.link = [cxx, "-shared", *paths, "-ltorch_cuda", "-ltorch_cpu", "-lcudart"]
+    folders = [torch.folder / "lib", *(toolkit / d for d in ("lib64", "lib") if (toolkit / d).is_dir())]
+    libraries = ["-ltorch_cuda", "-ltorch_cpu", f"-l:libcudart.so.{major}"]
+    library.link = [*cxx, "-shared", *(f"-L{f}" for f in folders), *libraries]
     return library
 
 
@@ -180,9 +197,14 @@ LIBRARIES = {
 }
 
 
+def quoted(arguments: Iterable[str]) -> str:
+    """Arguments as a shell gets them from a ninja file."""
+    return " ".join(map(shlex.quote, arguments)).replace("$", "$$")
+
+
 def write_ninja(library: Library, folder: Path, output: Path) -> Path:
-    def quote(path: Path | str) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    def escaped(path: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path))
 
     lines = [
         "rule compile",
@@ -193,15 +215,26 @@ def write_ninja(library: Library, folder: Path, output: Path) -> Path:
         "  command = $link $in -o $out $libs",
     ]
     for name, source, command in library.objects:
-        lines += [f"build {quote(folder / name)}: compile {quote(ROOT / source)}", f"  compile = {' '.join(command)}"]
-    objects = " ".join(quote(folder / name) for name, _, _ in library.objects)
+        lines += [f"build {escaped(folder / name)}: compile {escaped(ROOT / source)}", f"  compile = {quoted(command)}"]
+    objects = " ".join(escaped(folder / name) for name, _, _ in library.objects)
     link = [a for a in library.link if not a.startswith("-l")]
     libs = [a for a in library.link if a.startswith("-l")]
-    lines += [f"build {quote(output)}: link {objects}", f"  link = {' '.join(link)}", f"  libs = {' '.join(libs)}"]
-    lines += [f"default {quote(output)}", ""]
+    lines += [f"build {escaped(output)}: link {objects}", f"  link = {quoted(link)}", f"  libs = {quoted(libs)}"]
+    lines += [f"default {escaped(output)}", ""]
     path = folder / "build.ninja"
-    path.write_text("\n".join(lines))
+    path.write_bytes(os.fsencode("\n".join(lines)))
     return path
+
+
+def missing_source(library: Library) -> Path | None:
+    """A file that the library is made of and the checkout or sdist lacks, headers included."""
+    files = [ROOT / source for _, source, _ in library.objects]
+    for file in files:  # which grows
+        if not file.is_file():
+            return file
+        named = re.findall(r'^#include "(.+)"', file.read_text(encoding="utf-8"), re.M)
+        files += [f for name in named if (f := (file.parent / name).resolve()) not in files]
+    return None
 
 
 class BuildNative(build_ext):
@@ -214,30 +247,38 @@ class BuildNative(build_ext):
             return
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self._build(describe, output)
+            ninja, library = self._ninja(), describe()
+            if (missing := missing_source(library)) is not None:
+                raise SystemExit(f"{ext.name} cannot be built: {missing} is missing")
+            self._build(library, ninja, output)
         except CannotBuild as why:
+            output.unlink(missing_ok=True)  # an earlier build's
             if wanted == "1":
                 raise SystemExit(f"{ext.name} cannot be built: {why}") from why
             message = f"{ext.name} is left out: {why}. Everything works without it, on the slower PyTorch reference."
             print(f"WARNING: {message}", file=sys.stderr)
 
-    def _build(self, describe, output: Path) -> None:  # type: ignore[no-untyped-def]
+    def _ninja(self) -> str:
+        if not sys.platform.startswith("linux"):
+            raise CannotBuild(f"the kernels are built on Linux only, not on {sys.platform}")
         ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
         if ninja is None:
             raise CannotBuild("ninja is missing (pip install ninja)")
-        includes_checked = python_includes()
-        assert includes_checked
+        return ninja
+
+    def _build(self, library: Library, ninja: str, output: Path) -> None:
         folder = Path(self.build_temp).resolve() / output.stem
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        path = write_ninja(describe(), folder, output)
+        path = write_ninja(library, folder, output)
         jobs = os.environ.get("MAX_JOBS")
         command = [ninja, "-f", str(path), *(["-j", jobs] if jobs else []), *(["-v"] if self.verbose > 1 else [])]
         if subprocess.run(command, cwd=folder, check=False).returncode:
             raise CannotBuild("the compiler failed (its messages are above)")
 
 
-setup(
-    ext_modules=[Extension(name, sources=[], optional=True) for name in LIBRARIES],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(name, sources=[], optional=True) for name in LIBRARIES],
+        cmdclass={"build_ext": BuildNative},
+    )

@@ -2,6 +2,7 @@
 
     python -m benchmarks --device cpu            all of it, into benchmarks/results/ (about 10 minutes)
     python -m benchmarks --device cpu --quick    the table of providers alone, without torch.compile
+    python -m benchmarks --smallest --out build  once, on the smallest shapes, without torch.compile: that it all runs
 
 All providers run interleaved in one process and medians are compared, so that a busy machine slows them alike. Memory
 is measured in fresh processes.
@@ -111,7 +112,7 @@ def multiply_adds(frames: int, channels: int) -> int:
     return (36 * (planes * planes + 3 * frames - 2) - 20 * channels * planes) // 16
 
 
-def growth(repeats: int) -> dict[str, list[dict[str, float]]]:
+def growth(repeats: int, smallest: bool) -> dict[str, list[dict[str, float]]]:
     """Times as clips, size, frames grow; per pixel of a plane they must stay flat but for frames (quadratic)."""
     cases: dict[str, list[tuple[int, int, int, int]]] = {
         "clips": [(n, 8, 3, 224) for n in (1, 2, 4, 8, 16, 30)],
@@ -122,7 +123,8 @@ def growth(repeats: int) -> dict[str, list[dict[str, float]]]:
     table: dict[str, list[dict[str, float]]] = {}
     for name, shapes in cases.items():
         table[name] = []
-        for clips, frames, channels, size in shapes:
+        for clips, frames, channels, size in shapes[:2] if smallest else shapes:
+            clips, size = (1, 16) if smallest else (clips, size)
             work = Work.make(clips, frames, channels, size)
             forward = providers.kernels(work.tuple_sizes, "cpp")
             calls: Calls = {
@@ -148,7 +150,7 @@ def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
 small = Work.make(1, size=64)
 torch.autograd.grad(kernels(small.tuple_sizes, "cpp")(small.x, small.weights), small.weights, small.grad)
-work = Work.make({clips})
+work = Work.make({clips}, size={size})
 work.x.add_(0); work.grad.add_(0)
 gc.collect()
 forward = kernels(work.tuple_sizes, "cpp")
@@ -172,11 +174,11 @@ print(beyond_forward, saved, used / x_bytes)
 """
 
 
-def memory(clips: int, threads: int) -> dict[str, float]:
+def memory(clips: int, size: int, threads: int) -> dict[str, float]:
     """Shares of x: forward beyond y, saved for backward beside x, peak of backward beyond x, y and the gradient."""
     if not Path("/proc/self/clear_refs").exists():
         return {}
-    code = MEMORY.format(root=str(RESULTS.parents[1]), threads=threads, clips=clips)
+    code = MEMORY.format(root=str(RESULTS.parents[1]), threads=threads, clips=clips, size=size)
     # Freed memory goes back at once, so that a peak is seen as one.
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
@@ -187,8 +189,8 @@ def memory(clips: int, threads: int) -> dict[str, float]:
     return {"clips": clips, "forward": forward, "saved": saved, "backward": backward}
 
 
-def backbones(repeats: int) -> dict[str, dict[str, float]]:
-    """SOAP's share of a backbone's forward and training step on the same frames (one clip of 8 frames, 224 x 224)."""
+def backbones(repeats: int, size: int) -> dict[str, dict[str, float]]:
+    """SOAP's share of a backbone's forward and training step on the same frames (one clip of 8 frames, size x size)."""
     from torch import nn
 
     models: dict[str, nn.Module] = {}
@@ -203,7 +205,7 @@ def backbones(repeats: int) -> dict[str, dict[str, float]]:
         print(f"without {missing.name}: fewer backbones", file=sys.stderr)
     table = {}
     for name, model in models.items():
-        x = torch.randn(1, 8, 3, 224, 224)
+        x = torch.randn(1, 8, 3, size, size)
         soap = SOAP(backend="cpp")
         model.eval()
 
@@ -257,11 +259,12 @@ def slug(processor: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", processor.lower())).strip("-")
 
 
-def measure(quick: bool, repeats: int, threads: int) -> dict[str, Any]:
+def measure(quick: bool, repeats: int, threads: int, smallest: bool) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    record: dict[str, Any] = {"machine": machine()}
-    work = Work.make(6)
-    one, both = provider_calls(work, compiled=not quick)
+    clips, size = (1, 16) if smallest else (6, 224)
+    work = Work.make(clips, size=size)
+    record: dict[str, Any] = {"machine": machine(), "shape": list(work.x.shape)}
+    one, both = provider_calls(work, compiled=not (quick or smallest))
     record["forward"] = interleaved(one, repeats)
     record["training"] = interleaved(both, repeats)
     peak = fma_peak(threads)
@@ -275,9 +278,9 @@ def measure(quick: bool, repeats: int, threads: int) -> dict[str, Any]:
     }
     if not quick:
         del work, one, both
-        record["memory"] = memory(30, threads)
-        record["growth"] = growth(max(3, repeats // 2))
-        record["backbones"] = backbones(max(3, repeats // 3))
+        record["memory"] = memory(5 * clips, size, threads)
+        record["growth"] = growth(1 if smallest else max(3, repeats // 2), smallest)
+        record["backbones"] = backbones(1 if smallest else max(3, repeats // 3), 2 * size if smallest else size)
     return record
 
 
@@ -287,7 +290,8 @@ def as_markdown(r: dict[str, Any]) -> str:
         f"{m['processor']}, {m['threads']} threads of {m['cores']} cores, {m['isa']}; torch {m['torch']},"
         f" {m['compiler']}; {m['date']}, commit {m['commit']}.",
         "",
-        "6 clips 8x3x224x224, fp32, all three parts; training: gradients for all weights. Medians (minima) in ms.",
+        f"{r['shape'][0]} clips {'x'.join(map(str, r['shape'][1:]))}, fp32, all three parts; training: gradients for"
+        " all weights. Medians (minima) in ms.",
         "",
         "| | forward | times SOAP's | forward + backward | times SOAP's |",
         "|---|---|---|---|---|",
@@ -364,6 +368,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--smallest", action="store_true", help="once, on the smallest shapes: that it runs")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -371,7 +376,8 @@ def main() -> int:
     if why := cpp.BACKEND.why_absent(torch.device("cpu")):
         print(f"nothing to time: {why}", file=sys.stderr)
         return 2
-    record = measure(options.quick, options.repeats, options.threads)
+    repeats = 1 if options.smallest else options.repeats
+    record = measure(options.quick, repeats, options.threads, options.smallest)
     table = as_markdown(record)
     print(table)
     options.out.mkdir(parents=True, exist_ok=True)

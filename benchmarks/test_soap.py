@@ -16,9 +16,9 @@ NAMES = ["plain", "folded", *(n for n in PRESENT if n != "reference"), "conv alo
 
 
 @pytest.fixture(scope="module")
-def work() -> Work:
+def work(smallest: bool) -> Work:
     torch.set_num_threads(2)
-    return Work.make(2)
+    return Work.make(1, size=16) if smallest else Work.make(2)
 
 
 def provider(name: str, work: Work) -> tuple[Forward, list[torch.Tensor]]:

@@ -348,16 +348,19 @@ def _info(args: list[str]) -> int:
     import torch
 
     from soap_kernels import backends
-    from soap_net.runs import versions
+    from soap_net.versions import untested, versions
 
     for name, value in versions().items():
         print(f"{name:<12}  {value if value is not None else '-'}")
     print(f"{'threads':<12}  {torch.get_num_threads()}")
+    for line in untested():
+        print(f"warning: {line}")
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         print(f"backends for tensors on {device}:")
-        for name, why_absent in backends.status(device).items():
+        status = backends.status(device)
+        for name, why_absent in status.items():
             print(f"  {name:<10}  {'present' if why_absent is None else f'absent: {why_absent}'}")
-        print(f"  {'auto':<10}  takes {backends.choose('auto', torch.empty(0, device=device)).name}")
+        print(f"  {'auto':<10}  takes {next(name for name in status if status[name] is None)}")
     return 0
 
 

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-import torchvision
 
 from soap_net.config import Config, flatten, save_config, to_dict
 from soap_net.errors import UserError
 from soap_net.files import write_text
 from soap_net.settings import read_yaml
+from soap_net.versions import versions
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -165,37 +159,3 @@ class MetricsLog:
             self._file.write(json.dumps({"episode": episode, **values}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, episode)
-
-
-def versions() -> dict[str, str | None]:
-    """What a run depends on: program versions, the machine, and in a checkout the git commit."""
-    try:
-        own = importlib.metadata.version("soap-net")
-    except importlib.metadata.PackageNotFoundError:
-        own = None
-    cuda = torch.cuda.is_available()
-    return {
-        "soap_net": own,
-        "git": _git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout this package lies in, with "+changes" if it was edited; None outside of one."""
-    package = Path(__file__).parent
-    git = ["git", "-C", str(package)]
-    try:
-        # A package installed into an environment inside some other repository is not tracked there.
-        subprocess.run([*git, "ls-files", "--error-unmatch", "train.py"], capture_output=True, check=True)
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True, text=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changes" if changes else "")

@@ -27,6 +27,7 @@ SLICE = [
     "tests/soap_kernels/test_op.py",
     "tests/soap_kernels/test_selfcheck.py",
     "tests/soap_net/data/test_clips.py",
+    "tests/soap_net/data/test_loading.py",
     "tests/soap_net/models/test_backbones.py",
     "tests/soap_net/test_checkpoint.py",
     "tests/soap_net/test_classify.py",

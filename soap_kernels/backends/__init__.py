@@ -6,6 +6,7 @@ schemas, shapes and autograd once for all of them. Each lives in a module of its
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -134,7 +135,17 @@ def _choose(name: str, device_type: str, dtype: torch.dtype) -> Backend:
         return get("reference") if dtype == torch.float64 else backend
     if dtype == torch.float64:
         return get("reference")
-    return next(get(n) for n in MODULES if get(n).why_absent(device) is None)
+    best = next(get(n) for n in MODULES if get(n).why_absent(device) is None)
+    if best.name == "reference" and device_type == "cpu":
+        _warn_of_missing_kernels()
+    return best
+
+
+@cache
+def _warn_of_missing_kernels() -> None:
+    """Once a process: "auto" would pass over them in silence, and pip hides what a build said of them."""
+    why = get("cpp").why_absent(torch.device("cpu"))
+    warnings.warn(f"the C++ kernels are left out, SOAP runs on the slower PyTorch reference: {why}", stacklevel=4)
 
 
 def choose(name: str, x: Tensor) -> Backend:

@@ -7,7 +7,6 @@ The library is built with the package and chooses the best instruction set of th
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -47,15 +46,15 @@ def _load() -> ModuleType | str:
     try:
         _cpp = import_module("soap_kernels._cpp")
     except ImportError as error:
+        found = "is not there" if isinstance(error, ModuleNotFoundError) else "does not load"
         return (
-            f"the C++ library is not there ({error}); build it with `pip install --no-build-isolation .`,"
-            " which needs a C++ compiler"
+            f"the C++ library {found} ({error}). To build it in a checkout or unpacked sdist, on Linux with g++ 11 or"
+            " newer: `pip install 'setuptools>=77' ninja pybind11`, then"
+            " `SOAP_KERNELS_CPU=1 pip install --no-build-isolation --no-deps .`"
         )
     wanted = os.environ.get("SOAP_KERNELS_ISA", "auto")
     if not _cpp.set_isa(wanted):
-        why = f"SOAP_KERNELS_ISA is {wanted!r}, expected auto or one of {', '.join(_cpp.isas())} on this machine"
-        warnings.warn(f"{why}: the C++ kernels are left out", stacklevel=2)  # "auto" would pass over them in silence
-        return why
+        return f"SOAP_KERNELS_ISA is {wanted!r}, expected auto or one of {', '.join(_cpp.isas())} on this machine"
     return _cpp
 
 

@@ -47,8 +47,8 @@ def _load() -> str | None:
     spec = importlib.util.find_spec("soap_kernels._cuda")
     if spec is None or spec.origin is None:
         return (
-            "the CUDA library is not built; `SOAP_KERNELS_CUDA=1 pip install --no-build-isolation .` builds it, which"
-            " needs nvcc and a PyTorch with CUDA"
+            "the CUDA library is not there: install the distribution soap-kernels-cuda, or build it in a checkout with"
+            " nvcc and a PyTorch with CUDA: `SOAP_KERNELS_CUDA=1 pip install --no-build-isolation --no-deps .`"
         )
     try:
         torch.ops.load_library(spec.origin)

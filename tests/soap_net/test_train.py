@@ -26,8 +26,8 @@ from soap_net.errors import UserError
 from soap_net.evaluate import evaluate
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
-from soap_net.runs import versions
 from soap_net.train import NonFiniteLoss, Step, Training, TrainingStopped, learning_rate
+from soap_net.versions import versions
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
-from soap_net.errors import UserError
+from soap_net.errors import UserError, did_you_mean
 from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions, group_by_class
 from soap_net.models.heads.hyrsm import BiMHMHead, HyRSMHead
 from soap_net.models.heads.otam import OTAMHead
@@ -49,19 +48,13 @@ def build_head(name: str, dim: int, frames: int, /, **options: Any) -> FewShotHe
         UserError: an unknown head or option (naming the nearest), or a value the head refuses.
     """
     if name not in HEADS:
-        raise UserError(f"unknown head {name!r}{_nearest(name, HEADS)} (known: {', '.join(HEADS)})")
+        raise UserError(f"unknown head {name!r}{did_you_mean(name, HEADS)} (known: {', '.join(HEADS)})")
     known = list(inspect.signature(HEADS[name]).parameters)[2:]
     for option in options:
         if option not in known:
-            raise UserError(
-                f"head {name} has no option {option!r}{_nearest(option, known)} (known: {', '.join(known) or 'none'})"
-            )
+            near, all_of = did_you_mean(option, known), ", ".join(known) or "none"
+            raise UserError(f"head {name} has no option {option!r}{near} (known: {all_of})")
     try:
         return HEADS[name](dim, frames, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"head {name}: {error}") from error
-
-
-def _nearest(name: str, known: Any) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -116,24 +116,25 @@ def test_frames_of_an_mpeg_program_or_elementary_stream_are_not_taken_for_their_
 
 
 def in_a_process(program: str, *arguments: object) -> str:
-    """What a program prints that must end within a minute."""
+    """What a program prints that must end, importing PyTorch included, within two minutes."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_reading_does_not_hang_where_ffmpegs_log_goes_to_python(tmp_path: Path, write_video: Make) -> None:
-    # As torchvision.io has it: each of the decoder's threads then waits for Python's lock to say its word.
+    # As torchvision.io has it: each of the decoder's threads then waits for Python's lock to say its word, and before
+    # PyAV 17.1 whoever closed the decoder waited for them with it. So the log stays in FFmpeg.
     program = """
 import sys, av, pathlib
 from soap_net.data.clips import Clip
 for _ in range(40):
     av.logging.set_level(av.logging.DEBUG)
-    print(len(Clip(pathlib.Path(sys.argv[1])).read([0, 9, 20])))
+    print(len(Clip(pathlib.Path(sys.argv[1])).read([0, 9, 20])), av.logging.get_level())
 """
     path = write_video(tmp_path / "a.mp4", frames=30, options={"bf": "3"})
-    assert in_a_process(program, path).split() == ["3"] * 40
+    assert in_a_process(program, path).splitlines() == ["3 None"] * 40
 
 
 def test_a_video_that_hangs_its_decoder_is_a_broken_clip(tmp_path: Path, write_video: Make) -> None:

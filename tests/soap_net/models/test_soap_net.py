@@ -98,12 +98,13 @@ def assert_equal_steps(a: SOAPNet, b: SOAPNet) -> None:
         torch.testing.assert_close(other_buffers[name], buffers[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_checkpointing_changes_neither_gradients_nor_running_statistics() -> None:
-    plain, anew = net("resnet18"), net("resnet18", checkpoint_backbone=True)
+@pytest.mark.parametrize(("name", "block"), [("resnet18", "layer1.0"), ("efficientnet_lite0", "blocks.1.0")])
+def test_checkpointing_changes_neither_gradients_nor_running_statistics(name: str, block: str) -> None:
+    plain, anew = net(name), net(name, checkpoint_backbone=True)
     assert plain.state_dict().keys() == anew.state_dict().keys()
     assert_equal_steps(plain, anew)
     assert int(anew.backbone.net.bn1.num_batches_tracked) == 1  # type: ignore[arg-type, union-attr]
-    assert int(anew.backbone.net.layer1[0].bn1.num_batches_tracked) == 1  # type: ignore[index, union-attr, arg-type]
+    assert int(anew.backbone.net.get_submodule(block).bn1.num_batches_tracked) == 1  # type: ignore[arg-type, union-attr]
 
 
 def test_checkpointing_chunks_changes_neither_gradients_nor_running_statistics() -> None:

@@ -1,11 +1,14 @@
-"""What can be known of the GPU kernels without a GPU: launches, bytes, registers, machine code, rooflines.
+"""Prints what can be known of the GPU kernels without a GPU: launches, bytes, registers, machine code, rooflines.
 
-Nothing here is timed. Triton's kernels are compiled by Triton, the CUDA kernels by nvcc where it is at hand; tests hold
-the same figures to their limits.
+    python tests/gpu_proof/report.py [--architectures 80 90] [--no-cuda-kernels]
+
+Nothing here is timed. Triton's kernels are compiled by Triton, the CUDA kernels by nvcc where it is at hand (minutes);
+tests hold the same figures to their limits.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -23,7 +26,7 @@ from soap_kernels.backends import reference
 from soap_kernels.modules import SOAP
 from soap_kernels.weights import PARTS, Weights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("soap_kernels", "cuda_shim")]
 import dispatched  # noqa: E402
 import static_gpu  # noqa: E402
@@ -254,3 +257,15 @@ def report(architectures: Sequence[int], with_cuda: bool) -> str:
     if with_cuda:
         lines += cuda_tables(architectures)
     return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", type=int, nargs="+", default=static_gpu.ARCHITECTURES)
+    parser.add_argument("--no-cuda-kernels", action="store_true", help="leave out nvcc's minutes")
+    options = parser.parse_args()
+    print(report(options.architectures, not options.no_cuda_kernels))
+
+
+if __name__ == "__main__":
+    main()
