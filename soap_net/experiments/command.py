@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soap_net.config import EpisodeConfig, parse, presets, read_settings
-from soap_net.errors import UserError, did_you_mean
+from soap_net.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from soap_net.experiments.experiment import Experiment
@@ -57,8 +57,9 @@ def build(name: str, preset: str, args: Sequence[str]) -> Experiment:
         UserError: no such experiment, preset or setting, or an impossible value.
     """
     if name not in EXPERIMENTS:
-        hint = did_you_mean(name, EXPERIMENTS) or f"; there are {', '.join(EXPERIMENTS)}"
-        raise UserError(f"unknown experiment {name!r}{hint}")
+        close = nearest(name, EXPERIMENTS)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(EXPERIMENTS)}"
+        raise UserError(f"unknown experiment {name!r}; {hint}")
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     base = settings(preset, name)

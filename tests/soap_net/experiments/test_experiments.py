@@ -169,7 +169,7 @@ def test_the_largest_grids_take_fewer_seeds_at_the_quick_preset_alone() -> None:
 def test_unknown_experiment_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment", "framerate"]) == 2
     error = capsys.readouterr().err
-    assert "did you mean frame-rate?" in error
+    assert "did you mean 'frame-rate'?" in error
     assert error.count("\n") == 1
 
 
