@@ -334,7 +334,7 @@ def _experiment(args: list[str]) -> int:
 
     import torch
 
-    from soap_net.experiments.runner import run_experiment
+    from soap_net.experiments.experiment import run_experiment
 
     folder = options.out or Path("runs/experiments") / options.name
     jobs = options.jobs or torch.cuda.device_count() or os.cpu_count() or 1

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from soap_net.config import Config, read_settings, to_dict
+from soap_net.config import Config, flatten, to_dict
+from soap_net.data.memory import ClipMemory
 from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, write_motion
 from soap_net.errors import UserError
 from soap_net.evaluate import evaluate_run
-from soap_net.interrupts import Interrupted
+from soap_net.experiments.experiment import changed
+from soap_net.experiments.processes import Job, Stop, perform
+from soap_net.files import write_text
+from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, episode_seconds
 from soap_net.train import train
 
 NETS = {"with_soap": "with SOAP", "without_soap": "without SOAP"}
@@ -48,189 +47,147 @@ def run_demo(config: Config, motion: MotionConfig | None = None, *, progress: bo
 
     Raises:
         UserError: impossible settings, or what a training or an evaluation refused.
-        KeyboardInterrupt: after both trainings have saved their state.
+        Interrupted: Ctrl-C or SIGTERM, after both trainings have saved their state.
     """
     motion = motion or MotionConfig()
-    out, episode, tasks = config.out, config.episode, config.eval.tasks
-    config = replace(config, data=replace(config.data, root=out / "motion")).check()
-    nets = {name: _net_config(config, name) for name in NETS}
-    summary_file, report_file = out / "summary.json", out / "report.html"
-    if summary_file.exists():
+    out = config.out
+    nets = net_configs(config)
+    if (out / "summary.json").exists():
         print(f"{out} holds a finished demo: training anew")
-    _clear(nets, summary_file)
+    clear(nets, out / "summary.json")
 
     began = time.perf_counter()
-    cached = (out / "motion").exists()
-    print(
-        f"1. Videos: {len(PATTERNS)} motion patterns of random dots, no single frame of which tells the pattern "
-        f"({motion.size} x {motion.size} pixels, {motion.frames} frames, mp4)"
-    )
-    write_motion(config.data.root, motion, progress=progress)
-    clips = sum(getattr(motion, f"{split}_clips") * len(patterns) for split, patterns in SPLITS.items())
-    print(f"   {clips} clips in {config.data.root}" + (", there already" if cached else ""))
-
+    _write_videos(out / "motion", motion, progress)
     print(
         f"2. Training on {len(SPLITS['train'])} patterns with and without SOAP, {config.train.episodes} episodes each "
-        f"({episode.way}-way {episode.shot}-shot), then {tasks} tasks on {len(SPLITS['test'])} patterns never seen"
+        f"({config.episode.way}-way {config.episode.shot}-shot), then {config.eval.tasks} tasks on "
+        f"{len(SPLITS['test'])} patterns never seen"
     )
     learning = time.perf_counter()
     _train_and_evaluate(nets, progress)
-    learning = time.perf_counter() - learning
+    return _report(out, nets, time.perf_counter() - began, time.perf_counter() - learning)
 
-    from soap_net.report import write_report  # imports matplotlib, which the nets' processes can do without
 
-    print("3. Report")
-    write_report(report_file, {NETS[name]: net.out for name, net in nets.items()}, title="SOAP-Net demo")
-    seconds = time.perf_counter() - began
-    results = {name: _result(net.out) for name, net in nets.items()}
-    summary: dict[str, Any] = {
-        name: {key: r[key] for key in ("accuracy", "ci95", "tasks")} for name, r in results.items()
+def net_configs(config: Config) -> dict[str, Config]:
+    """The two nets' configs, by the names of their run folders."""
+    root = str(config.out / "motion")
+    return {
+        name: changed(
+            config, {"data.root": root, "model.soap.enabled": name == "with_soap", "out": str(config.out / name)}
+        )
+        for name in NETS
     }
-    summary |= {"seconds": round(seconds, 1), "training_and_evaluation_seconds": round(learning, 1)}
-    summary_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-    print()
-    print(_table(results, config))
-    print(
-        f"\n{seconds:.0f} s in all, {learning:.0f} s of it training and evaluation\n"
-        f"report: {report_file}\nsummary: {summary_file}"
-    )
-    return report_file
 
 
-def _net_config(config: Config, name: str) -> Config:
-    net = copy.deepcopy(config)
-    net.out = config.out / name
-    net.model.soap.enabled = name == "with_soap"
-    return net
-
-
-def _clear(nets: Mapping[str, Config], summary: Path) -> None:
+def clear(nets: Mapping[str, Config], summary: Path) -> None:
     """Remove what a finished demo, or one with other settings, left; an interrupted one with these settings stays."""
     finished = summary.exists()
     summary.unlink(missing_ok=True)
     for net in nets.values():
-        written = net.out / "config.yaml"
+        run = RunFolder(net.out)
         if not net.out.exists():
             continue
-        if not written.is_file() and any(net.out.iterdir()):
+        if not run.config.is_file() and any(net.out.iterdir()):
             raise UserError(f"{net.out}: holds other files than a run of the demo; choose another --out")
-        same = False
-        with contextlib.suppress(UserError):  # a config of another version
-            same = not finished and read_settings(written) == to_dict(net)
-        if not same:
+        if (
+            finished
+            or not run.config.is_file()
+            or difference(flatten(run.read_config()), flatten(to_dict(net)), FREE_TO_CHANGE.__contains__)
+        ):
             shutil.rmtree(net.out)
 
 
-@dataclass
-class _Learner:
-    """A net's process, and the bar that shows how far it is."""
-
-    config: Config
-    process: SpawnProcess
-    outcome: Connection
-    bar: tqdm[Any]
-    read: int = 0
-
-    def advance(self) -> None:
-        """Move the bar to what the process has logged since."""
-        with contextlib.suppress(FileNotFoundError), (self.config.out / "metrics.jsonl").open(encoding="utf-8") as log:
-            log.seek(self.read)
-            while (line := log.readline()).endswith("\n"):
-                self.read = log.tell()
-                entry = json.loads(line)
-                if "accuracy" in entry and entry["episode"] > self.bar.n:
-                    self.bar.set_postfix_str(f"training accuracy {entry['accuracy']:3.0f} %", refresh=False)
-                    self.bar.update(entry["episode"] - self.bar.n)
+def _write_videos(root: Path, motion: MotionConfig, progress: bool) -> None:
+    cached = root.exists()
+    print(
+        f"1. Videos: {len(PATTERNS)} motion patterns of random dots, no single frame of which tells the pattern "
+        f"({motion.size} x {motion.size} pixels, {motion.frames} frames, mp4)"
+    )
+    write_motion(root, motion, progress=progress)
+    clips = sum(getattr(motion, f"{split}_clips") * len(patterns) for split, patterns in SPLITS.items())
+    print(f"   {clips} clips in {root}" + (", there already" if cached else ""))
 
 
 def _train_and_evaluate(nets: Mapping[str, Config], progress: bool) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(4, max(1, cores // len(nets)))  # so small a net gains nothing from more
-    with _learners(nets, threads, progress) as running:
-        while running:
-            for learner in list(running):
-                learner.advance()
-                if not learner.outcome.poll(0.2):
-                    continue
-                try:
-                    message = learner.outcome.recv()
-                except EOFError:
-                    learner.process.join()
-                    message = f"its process ended with code {learner.process.exitcode}"
-                if message:
-                    raise UserError(f"{NETS[learner.config.out.name]}: {message}")
-                learner.advance()
-                running.remove(learner)
-
-
-@contextlib.contextmanager
-def _learners(nets: Mapping[str, Config], threads: int, progress: bool) -> Iterator[list[_Learner]]:
-    """The processes of the nets, which have ended on the way out."""
-    context = multiprocessing.get_context("spawn")
-    learners: list[_Learner] = []
-    try:
-        for position, (name, config) in enumerate(nets.items()):
-            outcome, inner = context.Pipe(duplex=False)
-            process = context.Process(target=_learn, args=(config, threads, inner), name=name)
-            process.start()
-            inner.close()
-            bar = tqdm(
-                desc=f"   {NETS[name]:<12}",
-                total=config.train.episodes,
-                unit="episode",
-                position=position,
-                mininterval=0.2 if sys.stderr.isatty() else 30.0,
-                disable=not progress,
+    with ExitStack() as stack:
+        bars = {
+            name: stack.enter_context(
+                tqdm(
+                    desc=f"   {NETS[name]:<12}",
+                    total=net.train.episodes,
+                    unit="episode",
+                    position=position,
+                    mininterval=0.2 if sys.stderr.isatty() else 30.0,
+                    disable=not progress,
+                )
             )
-            learners.append(_Learner(config, process, outcome, bar))
-        yield list(learners)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            for learner in learners:  # the Ctrl-C has reached them too, as a rule, and they are saving
-                learner.process.join(10)
-        for learner in learners:
-            learner.process.terminate()
-        raise
-    finally:
-        for learner in learners:
-            learner.process.join()
-            learner.bar.close()
+            for position, (name, net) in enumerate(nets.items())
+        }
+        jobs = [Job(NETS[name], learn, net) for name, net in nets.items()]
+        done = perform(jobs, len(jobs), threads=threads, waiting=partial(_advance, bars, nets), let_end=False)
+        for _ in stack.enter_context(closing(done)):
+            pass
 
 
-def _learn(config: Config, threads: int, outcome: Connection) -> None:
-    """What a net's process does; sends what went wrong, or an empty text."""
-    torch.set_num_threads(threads)
-    try:
-        folder = train(config, resume=True, progress=False)
-        # The last weights, not the best of a few validations: nothing is chosen by looking at accuracies.
-        evaluate_run(folder / "last.pt", config, progress=False)
-    except (UserError, OSError, Interrupted) as error:
-        outcome.send(str(error))
-    except KeyboardInterrupt:
-        outcome.send("stopped")
-    else:
-        outcome.send("")
+def learn(config: Config, stop: Stop, memory: ClipMemory) -> None:
+    """What a net's process does."""
+    folder = train(config, resume=True, progress=False, stop=stop, memory=memory)
+    # The last weights, not the best of a few validations: nothing is chosen by looking at accuracies.
+    evaluate_run(RunFolder(folder).last, config, progress=False, stop=stop)
 
 
-def _result(folder: Path) -> dict[str, Any]:
+def _advance(bars: Mapping[str, tqdm[Any]], nets: Mapping[str, Config]) -> None:
+    """Move the bars to what the processes have logged since."""
+    for name, bar in bars.items():
+        logged = [entry for entry in RunFolder(nets[name].out).read_metrics() if "accuracy" in entry]
+        if logged and logged[-1]["episode"] > bar.n:
+            bar.set_postfix_str(f"training accuracy {logged[-1]['accuracy']:3.0f} %", refresh=False)
+            bar.update(logged[-1]["episode"] - bar.n)
+
+
+def _report(out: Path, nets: Mapping[str, Config], before: float, learning: float) -> Path:
+    """Writes report.html and summary.json, and prints the table; `before` and `learning` are seconds."""
+    from soap_net.report import write_report  # imports matplotlib, which the nets' processes can do without
+
+    print("3. Report")
+    began = time.perf_counter()
+    report, summary = out / "report.html", out / "summary.json"
+    write_report(report, {NETS[name]: net.out for name, net in nets.items()}, title="SOAP-Net demo")
+    seconds = before + time.perf_counter() - began
+    results = {name: result(RunFolder(net.out)) for name, net in nets.items()}
+    content: dict[str, Any] = {
+        name: {key: one[key] for key in ("accuracy", "ci95", "tasks")} for name, one in results.items()
+    }
+    content |= {"seconds": round(seconds, 1), "training_and_evaluation_seconds": round(learning, 1)}
+    write_text(summary, json.dumps(content, indent=2) + "\n")
+
+    print()
+    print(table(results, nets["with_soap"]))
+    print(
+        f"\n{seconds:.0f} s in all, {learning:.0f} s of it training and evaluation\n"
+        f"report: {report}\nsummary: {summary}"
+    )
+    return report
+
+
+def result(run: RunFolder) -> dict[str, Any]:
     """What `eval.json` of a run holds, with the mean seconds of a training episode."""
-    result: dict[str, Any] = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    times = [1 / entry["episodes_per_second"] for entry in entries if "episodes_per_second" in entry]
-    return result | {"training_episode_seconds": sum(times) / len(times)}
+    return {**(run.read_result() or {}), "training_episode_seconds": episode_seconds(run.read_metrics())}
 
 
-def _table(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
+def table(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
+    """Accuracies and times of both nets, for the terminal."""
     task = config.eval
     lines = [
         f"{task.way}-way {task.shot}-shot on patterns never seen in training; chance is {100 / task.way:.0f} %",
         "",
         f"{'':14}{'accuracy':>18}{'training':>18}{'evaluation':>18}",
     ]
-    for name, result in results.items():
-        accuracy = f"{result['accuracy']:.1f} ± {result['ci95']:.1f} %"
-        training = f"{1000 * result['training_episode_seconds']:.0f} ms/episode"
-        evaluation = f"{1000 / result['episodes_per_second']:.1f} ms/episode"
+    for name, one in results.items():
+        accuracy = f"{one['accuracy']:.1f} ± {one['ci95']:.1f} %"
+        training = f"{1000 * one['training_episode_seconds']:.0f} ms/episode"
+        evaluation = f"{1000 / one['episodes_per_second']:.1f} ms/episode"
         lines.append(f"{NETS[name]:14}{accuracy:>18}{training:>18}{evaluation:>18}")
     return "\n".join(lines)

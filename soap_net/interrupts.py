@@ -3,7 +3,7 @@
 A command enters `StopSignals` and asks it now and then whether to stop; what it calls takes that question as a
 callable, and raises `Interrupted`. Its processes don't hear the signals (`leave_signals_to_main`, and
 `ignoring_interrupts` while they start): readers of data are ended by the main process, and those that have work to save
-ask the event that `StopSignals` sets.
+ask an event that it sets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import Any
 
@@ -23,20 +22,10 @@ class Interrupted(RuntimeError):
 
 
 class StopSignals:
-    """Notes the first Ctrl-C or SIGTERM in `requested`; a second one ends the program at once.
+    """Notes the first Ctrl-C or SIGTERM in `requested`; a second one ends the program at once."""
 
-    Args:
-        event: set then too, for other processes to ask. Where the signals are handled, ask `requested` alone: a signal
-            that comes while the event is being asked would wait for that to end, and so for ever.
-        message: what the user is told then.
-    """
-
-    def __init__(
-        self, event: Event | None = None, message: str = "stopping and saving; once more to stop at once"
-    ) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._event = event
-        self._message = message
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -47,9 +36,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        if self._event is not None:
-            self._event.set()
-        sys.stderr.write(f"\n{self._message}\n")
+        sys.stderr.write("\nstopping and saving; once more to stop at once\n")
         self._put_back()
 
     def _put_back(self) -> None:

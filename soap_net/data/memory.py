@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -41,25 +41,9 @@ class ClipMemory:
                 self._keep(clip, clip.read(range(frames)))
         return wanted
 
-    @contextmanager
-    def keeping(self, limit: int) -> Iterator[None]:
-        """Keeps clips up to `limit` bytes meanwhile, and forgets them at the end."""
-        before, self.limit = self.limit, limit
-        try:
-            yield
-        finally:
-            self.limit = before
-            if not before:
-                self._kept.clear()
-                self._bytes = 0
-
     def _keep(self, clip: Clip, whole: Tensor) -> None:
         self._kept[clip] = whole
         self._bytes += whole.numel()
         while self._bytes > self.limit:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= oldest.numel()
-
-
-decoded = ClipMemory()
-"""What `ClipLoader` reads through, in each process; set its `limit` to have it keep clips."""

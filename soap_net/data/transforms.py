@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from soap_net.config import DataConfig
 from soap_net.data.clips import Clip
-from soap_net.data.memory import ClipMemory, decoded
+from soap_net.data.memory import ClipMemory
 from soap_net.errors import UserError
 
 
@@ -127,5 +127,5 @@ class ClipLoader:
 def clip_loader(data: DataConfig, train: bool, memory: ClipMemory | None = None) -> ClipLoader:
     """How the config reads a clip: at random in training, at the centre in evaluation."""
     sampling = FrameSampling(data.frames, data.interval)
-    memory = decoded if memory is None else memory
+    memory = memory or ClipMemory()
     return ClipLoader(sampling, data.resize, data.crop, flip=data.flip, train=train, order=data.order, memory=memory)

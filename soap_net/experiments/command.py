@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from soap_net.config import EpisodeConfig, parse, presets
-from soap_net.errors import UserError
+from soap_net.config import EpisodeConfig, parse, presets, read_settings
+from soap_net.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from soap_net.experiments.runner import Experiment
+    from soap_net.experiments.experiment import Experiment
 
 EXPERIMENTS = {  # module, class, what is put to the test
     "parts": ("parts", "Parts", "every subset of SOAP's parts (Table 2)"),
@@ -45,9 +42,9 @@ def settings(preset: str, name: str) -> dict[str, Any]:
     """A preset's settings for an experiment, over the defaults: the demo's, or the field's, which are the defaults."""
     if preset == "paper":
         return {"train": {"milestones": [2000, 6000, 8000]}, "data": {"workers": 8}}
-    values: dict[str, Any] = yaml.safe_load(presets()["demo"].read_text(encoding="utf-8"))
+    values = read_settings(presets()["demo"])
     for group, changes in QUICK.items():
-        values[group] = {**values[group], **changes}
+        values[group] = {**values.get(group, {}), **changes}
     values["train"]["lr"] = QUICK_RATES.get(name, values["train"]["lr"])
     values["data"]["root"] = str(MOTION / "quick")
     return values
@@ -60,11 +57,9 @@ def build(name: str, preset: str, args: Sequence[str]) -> Experiment:
         UserError: no such experiment, preset or setting, or an impossible value.
     """
     if name not in EXPERIMENTS:
-        close = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-        raise UserError(
-            f"unknown experiment {name!r}; "
-            + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(EXPERIMENTS)}")
-        )
+        close = nearest(name, EXPERIMENTS)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(EXPERIMENTS)}"
+        raise UserError(f"unknown experiment {name!r}; {hint}")
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     base = settings(preset, name)

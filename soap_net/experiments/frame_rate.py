@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from soap_net.data.motion import MotionConfig, write_motion
-from soap_net.experiments.runner import PAPER, Experiment, Results, Row, Run, plot_accuracies, seeded
+from soap_net.experiments.drawing import plot_accuracies
+from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.results import Results, Row
 
 INTERVALS = {"quick": (1, 2, 4, 8), "paper": tuple(range(1, 9))}
 RATES = (15, 30, 60, 120, 240)

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from soap_net.experiments.runner import PAPER, Experiment, Results, Row, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.results import Results, Row
 from soap_net.models.heads import HEADS
 
 METRICS = ("cosine", "euclidean")

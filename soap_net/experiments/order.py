@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from soap_net.experiments.runner import PAPER, Experiment, Results, Row, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.results import Results, Row
 
 ORDERS = ("forward", "reversed", "shuffled")
 

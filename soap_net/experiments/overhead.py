@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soap_net.config import Config
-from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
-from soap_net.data.splits import load_split
-from soap_net.data.transforms import clip_loader
-from soap_net.experiments.runner import MARKERS, Experiment, Result, Results, Row, Run, changed, new_figure, save_figure
+from soap_net.data.memory import ClipMemory
+from soap_net.experiments.drawing import MARKERS, new_figure, save_figure
+from soap_net.experiments.experiment import Experiment, Run, changed
+from soap_net.experiments.processes import Stop
+from soap_net.experiments.results import Result, Results, Row, write_csv
+from soap_net.files import write_text
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
 from soap_net.ranks import pick_device
-from soap_net.train import build_optimizer, learning_rate
+from soap_net.runs import RunFolder
+from soap_net.train import Step, Training, train
 
 BACKBONES = {
     "quick": ("tiny", "resnet18", "resnet50", "efficientnet_lite0"),
@@ -56,16 +59,20 @@ class Overhead(Experiment):
         costs = [
             Run(_cost(name), seeds[0], {"model.backbone": name, "model.weights": "random"}) for name in self.backbones
         ]
-        curves = [Run(_curve(soap), seed, {"model.soap.enabled": soap}) for seed in seeds for soap in (True, False)]
+        curves = [
+            Run(_curve(soap), seed, {"model.soap.enabled": soap, "train.val_every": 0})
+            for seed in seeds
+            for soap in (True, False)
+        ]
         return costs + curves
 
     def rows(self, results: Results) -> list[Row]:
         return [Row((name,), _cost(name)) for name in self.backbones]
 
-    def work(self, run: Run, config: Config, stop: Callable[[], bool]) -> Result:
+    def work(self, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
         if run.cell.startswith("cost-"):
             return {"tests": {}, **measure(config, REPEATS[self.preset], stop)}
-        return {"tests": {}, **trace(config, stop)}
+        return {"tests": {}, **trace(config, stop, memory)}
 
     def write(self, folder: Path, results: Results, about: str) -> None:
         rows = [row for row in self.rows(results) if results.seeds(row.cell)]
@@ -76,7 +83,8 @@ class Overhead(Experiment):
         ]  # fmt: skip
         table = "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
         threads = sorted({one["threads"] for one in results.finished.values() if "threads" in one})
-        (folder / "table.md").write_text(
+        write_text(
+            folder / "table.md",
             f"# {self.title}\n\n{table}\n\n"
             f"{CLIPS} clips of {self.config.data.frames} frames of {SIZE} x {SIZE} from uint8, fp32, random weights, "
             f"head {self.config.model.head}, threads: {' or '.join(map(str, threads)) or 'none yet'}. Times are "
@@ -87,12 +95,8 @@ class Overhead(Experiment):
             f"plot.svg and curves.csv: training on {self.config.train.episodes} episodes "
             f"({self.config.model.backbone}), losses and gradient norms averaged over {SMOOTHED} of them; the bands "
             f"reach from the lowest to the highest seed.\n\n{about}",
-            encoding="utf-8",
         )
-        with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([head.strip() for head in heads])
-            writer.writerows(lines)
+        write_csv(folder / "results.csv", [head.strip() for head in heads], lines)
         curves = {
             (soap, seed): results.finished[_curve(soap), seed]["curves"]
             for soap in (True, False)
@@ -110,12 +114,12 @@ class Overhead(Experiment):
         line = [row.labels[0], f"{one['parameters']:,}", f"{one['soap_parameters']:,}"]
         for kind in ("forward", "step"):
             line += [f"{1e3 * statistics.median(one[f'{kind}_{name}']):.1f}" for name in ("without", "with")]
-            low, middle, high = _added(one, kind)
+            low, middle, high = added(one, kind)
             line.append(f"{middle:+.1f} ({low:+.1f} to {high:+.1f})")
         return line + [f"{one[f'kept_{name}'] / 2**20:.1f}" for name in ("without", "with")]
 
 
-def _added(cost: Result, kind: str) -> list[float]:
+def added(cost: Result, kind: str) -> list[float]:
     """Quartiles of what SOAP adds to the time of a forward or a step, in percent, from neighbouring turns."""
     turns = zip(cost[f"{kind}_without"], cost[f"{kind}_with"], strict=True)
     ratios = [100.0 * (with_soap / without - 1.0) for without, with_soap in turns]
@@ -130,7 +134,7 @@ def _curve(soap: bool) -> str:
     return f"curve-{'soap' if soap else 'plain'}"
 
 
-def measure(config: Config, repeats: int, stop: Callable[[], bool], size: int = SIZE) -> dict[str, Any]:
+def measure(config: Config, repeats: int, stop: Stop, size: int = SIZE) -> dict[str, Any]:
     """Seconds of forward and of a training step, with and without SOAP, taken in turns; bytes kept; parameters."""
     device = pick_device(config.device)
     torch.manual_seed(0)
@@ -201,40 +205,23 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return total
 
 
-def trace(config: Config, stop: Callable[[], bool]) -> dict[str, Any]:
-    """Trains as `soap_net.train` does, on the same episodes, and notes loss, accuracy and gradient norms of each."""
-    device, cfg, episode = pick_device(config.device), config.train, config.episode
-    clips = load_split(config.data.root, "train", config.data.split_file("train"))
-    sampler = EpisodeSampler(clips, episode.way, episode.shot, episode.queries, episode.seed)
-    tasks = EpisodeDataset(sampler, clip_loader(config.data, train=True), range(cfg.episodes))
-    torch.manual_seed(episode.seed)
-    model = build_model(config.model, config.data.frames).to(device).train()
-    optimizer = build_optimizer(cfg, model)
-    modules: dict[str, nn.Module] = {"backbone": model.backbone, "head": model.head}
-    for name, shown in PART_NAMES.items():
-        if model.soap is not None and hasattr(model.soap, name):
-            modules[shown] = getattr(model.soap, name)
-    curves: dict[str, list[float]] = {"loss": [], "accuracy": [], **{name: [] for name in modules}}
-    for index in range(cfg.episodes):
-        if stop():
-            raise Interrupted
-        task = tasks[index]
-        labels = task.query_labels.to(device)
-        logits = model(task.support.to(device), task.support_labels.to(device), task.query.to(device), episode.way)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        (loss / cfg.tasks_per_batch).backward()
-        curves["loss"].append(float(loss.detach()) / len(labels))
-        curves["accuracy"].append(100.0 * float((logits.argmax(1) == labels).float().mean()))
-        if (index + 1) % cfg.tasks_per_batch == 0 or index + 1 == cfg.episodes:
-            for name, module in modules.items():
-                gradients = [p.grad for p in module.parameters() if p.grad is not None]
-                curves[name].append(float(nn.utils.get_total_norm(gradients)) if gradients else 0.0)
-            if cfg.clip_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, index)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+def trace(config: Config, stop: Stop, memory: ClipMemory | None = None) -> dict[str, Any]:
+    """Trains from the beginning, and notes loss and accuracy of each episode and the gradient norms of each step."""
+    RunFolder(config.out).last.unlink(missing_ok=True)  # a training that goes on has lost its first half's curves
+    curves = defaultdict[str, list[float]](list)
+
+    def note(training: Training, step: Step) -> None:
+        model = training.model
+        curves["loss"] += step.losses
+        curves["accuracy"] += step.accuracies
+        modules: dict[str, nn.Module] = {"backbone": model.backbone, "head": model.head}
+        modules |= {shown: getattr(model.soap, name) for name, shown in PART_NAMES.items() if hasattr(model.soap, name)}
+        for name, module in modules.items():
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+            curves[name].append(norm / step.clipped)
+
+    train(config, progress=False, callback=note, stop=stop, memory=memory)
     return {"curves": curves}
 
 
@@ -242,14 +229,13 @@ Curves = dict[tuple[bool, int], dict[str, list[float]]]
 
 
 def _write_curves(path: Path, curves: Curves) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["soap", "seed", "what", "step", "value"])
-        for (soap, seed), found in curves.items():
-            for what, values in found.items():
-                for end in range(SMOOTHED, len(values) + 1, SMOOTHED):
-                    mean = statistics.fmean(values[end - SMOOTHED : end])
-                    writer.writerow(["with" if soap else "without", seed, what, end, f"{mean:.5g}"])
+    lines = [
+        ["with" if soap else "without", seed, what, end, f"{statistics.fmean(values[end - SMOOTHED : end]):.5g}"]
+        for (soap, seed), found in curves.items()
+        for what, values in found.items()
+        for end in range(SMOOTHED, len(values) + 1, SMOOTHED)
+    ]
+    write_csv(path, ["soap", "seed", "what", "step", "value"], lines)
 
 
 def _plot_curves(path: Path, curves: Curves) -> None:
@@ -275,7 +261,7 @@ def _plot_curves(path: Path, curves: Curves) -> None:
 def _plot_costs(path: Path, costs: Mapping[str, Result]) -> None:
     figure, axes = new_figure(8.0, 4.2)
     for number, (kind, label) in enumerate((("forward", "forward"), ("step", "training step"))):
-        quartiles = np.array([_added(cost, kind) for cost in costs.values()])
+        quartiles = np.array([added(cost, kind) for cost in costs.values()])
         places = np.arange(len(costs)) + 0.16 * (number - 0.5)
         low, middle, high = quartiles.T
         axes.errorbar(

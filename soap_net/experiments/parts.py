@@ -7,7 +7,8 @@ from itertools import combinations
 from typing import Any
 
 from soap_kernels.weights import PARTS
-from soap_net.experiments.runner import PAPER, Experiment, Results, Row, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.results import Results, Row
 
 SUBSETS = [chosen for size in range(len(PARTS) + 1) for chosen in combinations(PARTS, size)]
 TABLE_2 = {("cwem",): 76.1, PARTS: 81.1}

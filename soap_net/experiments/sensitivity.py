@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from soap_net.experiments.runner import Experiment, Results, Row, Run, seeded
+from soap_net.experiments.experiment import Experiment, Run, seeded
+from soap_net.experiments.results import Results, Row
 from soap_net.experiments.tuples import DEFAULT, show
 from soap_net.experiments.tuples import cell as tuple_cell
 
@@ -46,7 +47,7 @@ class Sensitivity(Experiment):
             return grid
         tested = dict.fromkeys([self.best(results), PUBLISHED])
         return grid + [
-            Run(_tested(choice), seed, _settings(choice), weights_of=_cell(choice))
+            Run(tested_cell(choice), seed, _settings(choice), weights_of=_cell(choice))
             for choice in tested
             for seed in seeds
         ]
@@ -58,13 +59,12 @@ class Sensitivity(Experiment):
 
     def rows(self, results: Results) -> list[Row]:
         lines = [self._row(choice, _cell(choice), "val") for choice in self.choices]
-        return lines + [
-            self._row(choice, _tested(choice), "test") for choice in self.choices if results.seeds(_tested(choice))
-        ]
+        tested = [choice for choice in self.choices if results.seeds(tested_cell(choice))]
+        return lines + [self._row(choice, tested_cell(choice), "test") for choice in tested]
 
     def _row(self, choice: Choice, cell: str, split: str) -> Row:
         sizes, hidden = choice
-        published = _cell(PUBLISHED) if split == "val" else _tested(PUBLISHED)
+        published = _cell(PUBLISHED) if split == "val" else tested_cell(PUBLISHED)
         return Row(
             (show(sizes), str(hidden), split),
             cell,
@@ -79,7 +79,8 @@ def _cell(choice: Choice) -> str:
     return f"{tuple_cell(choice[0])}-C{choice[1]}"
 
 
-def _tested(choice: Choice) -> str:
+def tested_cell(choice: Choice) -> str:
+    """The cell that tests the net of a choice."""
     return f"test-{_cell(choice)}"
 
 

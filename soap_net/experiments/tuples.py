@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from soap_net.experiments.runner import PAPER, Experiment, Results, Row, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.results import Results, Row
 
 SETS = ((1,), (2,), (3,), (4,), (1, 2), (2, 3), (1, 2, 3), (1, 2, 3, 4))
 TABLE_3 = {(1,): 78.9, (1, 2, 3): 81.1}

@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,9 @@ from soap_net.config import Config, load_config
 from soap_net.data.motion import MotionConfig
 from soap_net.demo import NETS, run_demo
 from soap_net.errors import UserError
+from soap_net.experiments.processes import Job, perform
+from soap_net.interrupts import Interrupted
+from soap_net.runs import RunFolder
 
 MOTION = MotionConfig(size=24, seconds=0.5, dots=20, train_clips=2, val_clips=2, test_clips=3)
 SETTINGS = (
@@ -65,8 +67,8 @@ def test_the_nets_differ_in_soap_alone(done: Path) -> None:
 
 
 def test_the_table_gives_accuracy_and_time_of_an_episode(done: Path) -> None:
-    results = {name: demo._result(done / name) for name in NETS}
-    lines = demo._table(results, _config(done)).splitlines()
+    results = {name: demo.result(RunFolder(done / name)) for name in NETS}
+    lines = demo.table(results, _config(done)).splitlines()
     assert "5-way 1-shot" in lines[0]
     assert "chance is 20 %" in lines[0]
     assert [line[:14].strip() for line in lines[3:]] == list(NETS.values())
@@ -74,9 +76,7 @@ def test_the_table_gives_accuracy_and_time_of_an_episode(done: Path) -> None:
 
 
 def _cleared(out: Path, *settings: str) -> list[str]:
-    config = _config(out, *settings)
-    config = replace(config, data=replace(config.data, root=out / "motion"))
-    demo._clear({name: demo._net_config(config, name) for name in NETS}, out / "summary.json")
+    demo.clear(demo.net_configs(_config(out, *settings)), out / "summary.json")
     return sorted(path.name for path in out.iterdir())
 
 
@@ -92,6 +92,7 @@ def test_an_unfinished_demo_keeps_its_runs_and_any_other_starts_anew(done: Path,
         return out
 
     assert _cleared(leave(finished=False)) == list(NETS)
+    assert _cleared(leave(finished=False), "--device=auto") == list(NETS)  # each process may have its own GPU
     assert _cleared(leave(finished=False), "--train.lr=0.1") == []
     assert _cleared(leave(finished=True)) == []
     out = leave(finished=False)
@@ -102,11 +103,10 @@ def test_an_unfinished_demo_keeps_its_runs_and_any_other_starts_anew(done: Path,
 
 
 def test_what_a_net_process_refuses_arrives_as_one_line(tmp_path: Path) -> None:
-    outcome, inner = multiprocessing.Pipe(duplex=False)
-    demo._learn(demo._net_config(_config(tmp_path), "with_soap"), 1, inner)
-    message = outcome.recv()
-    assert "data" in message
-    assert "\n" not in message
+    net = demo.net_configs(_config(tmp_path))["with_soap"]
+    with pytest.raises(UserError, match=r"^with SOAP: .*motion") as caught:
+        list(perform([Job("with SOAP", demo.learn, net)], 1))
+    assert "\n" not in str(caught.value)
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_an_interrupted_demo_saves_and_goes_on_where_it_stopped(done: Path, tmp_
 
     watcher = threading.Thread(target=interrupt)
     watcher.start()
-    with pytest.raises((KeyboardInterrupt, UserError)):
+    with pytest.raises(Interrupted):
         run_demo(config, MOTION, progress=False)
     watcher.join()
     assert not multiprocessing.active_children()

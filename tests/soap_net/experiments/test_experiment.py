@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import subprocess
@@ -16,33 +15,14 @@ import torch
 
 from soap_net.cli import main
 from soap_net.config import Config, from_dict
+from soap_net.data.memory import ClipMemory
 from soap_net.errors import UserError
 from soap_net.experiments.command import build
-from soap_net.experiments.runner import (
-    Estimate,
-    Experiment,
-    ExperimentStopped,
-    Result,
-    Results,
-    Row,
-    Run,
-    estimate,
-    run_experiment,
-    seeded,
-    student_t,
-)
+from soap_net.experiments.experiment import Experiment, ExperimentStopped, Run, run_experiment, seeded
+from soap_net.experiments.results import Result, Results, Row
 from soap_net.interrupts import Interrupted
 
 TASKS = 50
-
-
-def tiny(data: Path) -> list[str]:
-    """The options that take the quick preset to the tiny data set, and to runs of a second."""
-    settings = {
-        "data.root": data, "data.resize": 9, "data.crop": 8, "data.interval": "null", "episode.way": 2, "eval.way": 2,
-        "episode.queries": 1, "train.episodes": 2, "eval.tasks": 10, "model.head_options": '{"out_dim": 8}',
-    }  # fmt: skip
-    return [f"--{key}={value}" for key, value in settings.items()]
 
 
 class Toy(Experiment):
@@ -66,7 +46,7 @@ class Toy(Experiment):
     def rows(self, results: Results) -> list[Row]:
         return [Row(("plain",), "plain", x="plain"), Row(("better",), "better", "test", ("plain", "test"), 81.1, x="b")]
 
-    def work(self, run: Run, config: Config, stop: Callable[[], bool]) -> Result:
+    def work(self, run: Run, config: Config, stop: Callable[[], bool], memory: ClipMemory) -> Result:
         if run.folder == self.stop_before:
             raise Interrupted
         if run.folder == self.fail:
@@ -168,6 +148,24 @@ def test_damaged_result_is_named_in_one_line_and_left_alone(toy: Toy, tmp_path: 
     assert damaged.read_text() == '{"tests": '
 
 
+@pytest.mark.parametrize("text", ["[1]", "null", '{"experiment": ', "[" * 100_000])
+def test_damaged_experiment_file_is_named_in_one_line(toy: Toy, tmp_path: Path, text: str) -> None:
+    (tmp_path / "experiment.json").write_text(text)
+    with pytest.raises(UserError, match=r"experiment\.json is damaged") as caught:
+        run(toy, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_in_an_experiment_file_is_more_than_compared(toy: Toy, tmp_path: Path) -> None:
+    settings = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "run")]}}
+    run(toy, tmp_path, seeds=1)
+    path = tmp_path / "experiment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model.backbone": settings}))
+    with pytest.raises(UserError, match=r"another experiment: model\.backbone is"):
+        run(toy, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
 def test_impossible_setting_is_found_before_any_run(tmp_path: Path) -> None:
     class Impossible(Toy):
         def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
@@ -179,48 +177,12 @@ def test_impossible_setting_is_found_before_any_run(tmp_path: Path) -> None:
     assert experiment.done == []
 
 
-def test_estimate_of_one_seed_is_the_usual_interval_over_tasks() -> None:
-    values = np.random.default_rng(0).normal(50, 10, (1, 400))
-    found = estimate(values)
-    assert found.mean == pytest.approx(values.mean())
-    assert found.half == pytest.approx(1.96 * values.std(ddof=1) / 20)
-
-
-def test_estimate_counts_the_spread_of_seeds_with_students_t() -> None:
-    found = estimate(np.array([[40.0] * 100, [50.0] * 100, [60.0] * 100]))
-    assert found == Estimate(50.0, pytest.approx(4.303 * 10 / math.sqrt(3), rel=1e-3), 3, 100)
-
-
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(200):
-        values = 60 + rng.normal(0, 3, (4, 1)) + rng.normal(0, 20, (1, 200)) + rng.normal(0, 15, (4, 200))
-        found = estimate(values)
-        hits += abs(found.mean - 60) <= found.half
-    assert 0.92 <= hits / 200 <= 0.995
-
-
-@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706), (2, 4.303), (5, 2.571), (30, 2.042), (1e9, 1.96)])
-def test_student_t_agrees_with_the_tables(freedom: float, expected: float) -> None:
-    assert student_t(freedom) == pytest.approx(expected, abs=2e-3)
-
-
-def test_difference_pairs_the_seeds_both_have() -> None:
-    def one(correct: list[int]) -> Result:
-        return {"tests": {"test": {"correct": correct, "answers": 5}}}
-
-    results = Results({("a", 0): one([5, 4]), ("b", 0): one([4, 3]), ("a", 1): one([0, 0])})
-    assert results.difference(("a", "test"), ("b", "test")) == Estimate(20.0, 0.0, 1, 2)
-    assert results.difference(("a", "test"), ("c", "test")) is None
-
-
 @pytest.mark.slow
 def test_experiment_whose_process_was_killed_in_a_training_goes_on_and_ends_as_one_never_killed(
-    tiny_data: Path, tmp_path: Path
+    tiny: list[str], tmp_path: Path
 ) -> None:
     def command(folder: Path) -> list[str]:
-        return ["experiment", "order", "--seeds=1", "--jobs=1", f"--out={folder}", *tiny(tiny_data)]
+        return ["experiment", "order", "--seeds=1", "--jobs=1", f"--out={folder}", *tiny]
 
     def tests(folder: Path) -> dict[str, dict[str, object]]:
         found = (folder / "runs").glob("*/result.json")
@@ -246,7 +208,7 @@ def test_experiment_whose_process_was_killed_in_a_training_goes_on_and_ends_as_o
 
 @pytest.mark.slow
 def test_runs_in_parallel_processes_give_the_same_results(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One thread a run in both cases: how many add up a sum decides its last bits.
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -255,7 +217,7 @@ def test_runs_in_parallel_processes_give_the_same_results(
     tables = {}
     for jobs in (1, 2):
         folder = tmp_path / f"jobs{jobs}"
-        run_experiment(build("order", "quick", tiny(tiny_data)), folder, seeds=[0], jobs=jobs, progress=False)
+        run_experiment(build("order", "quick", tiny), folder, seeds=[0], jobs=jobs, progress=False)
         found = sorted((folder / "runs").glob("*/result.json"))
         tables[jobs] = {path.parent.name: json.loads(path.read_text())["tests"] for path in found}
     torch.set_num_threads(threads)

@@ -1,0 +1,130 @@
+"""What an experiment's runs found: accuracies with intervals, paired differences, and the lines that show them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from soap_net.files import write_text
+
+Result = dict[str, Any]
+"""What a run's result.json holds."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table and one point of the plot."""
+
+    labels: tuple[str, ...]
+    """The line's first columns."""
+    cell: str
+    test: str = "test"
+    against: tuple[str, str] | None = None
+    """Cell and test whose accuracy is taken from this line's, task by task."""
+    paper: float | None = None
+    """The paper's accuracy in percent, where it is known."""
+    series: str = ""
+    """The curve of the plot that this point belongs to."""
+    x: float | str = ""
+    """Its place on the plot's horizontal axis; numbers make a curve, words stand side by side."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean in percent with the half width of its 95 % interval in points."""
+
+    mean: float
+    half: float
+    seeds: int
+    tasks: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.half:.1f}"
+
+
+def estimate(percents: NDArray[np.float64]) -> Estimate:
+    """Mean and 95 % interval of accuracies, or of differences of accuracies, ``(seeds, tasks)`` in percent.
+
+    Seeds and tasks are two crossed samples: the same tasks test the nets of all seeds. The variance of the mean is at
+    most the variance of the seeds' means over their number plus that of the tasks' means over theirs; Student's t with
+    Welch and Satterthwaite's degrees of freedom accounts for the few seeds. With a single seed the interval can speak
+    of the tasks alone.
+    """
+    seeds, tasks = percents.shape
+    by_task = float(percents.mean(axis=0).var(ddof=1)) / tasks if tasks > 1 else 0.0
+    by_seed = float(percents.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
+    total = by_task + by_seed
+    freedom = math.inf
+    if seeds > 1 and by_seed > 0:
+        freedom = total**2 / (by_seed**2 / (seeds - 1) + (by_task**2 / (tasks - 1) if tasks > 1 else 0.0))
+    return Estimate(float(percents.mean()), student_t(freedom) * math.sqrt(total), seeds, tasks)
+
+
+def student_t(freedom: float, coverage: float = 0.95) -> float:
+    """The two-sided quantile of Student's t: with ``t = sqrt(freedom) tan(a)``, `a` has the density cos^(freedom-1)."""
+    if freedom > 1000:
+        return 1.96
+    angles = np.linspace(0.0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    if freedom < 1:
+        density[-1] = density[-2]
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    angle = float(np.interp(coverage, mass / mass[-1], angles))
+    return math.sqrt(freedom) * math.tan(angle)
+
+
+class Results:
+    """The finished runs, by cell and seed."""
+
+    def __init__(self, finished: dict[tuple[str, int], Result]) -> None:
+        self.finished = finished
+
+    def seeds(self, cell: str) -> list[int]:
+        """Seeds of the finished runs of a cell."""
+        return sorted(seed for name, seed in self.finished if name == cell)
+
+    def accuracies(self, cell: str, test: str, seeds: Sequence[int]) -> NDArray[np.float64]:
+        """``(seeds, tasks)`` in percent."""
+        tests = [self.finished[cell, seed]["tests"][test] for seed in seeds]
+        return np.array([100.0 * np.array(one["correct"]) / one["answers"] for one in tests])
+
+    def accuracy(self, cell: str, test: str = "test") -> Estimate | None:
+        """Over the seeds there are; None where there is none."""
+        seeds = self.seeds(cell)
+        return estimate(self.accuracies(cell, test, seeds)) if seeds else None
+
+    def difference(self, one: tuple[str, str], other: tuple[str, str]) -> Estimate | None:
+        """Accuracy of `one` (cell, test) less that of `other`, paired: the same seeds and, in each, the same tasks."""
+        seeds = [seed for seed in self.seeds(one[0]) if seed in self.seeds(other[0])]
+        if not seeds:
+            return None
+        return estimate(self.accuracies(*one, seeds) - self.accuracies(*other, seeds))
+
+    def write(self, path: Path) -> None:
+        """Writes a CSV file with one line for each test of each run."""
+        heads = ["cell", "seed", "test", "accuracy", "ci95_of_tasks", "tasks", "train_seconds", "test_seconds"]
+        lines = [
+            [cell, seed, test, f"{one['accuracy']:.3f}", f"{one['ci95']:.3f}", one["tasks"]]
+            + [f"{result[key]:.1f}" for key in ("train_seconds", "test_seconds")]
+            + [result[key] for key in ("parameters", "soap_parameters")]
+            for (cell, seed), result in self.finished.items()
+            for test, one in result["tests"].items()
+        ]
+        write_csv(path, [*heads, "parameters", "soap_parameters"], lines)
+
+
+def write_csv(path: Path, heads: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """Writes a CSV file, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
+    writer.writerows(lines)
+    write_text(path, text.getvalue())
