@@ -35,6 +35,7 @@ from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
 from soap_net.ranks import Ranks, join
 from soap_net.runs import MetricsLog, RunFolder
+from soap_net.settings import build, read
 
 # So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
 ENOUGH_READ = 500
@@ -194,7 +195,7 @@ class Training:
             checkpoint.load_weights(self.model, content["model"], self.run.last)
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
-            self.state = Progress(**content["progress"])
+            self.state = build(Progress, read(content["progress"], Progress, str(self.run.last)))
             self._saved_episode = self.state.episode
         mine = [index for batch in self.batches() for index in shard(batch, self.ranks.rank, self.ranks.size)]
         dataset = EpisodeDataset(self._sampler, clip_loader(self.config.data, train=True, memory=self._memory), mine)
