@@ -47,3 +47,11 @@ def as_output(y: Tensor, out_dtype: torch.dtype, channels_last: bool) -> Tensor:
     if not channels_last:
         return y.to(out_dtype).contiguous()
     return y.to(out_dtype).movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+def empty_frames(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Frames of x's shape that hold nothing yet, in the layout of :func:`as_output`."""
+    if not channels_last:
+        return x.new_empty(x.shape, dtype=dtype)
+    b, t, c, height, width = x.shape
+    return x.new_empty((b, t, height, width, c), dtype=dtype).movedim(-1, 2)

@@ -50,11 +50,9 @@ class _Part(nn.Module):
 
 
 def _priors(x: Tensor, w: Weights, tuple_sizes: Sequence[int], backend: str) -> dict[str, Tensor]:
-    parts = [p for p, on in zip(PARTS, (w.three_dem, w.cwem, w.hmem), strict=True) if on]
     frames = x.to(compute_dtype(x))
-    w = reference.cast(w, frames.dtype, parts, len(tuple_sizes))
     with without_autocast(x):
-        return (equations if backend == "equations" else reference).priors(frames, w, tuple_sizes)
+        return (equations if backend == "equations" else reference).priors(frames, w.to(frames.dtype), tuple_sizes)
 
 
 class ThreeDEM(_Part):

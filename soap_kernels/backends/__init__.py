@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from soap_kernels.weights import Weights
 
 PRECISIONS = ("default", "strict", "fast")
 
@@ -30,23 +32,44 @@ class Options:
     out_dtype: torch.dtype
     out_channels_last: bool
 
+    def unflatten(self, weights: Sequence[Tensor]) -> Weights:
+        """The weights by part and name."""
+        return Weights.unflatten(weights, self.parts, len(self.tuple_sizes))
+
+
+class Priors(NamedTuple):
+    """What ``fuse_priors`` joins to its input; None for a prior that is left out."""
+
+    stencil: Tensor | None = None  # (1, 1, 3, 3, 3), on the channel means (3DEM)
+    gate: Tensor | None = None  # (B, T, C), after its sigmoid
+    weight: Tensor | None = None  # (TC, TC, 3, 3) between frame-major planes t * C + c
+    bias: Tensor | None = None  # (TC,)
+
+    def contiguous(self) -> Priors:
+        return Priors(*(None if prior is None else prior.contiguous() for prior in self))
+
 
 @dataclass(frozen=True)
 class Fusion:
     """How ``fuse_priors`` joins the priors to its input, already checked."""
 
-    multiplicative: bool
-    offset: float
-    interleaved: bool
-    precision: str
+    multiplicative: bool = False
+    offset: float = 1.0  # matters to the multiplicative form alone
+    interleaved: bool = False
+    precision: str = "default"
 
 
 class Backend(Protocol):
-    """Forward and backward of every op, on arguments that the op has checked.
+    """Forward and backward of every op; what a new backend has to write.
 
-    Shapes are those of :mod:`soap_kernels.op`. ``weights`` are the tensors of the parts that are on, in state_dict
-    order. ``prepared`` is one float32 vector of ``prepared_numel`` numbers that forward leaves for backward; what it
-    holds is the backend's own business.
+    :mod:`soap_kernels.op` is the only caller, and ends every special case before it gets here. All arguments are
+    checked; x holds something (no empty batch, no empty plane); tensors are fp32, fp16 or bf16 (x also uint8, with
+    ``options.mean``), never fp64; weights, priors, ``prepared`` and the gradient of window sums are contiguous, x and
+    the gradient of frames have any strides; autocast is off, the tensors' device is current, and convolutions by
+    PyTorch are fp32 where asked (no TF32 unless ``precision`` is "fast").
+
+    Gradients may come back in any floating dtype and with any strides: the op casts them to those of what they are of.
+    None stands for one that nobody asked for. Shapes are those of :mod:`soap_kernels.op`.
     """
 
     name: str
@@ -54,10 +77,14 @@ class Backend(Protocol):
     def why_absent(self, device: torch.device) -> str | None:
         """None where tensors on ``device`` can be served, else one line: why not, and how to get it."""
 
-    def prepared_numel(self, x: Tensor, options: Options) -> int: ...
+    def prepared_numel(self, x: Tensor, options: Options) -> int:
+        """How many numbers forward leaves for backward. x lends its shape, dtype and device, and may be fake."""
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-        """``(y, prepared)``."""
+        """y as ``options`` say, and ``prepared``: one float32 vector, the backend's own business.
+
+        ``weights`` are the tensors of the parts that are on, in state_dict order (:meth:`Options.unflatten`).
+        """
 
     def soap_backward(
         self,
@@ -68,35 +95,22 @@ class Backend(Protocol):
         options: Options,
         needs_x: bool,
         needs_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """``(dx, dweights)``; dx is empty(0) unless needed, dweights ``[]`` unless needed."""
+    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        """The gradients of x and of the weights."""
 
-    def window_sums(self, x: Tensor) -> Tensor: ...
+    def window_sums(self, x: Tensor) -> Tensor:
+        """``(N, C, 3, 3)`` in fp32."""
 
-    def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor: ...
+    def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x."""
 
-    def fuse_priors(
-        self,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> Tensor: ...
+    def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
+        """Like x, contiguous."""
 
     def fuse_priors_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
-        """Gradients of x, stencil, gate, weight, bias; empty(0) where not needed or not given."""
+        self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """The gradients of x and of the priors, as far as they are needed and given."""
 
 
 # The best first: "auto" takes the first that is present for the tensor's device.
@@ -124,29 +138,28 @@ def get(name: str) -> Backend:
 
 
 @cache
-def _choose(name: str, device_type: str, dtype: torch.dtype) -> Backend:
+def _choose(name: str, device_type: str) -> Backend:
     device = torch.device(device_type)
-    if name != "auto":
-        backend = get(name)
-        if (why := backend.why_absent(device)) is not None:
-            raise RuntimeError(f"backend {name!r} is absent for tensors on {device_type}: {why}")
-        # Native kernels accumulate in fp32; fp64 is asked for to get fp64.
-        return get("reference") if dtype == torch.float64 else backend
-    if dtype == torch.float64:
-        return get("reference")
-    return next(get(n) for n in MODULES if get(n).why_absent(device) is None)
+    if name == "auto":
+        return next(get(n) for n in MODULES if get(n).why_absent(device) is None)
+    backend = get(name)
+    if (why := backend.why_absent(device)) is not None:
+        raise RuntimeError(f"backend {name!r} is absent for tensors on {device_type}: {why}")
+    return backend
 
 
-def choose(name: str, x: Tensor) -> Backend:
+def choose(name: str, x: Tensor, *dtypes: torch.dtype) -> Backend:
     """The backend that serves ``x``: the one called ``name``, or for ``"auto"`` the best that is present.
 
-    float64 goes to the reference whatever the name.
+    float64, be it x's or among ``dtypes`` (of the other tensors in and out), goes to the reference whatever the name:
+    native kernels accumulate in fp32.
 
     Raises:
         ValueError: no backend bears that name.
         RuntimeError: it is absent here; the text says why, and how to get it.
     """
-    return _choose(name, x.device.type, x.dtype)
+    chosen = _choose(name, x.device.type)
+    return get("reference") if torch.float64 in (x.dtype, *dtypes) else chosen
 
 
 def status(device: torch.device | str = "cpu") -> dict[str, str | None]:

@@ -16,8 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options
-from soap_kernels.backends.reference import BACKEND as REFERENCE
+from soap_kernels.backends import Fusion, Options, Priors
 from soap_kernels.weights import PARTS
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
@@ -96,6 +95,10 @@ def _parts(parts: Sequence[str]) -> int:
     return sum(1 << k for k, p in enumerate(PARTS) if p in parts)
 
 
+def _fusion(fusion: Fusion) -> tuple[bool, float, bool, bool]:
+    return fusion.multiplicative, fusion.offset, fusion.interleaved, fusion.precision == "strict"
+
+
 class CppBackend:
     name = "cpp"
 
@@ -110,9 +113,6 @@ class CppBackend:
         return 2 * x.shape[0] * x.shape[1] * x.shape[2] if "cwem" in options.parts else 0
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-        if options.out_dtype == torch.float64:
-            y, _ = REFERENCE.soap_forward(x, weights, options)
-            return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
         y, prepared = torch.ops.soap_kernels.cpp_soap(
             x,
             weights,
@@ -135,9 +135,7 @@ class CppBackend:
         options: Options,
         needs_x: bool,
         needs_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        if grad.dtype == torch.float64:
-            return REFERENCE.soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
+    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
         dx, dweights = torch.ops.soap_kernels.cpp_soap_backward(
             grad,
             x,
@@ -161,53 +159,17 @@ class CppBackend:
         dx: Tensor = torch.ops.soap_kernels.cpp_window_sums_backward(grad, x)
         return dx
 
-    def fuse_priors(
-        self,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> Tensor:
-        y: Tensor = torch.ops.soap_kernels.cpp_fuse_priors(
-            x,
-            stencil,
-            gate,
-            weight,
-            bias,
-            fusion.multiplicative,
-            fusion.offset,
-            fusion.interleaved,
-            fusion.precision == "strict",
-        )
+    def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
+        y: Tensor = torch.ops.soap_kernels.cpp_fuse_priors(x, *priors, *_fusion(fusion))
         return y
 
     def fuse_priors_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-        needs: Sequence[bool],
+        self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
     ) -> list[Tensor]:
-        found = torch.ops.soap_kernels.cpp_fuse_priors_backward(
-            grad,
-            x,
-            stencil,
-            gate,
-            weight,
-            bias,
-            fusion.multiplicative,
-            fusion.offset,
-            fusion.interleaved,
-            fusion.precision == "strict",
-            needs[0],
+        found: list[Tensor] = torch.ops.soap_kernels.cpp_fuse_priors_backward(
+            grad, x, *priors, *_fusion(fusion), needs[0]
         )
-        return [g if need else g.new_empty(0) for g, need in zip(found, needs, strict=True)]
+        return found
 
 
 BACKEND = CppBackend()

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, cuda_wide
-from soap_kernels.backends.reference import BACKEND as LIBRARY
+from soap_kernels.backends import Fusion, Options, Priors, cuda_wide
+from soap_kernels.frames import empty_frames
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
 _library.define(
@@ -129,23 +128,8 @@ def _numbers(offset: float, mean: Sequence[float] | None = None, std: Sequence[f
     return [offset, *scale, *shift]
 
 
-def _any_double(dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
-    return dtype == torch.float64 or any(w.dtype == torch.float64 for w in weights)
-
-
-def _like(w: Tensor) -> Tensor:
-    return torch.empty_like(w, memory_format=torch.contiguous_format)
-
-
-def _exact_convolutions(precision: str) -> AbstractContextManager[None]:
-    """cuDNN computes fp32 convolutions in TF32 unless told not to."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=True,
-        allow_tf32=precision == "fast",
-    )
+def _settings(flags: int, mode: int, options: Options) -> list[int]:
+    return [flags, mode, *options.tuple_sizes] if flags & HMEM else [flags, mode]
 
 
 class CudaBackend:
@@ -161,13 +145,12 @@ class CudaBackend:
         return _load()
 
     def _fits(self, x: Tensor, mode: int, tuple_sizes: Sequence[int] = (), weights: Sequence[Tensor] = ()) -> bool:
-        frames, channels, height, width = x.shape[1:]
+        frames, channels = x.shape[1:3]
         limit = shared_memory_limit(x.device)
         return (
             channels <= MAX_CHANNELS
             and len(tuple_sizes) <= MAX_TUPLE_SIZES
             and (mode != EXACT or frames <= 8)
-            and min(height, width) >= 1
             and shared_memory(frames, channels, mode) <= limit
             and folding_memory(frames, channels, tuple_sizes, weights) <= limit
         )
@@ -178,30 +161,14 @@ class CudaBackend:
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
-        fits = self._fits(x, mode, options.tuple_sizes, weights)
-        if _any_double(options.out_dtype, weights) or not (fits or x.numel()):
-            with _exact_convolutions(options.precision):
-                y, _ = LIBRARY.soap_forward(x, weights, options)
-            return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
-        b, t, c, height, width = x.shape
-        if options.out_channels_last:
-            y = x.new_empty((b, t, height, width, c), dtype=options.out_dtype).movedim(-1, 2)
-        else:
-            y = x.new_empty(x.shape, dtype=options.out_dtype)
-        if not fits:
-            with _exact_convolutions(options.precision):
-                cuda_wide.soap_forward(x, weights, options, y)
+        y = empty_frames(x, options.out_dtype, options.out_channels_last)
+        if not self._fits(x, mode, options.tuple_sizes, weights):
+            cuda_wide.soap_forward(x, weights, options, y)
             return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
         prepared = _new_prepared(x, flags, mode)
-        if x.numel():
-            torch.ops.soap_kernels.cuda_forward(
-                x,
-                [w.contiguous() for w in weights],
-                [flags, mode, *options.tuple_sizes] if flags & HMEM else [flags, mode],
-                _numbers(0.0, options.mean, options.std),
-                y,
-                prepared,
-            )
+        torch.ops.soap_kernels.cuda_forward(
+            x, weights, _settings(flags, mode, options), _numbers(0.0, options.mean, options.std), y, prepared
+        )
         return y, prepared
 
     def soap_backward(
@@ -213,23 +180,14 @@ class CudaBackend:
         options: Options,
         needs_x: bool,
         needs_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
-        fits = self._fits(x, mode, options.tuple_sizes, weights)
-        if _any_double(grad.dtype, weights) or not (fits or x.numel()):
-            with _exact_convolutions(options.precision):
-                return LIBRARY.soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
-        if not fits:
-            with _exact_convolutions(options.precision):
-                dx, dweights = cuda_wide.soap_backward(grad, x, weights, options, needs_x, needs_weights)
-            return x.new_empty(0) if dx is None else dx, dweights
-        dweights = [_like(w) for w in weights] if needs_weights else []
-        settings = [flags, mode, *options.tuple_sizes] if flags & HMEM else [flags, mode]
+        if not self._fits(x, mode, options.tuple_sizes, weights):
+            return cuda_wide.soap_backward(grad, x, weights, options, needs_x, needs_weights)
+        dweights = [torch.empty_like(w) for w in weights] if needs_weights else []
         numbers = _numbers(0.0, options.mean, options.std)
-        if x.numel() == 0:
-            return x.new_empty(x.shape if needs_x else 0), [w.zero_() for w in dweights]
-        dx = self._backward(grad, x, prepared, weights, settings, numbers, dweights, needs_x)
-        return x.new_empty(0) if dx is None else dx, dweights
+        settings = _settings(flags, mode, options)
+        return self._backward(grad, x, prepared, weights, settings, numbers, dweights, needs_x), dweights
 
     def _backward(
         self,
@@ -256,7 +214,7 @@ class CudaBackend:
             grad,
             x,
             prepared,
-            [w.contiguous() for w in weights],
+            weights,
             settings,
             numbers,
             dweights,
@@ -269,99 +227,50 @@ class CudaBackend:
             return None
         dx = grad.float() if through is None else through
         if dz is not None and dense is not None:
-            with _exact_convolutions("default"):
-                dx = dx + F.conv_transpose2d(dz, dense, padding=1).view(x.shape)
+            dx = dx + F.conv_transpose2d(dz, dense, padding=1).view(x.shape)
         if dmeans is not None:
             dx = dx + dmeans[..., None, None] / (height * width)
-        return dx.to(x.dtype).contiguous()
+        return dx
 
     def window_sums(self, x: Tensor) -> Tensor:
         sums = x.new_empty((*x.shape[:2], 3, 3), dtype=torch.float32)
-        if x.numel() == 0:
-            return sums.zero_()
         torch.ops.soap_kernels.cuda_window_sums(x, sums)
         return sums
 
     def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
         dx = x.new_empty(x.shape)
-        if x.numel():
-            torch.ops.soap_kernels.cuda_window_sums_backward(grad.float().contiguous(), dx)
+        torch.ops.soap_kernels.cuda_window_sums_backward(grad, dx)
         return dx
 
-    def fuse_priors(
-        self,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> Tensor:
-        given, settings = self._given(x, stencil, gate, weight, bias, fusion)
-        fits = self._fits(x, settings[1])
-        if _any_double(x.dtype, given) or not (fits or x.numel()):
-            with _exact_convolutions(fusion.precision):
-                return LIBRARY.fuse_priors(x, stencil, gate, weight, bias, fusion)
+    def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
+        given, settings = self._given(x, priors, fusion)
         y = x.new_empty(x.shape)
-        if not fits:
-            with _exact_convolutions(fusion.precision):
-                cuda_wide.fuse_priors(x, stencil, gate, weight, bias, fusion, y)
+        if not self._fits(x, settings[1]):
+            cuda_wide.fuse_priors(x, priors, fusion, y)
             return y
-        if x.numel():
-            prepared = _new_prepared(x, settings[0], settings[1])
-            weights = [w.contiguous() for w in given]
-            torch.ops.soap_kernels.cuda_forward(x, weights, settings, _numbers(fusion.offset), y, prepared)
+        prepared = _new_prepared(x, settings[0], settings[1])
+        torch.ops.soap_kernels.cuda_forward(x, given, settings, _numbers(fusion.offset), y, prepared)
         return y
 
     def fuse_priors_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
-        given, settings = self._given(x, stencil, gate, weight, bias, fusion)
-        fits = self._fits(x, settings[1])
-        if _any_double(x.dtype, given) or not (fits or x.numel()):
-            with _exact_convolutions(fusion.precision):
-                return LIBRARY.fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
-        if not fits:
-            with _exact_convolutions(fusion.precision):
-                wide = cuda_wide.fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
-            return [g if need and g is not None else x.new_empty(0) for g, need in zip(wide, needs, strict=True)]
-        dgiven = [_like(w) for w in given]
-        dx: Tensor | None = x.new_empty(x.shape)
-        if x.numel():
-            numbers = _numbers(fusion.offset)
-            prepared = _new_prepared(x, settings[0], settings[1])
-            torch.ops.soap_kernels.cuda_prepare(x, [w.contiguous() for w in given], settings, numbers, prepared)
-            dx = self._backward(grad, x, prepared, given, settings, numbers, dgiven, needs[0])
-        else:
-            for d in dgiven:
-                d.zero_()
+        self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        given, settings = self._given(x, priors, fusion)
+        if not self._fits(x, settings[1]):
+            return cuda_wide.fuse_priors_backward(grad, x, priors, fusion, needs)
+        dgiven = [torch.empty_like(w) for w in given]
+        numbers = _numbers(fusion.offset)
+        prepared = _new_prepared(x, settings[0], settings[1])
+        torch.ops.soap_kernels.cuda_prepare(x, given, settings, numbers, prepared)
+        dx = self._backward(grad, x, prepared, given, settings, numbers, dgiven, needs[0])
         rest = iter(dgiven)
-        found = [dx, *(None if w is None else next(rest) for w in (stencil, gate, weight, bias))]
-        return [g if need and g is not None else x.new_empty(0) for g, need in zip(found, needs, strict=True)]
+        return [dx, *(None if prior is None else next(rest) for prior in priors)]
 
     @staticmethod
-    def _given(
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> tuple[list[Tensor], list[int]]:
+    def _given(x: Tensor, priors: Priors, fusion: Fusion) -> tuple[list[Tensor], list[int]]:
         flags = (MULTIPLICATIVE if fusion.multiplicative else 0) | (INTERLEAVED if fusion.interleaved else 0)
-        given = []
-        for tensor, flag in ((stencil, STENCIL), (gate, GATE), (weight, CONV), (bias, BIAS)):
-            if tensor is not None:
-                given.append(tensor)
-                flags |= flag
+        flags |= sum(f for prior, f in zip(priors, (STENCIL, GATE, CONV, BIAS), strict=True) if prior is not None)
+        given = [prior for prior in priors if prior is not None]
         return given, [flags, choose_mode(x.dtype, fusion.precision, x.dtype)]
 
 

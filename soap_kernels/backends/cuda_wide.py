@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, reference
+from soap_kernels.backends import Fusion, Options, Priors, reference
 from soap_kernels.backends.reference import Prepared
 from soap_kernels.fold import fold_joint, unfold_joint, unfold_three_dem
 from soap_kernels.frames import as_float
@@ -95,8 +95,7 @@ def _additive(options: Options) -> Fusion:
 
 def _prepare(frames: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Weights, Prepared]:
     """The weights in fp32, and what they fold to."""
-    sizes = len(options.tuple_sizes)
-    w = reference.cast(Weights.unflatten(weights, options.parts, sizes), torch.float32, options.parts, sizes)
+    w = options.unflatten(weights).to(torch.float32)
     return w, reference.prepare(frames, w, options.tuple_sizes)
 
 
@@ -109,45 +108,22 @@ def soap_forward(x: Tensor, weights: Sequence[Tensor], options: Options, y: Tens
 def soap_backward(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], options: Options, needs_x: bool, needs_weights: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """dx in x's dtype and the gradients of the weights in theirs."""
     frames = _frames(x, options, backward=True)
     w, p = _prepare(frames, weights, options)
     dx, d = _sweep(grad, frames, p, _additive(options), needs_x, needs_weights)
-    dx, gradients = reference.finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
-    dweights = [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)] if needs_weights else []
-    return None if dx is None else dx.to(x.dtype).contiguous(), dweights
+    return reference.finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
 
 
-def fuse_priors(
-    x: Tensor,
-    stencil: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fusion: Fusion,
-    y: Tensor,
-) -> None:
+def fuse_priors(x: Tensor, priors: Priors, fusion: Fusion, y: Tensor) -> None:
     frames = _convolved(x, fusion.precision, backward=False)
-    _fuse(frames, reference.given(x, stencil, gate, weight, bias, torch.float32), fusion, y)
+    _fuse(frames, reference.given(x, priors, torch.float32), fusion, y)
 
 
 def fuse_priors_backward(
-    grad: Tensor,
-    x: Tensor,
-    stencil: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fusion: Fusion,
-    needs: Sequence[bool],
+    grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of x, stencil, gate, weight and bias, in their dtypes."""
+    """Gradients of x, stencil, gate, weight and bias."""
     frames = _convolved(x, fusion.precision, backward=True)
-    p = reference.given(x, stencil, gate, weight, bias, torch.float32)
+    p = reference.given(x, priors, torch.float32)
     dx, d = _sweep(grad, frames, p, fusion, needs[0], needs[1] or needs[3])
-    dstencil = None if d.rows is None else unfold_three_dem(d.rows).conv
-    found = (dx, dstencil, d.gate, d.weight, d.bias)
-    return [
-        None if g is None or like is None else g.to(like.dtype).contiguous()
-        for g, like in zip(found, (x, stencil, gate, weight, bias), strict=True)
-    ]
+    return [dx, None if d.rows is None else unfold_three_dem(d.rows).conv, d.gate, d.weight, d.bias]

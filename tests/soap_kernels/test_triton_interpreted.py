@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from soap_kernels import equations
-from soap_kernels.backends import Fusion, reference
+from soap_kernels.backends import Fusion, Priors, reference
 from soap_kernels.compat import TriplePrior
 from soap_kernels.frames import as_float
 from soap_kernels.modules import SOAP
@@ -106,9 +106,9 @@ def test_fuse_priors_multiplied_and_interleaved(channels: int) -> None:
     inputs = (torch.randn(1, 1, 3, 3, 3), torch.rand(shape[:3]), torch.randn(planes, planes, 3, 3), torch.randn(planes))
     settings = (True, 4.0, True, "default", "triton")
     y = torch.ops.soap_kernels.fuse_priors(x, *inputs, *settings)
-    exact = [v.double() for v in inputs]
+    exact = Priors(*(v.double() for v in inputs))
     fusion = Fusion(True, 4.0, True, "default")
-    assert worst(y, reference.BACKEND.fuse_priors(x.double(), *exact, fusion)) < 1e-5
+    assert worst(y, reference.BACKEND.fuse_priors(x.double(), exact, fusion)) < 1e-5
     needs = [True] * 5
     found = torch.ops.soap_kernels.fuse_priors_backward(grad, x, *inputs, *settings[:4], needs, "triton")
     wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), *exact, fusion, needs)

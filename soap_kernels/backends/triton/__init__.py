@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options
+from soap_kernels.backends import Fusion, Options, Priors
 
 
 def _interpreted() -> bool:
@@ -42,11 +41,6 @@ def _ops() -> ModuleType:
     return ops
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever device its tensors are on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 class TritonBackend:
     name = "triton"
 
@@ -63,8 +57,7 @@ class TritonBackend:
         return int(_ops().prepared_numel(x, options))
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-        with _on(x):
-            y, prepared = _ops().soap_forward(x, weights, options)
+        y, prepared = _ops().soap_forward(x, weights, options)
         return y, prepared
 
     def soap_backward(
@@ -76,47 +69,26 @@ class TritonBackend:
         options: Options,
         needs_x: bool,
         needs_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        with _on(x):
-            dx, dweights = _ops().soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
+    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        dx, dweights = _ops().soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
         return dx, dweights
 
     def window_sums(self, x: Tensor) -> Tensor:
-        with _on(x):
-            found: Tensor = _ops().window_sums(x)
+        found: Tensor = _ops().window_sums(x)
         return found
 
     def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        with _on(x):
-            dx: Tensor = _ops().window_sums_backward(grad, x)
+        dx: Tensor = _ops().window_sums_backward(grad, x)
         return dx
 
-    def fuse_priors(
-        self,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> Tensor:
-        with _on(x):
-            y: Tensor = _ops().fuse_priors(x, stencil, gate, weight, bias, fusion)
+    def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
+        y: Tensor = _ops().fuse_priors(x, priors, fusion)
         return y
 
     def fuse_priors_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
-        with _on(x):
-            found: list[Tensor] = _ops().fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
+        self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        found: list[Tensor | None] = _ops().fuse_priors_backward(grad, x, priors, fusion, needs)
         return found
 
 

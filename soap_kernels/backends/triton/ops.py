@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, reference
+from soap_kernels.backends import Fusion, Options, Priors, reference
 from soap_kernels.backends.triton import wide as planes
 from soap_kernels.backends.triton.finish import finish, finish_priors
 from soap_kernels.backends.triton.fuse import fuse, fuse_dx
@@ -302,11 +302,9 @@ def _given(w: Weights) -> dict[str, Any]:
 def soap_forward(x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
     y = _frames(x, options.out_dtype, options.out_channels_last)
     prepared = torch.empty(prepared_numel(x, options), device=x.device)
-    if x.numel() == 0:
-        return y, prepared
     if not options.parts:
         return y.copy_(as_float(x, options.mean, options.std)), prepared
-    w = Weights.unflatten(weights, options.parts, len(options.tuple_sizes))
+    w = options.unflatten(weights)
     layout, numbers = _layout(x, options, _hidden(w)), _numbers(x, options)
     if not layout.fits:
         frames, _, p, fused = _wide(x, weights, options)
@@ -335,13 +333,10 @@ def soap_backward(
     options: Options,
     needs_x: bool,
     needs_weights: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    if x.numel() == 0:
-        dx = x.new_empty(x.shape) if needs_x else x.new_empty(0)
-        return dx, [torch.zeros_like(w) for w in weights] if needs_weights else []
+) -> tuple[Tensor | None, list[Tensor]]:
     if not options.parts:
-        return grad.to(x.dtype).clone() if needs_x else x.new_empty(0), []
-    w = Weights.unflatten(weights, options.parts, len(options.tuple_sizes))
+        return grad if needs_x else None, []
+    w = options.unflatten(weights)
     layout, numbers = _layout(x, options, _hidden(w)), _numbers(x, options)
     if not layout.fits:
         return _wide_backward(grad, x, weights, options, needs_x, needs_weights)
@@ -372,87 +367,63 @@ def soap_backward(
             **layout.folds(), STENCIL_GROUP=layout.stencil_group, NORMALIZE=layout.normalize, ONE=layout.one,
             num_warps=4,
         )  # fmt: skip
-    dx = _fuse_dx(x, layout, numbers, pieces, swept, layout.hidden > 0) if needs_x else x.new_empty(0)
+    dx = _fuse_dx(x, layout, numbers, pieces, swept, layout.hidden > 0) if needs_x else None
     return dx, dweights
 
 
 def _wide(x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Weights, reference.Prepared, Fusion]:
     frames = x if options.mean is None else as_float(x, options.mean, options.std)
-    sizes = len(options.tuple_sizes)
-    w = reference.cast(Weights.unflatten(weights, options.parts, sizes), torch.float32, options.parts, sizes)
+    w = options.unflatten(weights).to(torch.float32)
     additive = Fusion(False, 0.0, False, options.precision)
     return frames, w, reference.prepare(frames, w, options.tuple_sizes), additive
 
 
 def _wide_backward(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], options: Options, needs_x: bool, needs_weights: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor | None, list[Tensor]]:
     frames, w, p, fusion = _wide(x, weights, options)
     dx, d = planes.backward(grad, frames, p, fusion, needs_x, needs_weights)
-    dx, gradients = reference.finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
-    dweights = [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)] if needs_weights else []
-    return x.new_empty(0) if dx is None else dx.to(x.dtype).contiguous(), dweights
+    return reference.finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
 
 
-def _fusion_layout(x: Tensor, stencil: Tensor | None, weight: Tensor | None) -> Layout:
-    return Layout(x.shape[1], x.shape[2], (), 0, weight is not None, stencil is not None, False)
+def _fusion_layout(x: Tensor, priors: Priors) -> Layout:
+    return Layout(x.shape[1], x.shape[2], (), 0, priors.weight is not None, priors.stencil is not None, False)
 
 
-def _fusion_pieces(
-    x: Tensor, stencil: Tensor | None, weight: Tensor | None, bias: Tensor | None, layout: Layout, numbers: Numbers,
-    fusion: Fusion,
-) -> Prepared:  # fmt: skip
+def _fusion_pieces(x: Tensor, priors: Priors, layout: Layout, numbers: Numbers, fusion: Fusion) -> Prepared:
     prepared = torch.empty(_slots(layout, numbers, *x.shape[::3], x.shape[4])[-1][0], device=x.device)
     pieces = Prepared.of(prepared, layout, numbers, x)
     if layout.conv:
-        given = {"stencil": stencil, "weight": weight, "bias": bias}
-        given = {name: None if v is None else v.contiguous() for name, v in given.items()}
+        given = {"stencil": priors.stencil, "weight": priors.weight, "bias": priors.bias}
         _prepare(x, layout, numbers, pieces, given, interleaved=fusion.interleaved)
     return pieces
 
 
-def fuse_priors(
-    x: Tensor, stencil: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, fusion: Fusion
-) -> Tensor:
+def fuse_priors(x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
-    layout, numbers = _fusion_layout(x, stencil, weight), Numbers.choose(x.dtype, x.dtype, fusion.precision)
+    layout, numbers = _fusion_layout(x, priors), Numbers.choose(x.dtype, x.dtype, fusion.precision)
     if not layout.fits:
-        planes.forward(x, reference.given(x, stencil, gate, weight, bias, torch.float32), fusion, y, False)
+        planes.forward(x, reference.given(x, priors, torch.float32), fusion, y, False)
         return y
-    pieces = _fusion_pieces(x, stencil, weight, bias, layout, numbers, fusion)
-    gate = None if gate is None else gate.contiguous()
-    _fuse(x, layout, numbers, pieces, y, gate, multiplicative=fusion.multiplicative, offset=fusion.offset)
+    pieces = _fusion_pieces(x, priors, layout, numbers, fusion)
+    _fuse(x, layout, numbers, pieces, y, priors.gate, multiplicative=fusion.multiplicative, offset=fusion.offset)
     return y
 
 
 def fuse_priors_backward(
-    grad: Tensor, x: Tensor, stencil: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    fusion: Fusion, needs: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
-    given = (x, stencil, gate, weight, bias)
-    if x.numel() == 0:
-        return [
-            torch.zeros_like(v) if need and v is not None else x.new_empty(0)
-            for v, need in zip(given, needs, strict=True)
-        ]
-    layout, numbers = _fusion_layout(x, stencil, weight), Numbers.choose(x.dtype, x.dtype, fusion.precision)
-    if not layout.fits:
-        p = reference.given(x, stencil, gate, weight, bias, torch.float32)
-        dx, d = planes.backward(grad, x, p, fusion, needs[0], needs[1] or needs[3] or needs[4])
-        dstencil = None if d.rows is None else unfold_three_dem(d.rows).conv
-        found = (dx, dstencil, d.gate, d.weight, d.bias)
-        return [
-            g.to(v.dtype).contiguous() if need and g is not None and v is not None else x.new_empty(0)
-            for g, v, need in zip(found, given, needs, strict=True)
-        ]
-    pieces = _fusion_pieces(x, stencil, weight, bias, layout, numbers, fusion)
-    gate = None if gate is None else gate.contiguous()
+    grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    given = (x, *priors)
+    layout, numbers = _fusion_layout(x, priors), Numbers.choose(x.dtype, x.dtype, fusion.precision)
     needs_weights = needs[1] or needs[3] or needs[4]
+    if not layout.fits:
+        p = reference.given(x, priors, torch.float32)
+        dx, d = planes.backward(grad, x, p, fusion, needs[0], needs_weights)
+        return [dx, None if d.rows is None else unfold_three_dem(d.rows).conv, d.gate, d.weight, d.bias]
+    pieces = _fusion_pieces(x, priors, layout, numbers, fusion)
     swept = _sweep(
-        grad, x, layout, numbers, pieces, gate, needs[0], needs_weights, fusion.multiplicative, fusion.offset
-    )  # fmt: skip
+        grad, x, layout, numbers, pieces, priors.gate, needs[0], needs_weights, fusion.multiplicative, fusion.offset
+    )
     out = [
         torch.empty(v.shape, dtype=v.dtype, device=v.device) if need and v is not None else None
         for v, need in zip(given, needs, strict=True)
@@ -466,14 +437,12 @@ def fuse_priors_backward(
         )  # fmt: skip
     if needs[0]:
         out[0] = _fuse_dx(x, layout, numbers, pieces, swept, False)
-    return [x.new_empty(0) if v is None else v for v in out]
+    return out
 
 
 def window_sums(x: Tensor) -> Tensor:
     n, channels, height, width = x.shape
     out = torch.empty((n, channels, 3, 3), device=x.device)
-    if x.numel() == 0:
-        return out.zero_()
     launch(
         window_sums_kernel, (n * channels,), x, out, channels, *x.stride(), height, width,
         WIDE=wide(height, width, x.stride()), BLOCK=PLANE_BLOCK, num_warps=8,
@@ -484,7 +453,6 @@ def window_sums(x: Tensor) -> Tensor:
 def window_sums_backward(grad: Tensor, x: Tensor) -> Tensor:
     n, channels, height, width = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        grid = (-(-height * width // COPY_BLOCK), n * channels)
-        launch(window_sums_backward_kernel, grid, grad.contiguous(), dx, height, width, BLOCK=COPY_BLOCK, num_warps=4)
+    grid = (-(-height * width // COPY_BLOCK), n * channels)
+    launch(window_sums_backward_kernel, grid, grad, dx, height, width, BLOCK=COPY_BLOCK, num_warps=4)
     return dx
