@@ -182,7 +182,7 @@ def test_fuse_priors_equals_the_reference(
     grad = torch.randn_like(x)
     needs = [True, *(v is not None for v in inputs)]
     found = backend().fuse_priors_backward(grad, x, inputs, fusion, needs)
-    wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), *exact, fusion, needs)
+    wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), exact, fusion, needs)
     for a, e in zip(found, wanted, strict=True):
         if e is not None:
             assert a.shape == e.shape

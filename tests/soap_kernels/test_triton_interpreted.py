@@ -111,7 +111,7 @@ def test_fuse_priors_multiplied_and_interleaved(channels: int) -> None:
     assert worst(y, reference.BACKEND.fuse_priors(x.double(), exact, fusion)) < 1e-5
     needs = [True] * 5
     found = torch.ops.soap_kernels.fuse_priors_backward(grad, x, *inputs, *settings[:4], needs, "triton")
-    wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), *exact, fusion, needs)
+    wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), exact, fusion, needs)
     assert max(worst(a, b) for a, b in zip(found, wanted, strict=True)) < 1e-5
 
 
