@@ -2,7 +2,7 @@
 
 A forward is two launches (``prepare``, ``fuse``), a backward to all weights three (``sweep``, ``reduce``, ``finish``).
 These serve clips of up to 3 channels whose tile fits shared memory (40 frames of fp32, 90 of fp16, bf16 or uint8); for
-feature maps the folded convolution is cuDNN's, with one kernel around it (:mod:`soap_kernels.backends.cuda_wide`).
+feature maps the folded convolution is cuDNN's, with one kernel around it (:mod:`soap_kernels.backends.wide`).
 fp64 goes to the reference.
 """
 
@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, Priors, cuda_wide
+from soap_kernels.backends import Fusion, Options, Priors
+from soap_kernels.backends.reference import Prepared
+from soap_kernels.backends.wide import Wide
 from soap_kernels.frames import empty_frames
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
@@ -27,6 +29,13 @@ _library.define("cuda_prepare(Tensor x, Tensor[] weights, int[] settings, float[
 _library.define(
     "cuda_backward(Tensor grad, Tensor x, Tensor prepared, Tensor[] weights, int[] settings, float[] numbers,"
     " Tensor(a!)[] dweights, Tensor(b!)? dz, Tensor(c!)? through, Tensor(d!)? dense, Tensor(e!)? dmeans) -> ()"
+)
+_library.define(
+    "cuda_join(Tensor x, Tensor? z, Tensor? bias, Tensor? gate, int[] settings, float offset, Tensor(a!) y) -> ()"
+)
+_library.define(
+    "cuda_part(Tensor grad, Tensor x, Tensor? z, Tensor? bias, Tensor? gate, int[] settings, float offset,"
+    " Tensor(a!)? dz, Tensor(b!)? direct) -> Tensor"
 )
 _library.define("cuda_window_sums(Tensor x, Tensor(a!) sums) -> ()")
 _library.define("cuda_window_sums_backward(Tensor grad, Tensor(a!) dx) -> ()")
@@ -132,6 +141,24 @@ def _settings(flags: int, mode: int, options: Options) -> list[int]:
     return [flags, mode, *options.tuple_sizes] if flags & HMEM else [flags, mode]
 
 
+def _wide_settings(p: Prepared, fusion: Fusion) -> tuple[Tensor | None, Tensor | None, list[int], float]:
+    return p.bias, p.gate, [p.weight is not None, p.rows is not None, fusion.multiplicative], float(fusion.offset)
+
+
+def _join(x: Tensor, z: Tensor | None, p: Prepared, fusion: Fusion, y: Tensor) -> None:
+    torch.ops.soap_kernels.cuda_join(x, z, *_wide_settings(p, fusion), y)
+
+
+def _part(
+    grad: Tensor, x: Tensor, z: Tensor | None, p: Prepared, fusion: Fusion, dz: Tensor | None, direct: Tensor | None
+) -> Tensor:
+    shares: Tensor = torch.ops.soap_kernels.cuda_part(grad, x, z, *_wide_settings(p, fusion), dz, direct)
+    return shares
+
+
+WIDE = Wide(_join, _part)
+
+
 class CudaBackend:
     name = "cuda"
 
@@ -163,7 +190,7 @@ class CudaBackend:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
         y = empty_frames(x, options.out_dtype, options.out_channels_last)
         if not self._fits(x, mode, options.tuple_sizes, weights):
-            cuda_wide.soap_forward(x, weights, options, y)
+            WIDE.soap_forward(x, weights, options, y)
             return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
         prepared = _new_prepared(x, flags, mode)
         torch.ops.soap_kernels.cuda_forward(
@@ -183,7 +210,7 @@ class CudaBackend:
     ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
         mode, flags = choose_mode(x.dtype, options.precision, options.out_dtype), _flags(options)
         if not self._fits(x, mode, options.tuple_sizes, weights):
-            return cuda_wide.soap_backward(grad, x, weights, options, needs_x, needs_weights)
+            return WIDE.soap_backward(grad, x, weights, options, needs_x, needs_weights)
         dweights = [torch.empty_like(w) for w in weights] if needs_weights else []
         numbers = _numbers(0.0, options.mean, options.std)
         settings = _settings(flags, mode, options)
@@ -246,7 +273,7 @@ class CudaBackend:
         given, settings = self._given(x, priors, fusion)
         y = x.new_empty(x.shape)
         if not self._fits(x, settings[1]):
-            cuda_wide.fuse_priors(x, priors, fusion, y)
+            WIDE.fuse_priors(x, priors, fusion, y)
             return y
         prepared = _new_prepared(x, settings[0], settings[1])
         torch.ops.soap_kernels.cuda_forward(x, given, settings, _numbers(fusion.offset), y, prepared)
@@ -254,10 +281,10 @@ class CudaBackend:
 
     def fuse_priors_backward(
         self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
+    ) -> Sequence[Tensor | None]:
         given, settings = self._given(x, priors, fusion)
         if not self._fits(x, settings[1]):
-            return cuda_wide.fuse_priors_backward(grad, x, priors, fusion, needs)
+            return WIDE.fuse_priors_backward(grad, x, priors, fusion, needs)
         dgiven = [torch.empty_like(w) for w in given]
         numbers = _numbers(fusion.offset)
         prepared = _new_prepared(x, settings[0], settings[1])
