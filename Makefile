@@ -53,7 +53,7 @@ test-slow: $(INSTALLED)
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
-	$(PYTEST) -m gpu_proof --durations 10 tests/soap_kernels
+	$(PYTEST) -m gpu_proof --durations 10 tests/gpu_proof
 
 benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"

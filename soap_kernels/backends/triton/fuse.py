@@ -179,10 +179,11 @@ def tile_pixels(row, column, H, W, block: tl.constexpr):
 
 @triton.jit
 def normalized(v, normalization, layout: tl.constexpr):
+    C: tl.constexpr = layout.channels
     c = tl.arange(0, layout.rows) // layout.padded_frames
     factor = tl.zeros((v.shape[0],), tl.float32)
     term = tl.zeros((v.shape[0],), tl.float32)
-    for i in tl.static_range(layout.channels):
+    for i in tl.static_range(C):
         factor = tl.where(c == i, normalization.scale[i], factor)
         term = tl.where(c == i, normalization.shift[i], term)
     return v * factor[:, None] + term[:, None]

@@ -2,7 +2,8 @@
 
 A kernel takes :class:`Layout`, :class:`Numbers` and :class:`Block` whole, as ``tl.constexpr``, and reads their fields
 and properties. Triton 3.6, the oldest served, lets a number into a tuple, such as a shape, only by a name that is bound
-as ``tl.constexpr``, and hands no string or tuple on to a function: those are read where they are used.
+as ``tl.constexpr``, and hands no string or tuple on to a function: those are read where they are used. ``static_range``
+wants a bound name too.
 
 Nothing here touches a device, so that tests can compile for an architecture that is not at hand.
 """

@@ -320,9 +320,10 @@ def prepare_kernel(
 @triton.jit
 def plane_means(means, b, t, c, ok, pixels, layout: tl.constexpr):
     """Means of clip b's planes (t, c), 0 where not ``ok``."""
-    at = means + ((b.to(tl.int64) * layout.frames + t) * layout.channels + c) * layout.chunks
+    CHUNKS: tl.constexpr = layout.chunks
+    at = means + ((b.to(tl.int64) * layout.frames + t) * layout.channels + c) * CHUNKS
     total = tl.load(at, mask=ok, other=0.0)
-    for i in tl.static_range(1, layout.chunks):
+    for i in tl.static_range(1, CHUNKS):
         total += tl.load(at + i, mask=ok, other=0.0)
     return total / pixels
 

@@ -84,7 +84,7 @@ def test_forward_leaves_little_for_backward() -> None:
 def test_bytes_moved_backward(kind: str, architecture: int) -> None:
     """At most three times what the CUDA kernels may: 1.2 x (1 read of x + 1 of the gradient), and partial sums."""
     found = {launch.name: launch for launch in launches(kind, architecture=architecture)}
-    x, grad = (found["sweep"].arguments[name] for name in ("x", "grad"))
+    x, grad = (found["sweep"].arguments[name].data for name in ("x", "grad"))
     once = x.numel() * x.element_size() + grad.numel() * grad.element_size()
     moved = [static_gpu.triton_bytes(found[name]) for name in ("sweep", "weigh", "reduce", "finish")]
     assert sum(m.pixels for m in moved) <= 3 * 1.2 * once
@@ -97,7 +97,7 @@ def test_bytes_moved_backward(kind: str, architecture: int) -> None:
 def test_bytes_moved_forward(kind: str, most: float) -> None:
     """In units of x, whose bytes are y's too."""
     found = {launch.name: launch for launch in launches(kind)}
-    x = found["fuse"].arguments["x"]
+    x = found["fuse"].arguments["x"].data
     moved = [static_gpu.triton_bytes(found[name]).pixels for name in ("prepare", "fuse")]
     assert sum(moved) <= most * x.numel() * x.element_size()
 
@@ -105,25 +105,25 @@ def test_bytes_moved_forward(kind: str, most: float) -> None:
 def test_bytes_are_counted_once_a_program() -> None:
     """The count by intervals, against each program's own set of addresses."""
     for launch in launches("fp32"):
-        a = launch.arguments
         if launch.name not in ("sweep", "weigh"):
             continue
-        x = a["x"]
-        around = a["HALO"] if launch.name == "sweep" else 0
-        total, step, pixels = a["total_tiles"], a["BW"] - 2 * a["HALO"], 0
+        a = launch.arguments
+        x, block = a["x"].data, a["block"]
+        around = block.halo if launch.name == "sweep" else 0
+        total, step, pixels = a["total_tiles"], block.step, 0
         for p in range(launch.grid[0]):
             seen = torch.zeros(2 * total // a["tiles"], 224, 224, dtype=torch.bool)
             for tile in range(p * total // launch.grid[0], (p + 1) * total // launch.grid[0]):
                 clip, within = divmod(tile, a["tiles"])
-                column, row = divmod(within, a["tiles_h"])
-                h, w = row * a["BH"], column * step
-                seen[clip, max(h - 1, 0) : h + a["BH"] + 1, max(w - around, 0) : w + step + around] = True
+                column, row = divmod(within, a["down"])
+                h, w = row * block.height, column * step
+                seen[clip, max(h - 1, 0) : h + block.height + 1, max(w - around, 0) : w + step + around] = True
             pixels += int(seen.sum())
         counted = static_gpu.triton_bytes(launch).pixels
         if launch.name == "sweep":
-            others = sum(a[name].numel() * a[name].element_size() for name in ("grad", "dz_out"))
+            others = sum(a[name].data.numel() * a[name].data.element_size() for name in ("grad", "dz_out"))
         else:
-            others = int(32 * 4 * static_gpu._walked(launch, 6, 224, 224, 0, 1, beside=1))
+            others = int(32 * 4 * static_gpu.tiling(launch, 0, 1, beside=1).walked(launch.grid[0]))
         assert 0 <= counted - others - pixels * 24 * x.element_size() < 0.003 * counted, launch.name
 
 
