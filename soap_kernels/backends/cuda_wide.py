@@ -19,13 +19,9 @@ from soap_kernels.frames import as_float
 from soap_kernels.weights import Weights
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
-_library.define(
-    "cuda_join(Tensor x, Tensor? z, Tensor? bias, Tensor? gate, int[] settings, float offset, Tensor(a!) y) -> ()"
-)
-_library.define(
-    "cuda_part(Tensor grad, Tensor x, Tensor? z, Tensor? bias, Tensor? gate, int[] settings, float offset,"
-    " Tensor(a!)? dz, Tensor(b!)? direct) -> Tensor"
-)
+_JOINED = "Tensor? z, Tensor? bias, Tensor? gate, bool planes, bool stencil, bool multiplicative, float offset"
+_library.define(f"cuda_join(Tensor x, {_JOINED}, Tensor(a!) y) -> ()")
+_library.define(f"cuda_part(Tensor grad, Tensor x, {_JOINED}, Tensor(a!)? dz, Tensor(b!)? direct) -> Tensor")
 
 _GEOMETRY = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, its padding, groups
 
@@ -49,16 +45,16 @@ def _convolve(planes: Tensor, p: Prepared, channels: int, fusion: Fusion) -> tup
     return kernel, None if kernel is None else F.conv2d(planes, kernel, padding=1).contiguous()
 
 
-def _arguments(p: Prepared, fusion: Fusion) -> tuple[Tensor | None, Tensor | None, list[int], float]:
-    """Of both kernels: bias, gate, settings, offset."""
+def _joined(p: Prepared, fusion: Fusion) -> tuple[Tensor | None, Tensor | None, bool, bool, bool, float]:
+    """What ``_JOINED`` names behind z."""
     bias, gate = (None if v is None else v.contiguous() for v in (p.bias, p.gate))
-    return bias, gate, [p.weight is not None, p.rows is not None, fusion.multiplicative], float(fusion.offset)
+    return bias, gate, p.weight is not None, p.rows is not None, fusion.multiplicative, fusion.offset
 
 
 def _fuse(x: Tensor, p: Prepared, fusion: Fusion, y: Tensor) -> None:
     """Writes y, of any floating dtype and strides."""
     _, z = _convolve(x.flatten(1, 2), p, x.shape[2], fusion)
-    torch.ops.soap_kernels.cuda_join(x, z, *_arguments(p, fusion), y)
+    torch.ops.soap_kernels.cuda_join(x, z, *_joined(p, fusion), y)
 
 
 def _sweep(
@@ -70,7 +66,7 @@ def _sweep(
     kernel, z = _convolve(planes, p, c, fusion)
     dz = None if z is None else torch.empty_like(z)
     direct = torch.empty(x.shape, dtype=torch.float32, device=x.device) if needs_x and fusion.multiplicative else None
-    shares = torch.ops.soap_kernels.cuda_part(grad, x, z, *_arguments(p, fusion), dz, direct)
+    shares = torch.ops.soap_kernels.cuda_part(grad, x, z, *_joined(p, fusion), dz, direct)
     dx = None
     if needs_x:
         dx = grad.float() if direct is None else direct

@@ -37,7 +37,7 @@ A100 = PROCESSORS[80]
 # The two kernels that a call with 3 channels runs on, as explicit instantiations: the whole files take a minute longer.
 INSTANCES = """#include "fuse.cuh"
 #include "sweep.cuh"
-namespace soap {
+namespace soap::cuda {
 template void launch_fuse<bf16, BF16X1, 3>(const FuseParams&, void*);
 template void launch_fuse<float, BF16X3, 3>(const FuseParams&, void*);
 template void launch_sweep<bf16, BF16X1, 3>(const SweepParams&, void*);
@@ -85,7 +85,7 @@ class Compiled:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    use(shim.build(shim.ROOT / "build" / "cuda_shim", replace=shim.FEW))
+    use(shim.build(shim.ROOT / "build" / "cuda_shim", shim.FEW))
     folder = tmp_path_factory.mktemp("cubin")
     (folder / "instances.cu").write_text(INSTANCES)
     cubins: dict[str, Path] = {}
