@@ -13,12 +13,11 @@ from soap_kernels.frames import as_float, as_output, compute_dtype, without_auto
 from soap_kernels.held import Held
 from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps
 
-BACKENDS = (*backends.NAMES, "equations")
-
 
 def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    known = (*backends.names(), "equations")
+    if backend not in known:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(known)}")
 
 
 def _positive(name: str, value: int) -> int:

@@ -267,7 +267,9 @@ def _soap_autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     dx, dweights = torch.ops.soap_kernels.soap_backward(
         grad, x, prepared, weights, *ctx.settings, needs_x, needs_weights, ctx.backend
     )
-    return dx if needs_x else None, dweights if needs_weights else [None] * len(weights), *[None] * 8
+    # An empty list is one of tensors to autograd, and an empty list then is its gradient.
+    rest = ([] if setting == [] else None for setting in ctx.settings)
+    return dx if needs_x else None, dweights if needs_weights else [None] * len(weights), *rest, *[None] * 3
 
 
 @_implements("soap_kernels::window_sums")

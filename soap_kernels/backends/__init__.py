@@ -2,6 +2,7 @@
 
 A backend brings its own forward and backward for each op and has no autograd of its own: ``soap_kernels.op`` holds
 schemas, shapes and autograd once for all of them. Each lives in a module of its own, imported when first asked for.
+A new one is an object with the methods of :class:`Backend`, here or handed to :func:`register`: docs/backends.md.
 """
 
 from __future__ import annotations
@@ -120,18 +121,35 @@ MODULES = {
     "cpp": "soap_kernels.backends.cpp",
     "reference": "soap_kernels.backends.reference",
 }
-NAMES = ("auto", *MODULES)
+_registered: dict[str, Backend] = {}
 
 
-@cache
+def names() -> tuple[str, ...]:
+    """What may be asked for: "auto", the backends of this package, and registered ones."""
+    return ("auto", *MODULES, *_registered)
+
+
+def register(backend: Backend) -> None:
+    """Makes a backend of your own available under its name (docs/backends.md). "auto" does not take it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if backend.name in (*names(), "equations"):
+        raise ValueError(f"there is a backend {backend.name!r} already")
+    _registered[backend.name] = backend
+
+
 def get(name: str) -> Backend:
     """The backend called ``name``, present or not.
 
     Raises:
         ValueError: no backend bears that name.
     """
+    if name in _registered:
+        return _registered[name]
     if name not in MODULES:
-        text = f"backend {name!r} is unknown; there are {', '.join(NAMES)}"
+        text = f"backend {name!r} is unknown; there are {', '.join(names())}"
         raise ValueError(text + ("; equations is for the modules (SOAP, HMEM, ...)" if name == "equations" else ""))
     backend: Backend = import_module(MODULES[name]).BACKEND
     return backend

@@ -40,20 +40,8 @@ def _torch_flags() -> list[str]:
 
 
 Replacement = tuple[str, str, str]  # file, text, other text
-# Leaves out all tensor core kernels but those of 2 or 3 channels, fp32 in three bf16 products and bf16: quick to compile.
-_GREY = "if (p.layout.padded_channels == 1) launch_{0}<X, MODE, 1>(p, stream);\n  else launch"
-FEW: tuple[Replacement, ...] = (
-    ("fuse.cu", _GREY.format("fuse"), "launch"),
-    ("sweep.cu", _GREY.format("sweep"), "launch"),
-    ("fuse.cu", "mode == BF16X3 ? launch_channels<float, BF16X3>(p, stream) : launch_channels<float, BF16X1>(p, stream)",
-     "launch_channels<float, BF16X3>(p, stream)"),
-    ("sweep.cu", "split ? launch_channels<float, BF16X3>(p, stream) : launch_channels<float, BF16X1>(p, stream)",
-     "launch_channels<float, BF16X3>(p, stream)"),
-    ("fuse.cu", "else if (x.dtype == F16) launch_channels<f16, F16X1>(p, stream);", ""),
-    ("sweep.cu", "else if (x.dtype == F16) launch_channels<f16, BF16X3>(p, stream);", ""),
-    ("fuse.cu", "else mode == BF16X3 ? launch_channels<uint8_t, BF16X3>(p, stream) : launch_channels<uint8_t, F16X1>(p, stream);", ""),
-    ("sweep.cu", "else split ? launch_channels<uint8_t, BF16X3>(p, stream) : launch_channels<uint8_t, BF16X1>(p, stream);", ""),
-)  # fmt: skip
+# Leaves out most instances of the tensor core kernels (csrc/cuda/tile.cuh): quick to compile.
+FEW = ("-DSOAP_FEW",)
 
 
 def _included(name: str, sources: Mapping[str, str]) -> dict[str, str]:
@@ -73,8 +61,8 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement,
 
     Args:
         folder: where products go.
-        flags: for g++, e.g. ``-fsanitize=address``.
-        replace: changes of the sources: ``FEW``, or a mutation, to see that the tests notice it.
+        flags: for g++: ``FEW``, ``-fsanitize=address``.
+        replace: changes of the sources: a mutation, to see that the tests notice it.
 
     Raises:
         subprocess.CalledProcessError: it does not compile; the compiler's messages are in ``stderr``.

@@ -382,7 +382,7 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   return r;
 }
 
-namespace soap {
+namespace soap::cuda {
 using Address = const char*;  // a 32-bit number on a GPU
 inline Address address_of(const void* p) { return static_cast<Address>(p); }
 struct Fragment { uint32_t v[4]; };
@@ -392,4 +392,4 @@ inline void ldmatrix_x2(uint32_t& a, uint32_t& b, Address row) { uint32_t v[2]; 
 inline void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, Address row) { uint32_t v[2]; cuda_shim::ldmatrix<2, true>(v, row, __LINE__); a = v[0]; b = v[1]; }
 template <bool HALF> inline void mma_k16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) { const uint32_t b[2] = {b0, b1}; cuda_shim::mma<2>(c, a, b, HALF, __LINE__); }
 template <bool HALF> inline void mma_k8(float* c, const uint32_t* a, uint32_t b0) { cuda_shim::mma<1>(c, a, &b0, HALF, __LINE__); }
-}  // namespace soap
+}  // namespace soap::cuda

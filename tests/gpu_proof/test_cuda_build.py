@@ -16,7 +16,7 @@ from test_cuda_static import NVCC
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-OPS = ("cuda_forward", "cuda_prepare", "cuda_backward", "cuda_window_sums", "cuda_window_sums_backward")
+OPS = ("cuda_soap", "cuda_soap_backward", "cuda_fuse_priors", "cuda_fuse_priors_backward", "cuda_window_sums")
 
 # The package works on the CPU; then what of the CUDA library has come into the process.
 SERVE = """
