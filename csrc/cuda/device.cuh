@@ -18,6 +18,13 @@
 
 namespace soap::cuda {
 
+// Each compiles a mistake in where it is asked for: tests/gpu_proof sees that its cases notice. A library has none.
+enum Plant { NO_PLANT, TILE_BARRIER, DZ_BARRIER, TAP, RIGHT_EDGE, DZ_EDGE, FRAGMENTS, PLANE_END, SUMS_BARRIER };
+#ifndef SOAP_PLANT
+#define SOAP_PLANT NO_PLANT
+#endif
+template <Plant PLANT> constexpr bool planted = PLANT == SOAP_PLANT;
+
 extern std::atomic<int64_t> launch_counter;
 
 inline void check(cudaError_t error, const char* what) {

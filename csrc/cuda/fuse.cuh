@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(128, SOAP_FUSE_BLOCKS) fuse_kernel(const __gri
     for (int from = 0; from < octets; ++from)
       stage<X, MODE, CP, 128>(shared + from * OCTET, terms_apart, x, o, from, h0 - 1, w0, 0, HALO_ROWS, 31);
   if (threadIdx.x >= 96) prologue.end(gates, means, s, o, p.layout, p.prepared, p.gate, b);
-  __syncthreads();
+  if (!planted<TILE_BARRIER>) __syncthreads();
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, w = w0 + 8 * q;
   const uint32_t* packed = reinterpret_cast<const uint32_t*>(p.prepared + p.layout.packed) +

@@ -142,7 +142,8 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
   for (int i = threadIdx.x; i < K / 2 * 9; i += THREADS) {
     const int pair = i / 9, tap = i % 9, chunk = pair / 4, q = pair % 4, from = chunk / CP, c = chunk % CP;
     const float a = weight[(pair * 2) * 9 + tap], b = weight[(pair * 2 + 1) * 9 + tap];
-    const int word = CP == 1 ? half : c < 2 ? 4 * tile + 2 * c + half : 8 + 2 * tile + half;
+    const int within = planted<FRAGMENTS> ? 2 * half + c : 2 * c + half;
+    const int word = CP == 1 ? half : c < 2 ? 4 * tile + within : 8 + 2 * tile + half;
     const int64_t at = ((int64_t(octet) * p.layout.octets + from) * 9 + tap) * lane_words * 32 +
                        (word / vector) * vector * 32 + (g * 4 + q) * vector + word % vector;
     const uint32_t high = pack<false>(a, b);

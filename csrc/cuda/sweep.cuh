@@ -56,7 +56,7 @@ template <int CP>
 __device__ __forceinline__ void load_gradient(float (&v)[CP][8], const SweepParams& p, int64_t b, int t, int h, int w) {
   const Shape& s = p.shape;
   const int64_t at = b * p.grad.clip + t * p.grad.frame + h * p.grad.row + w * p.grad.column;
-  if (t >= s.frames || h >= s.height || w >= s.width) {
+  if (t >= s.frames || (h >= s.height && !planted<DZ_EDGE>) || w >= s.width) {
 #pragma unroll
     for (int i = 0; i < CP * 8; ++i) v[i / 8][i % 8] = 0.f;
   } else if (CP == 3 && p.grad_layout == INNERMOST) {
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
         }
       }
     }
-    __syncthreads();
+    if (!planted<DZ_BARRIER>) __syncthreads();
     if (o.rows()) {
       if (threadIdx.x < 8 * CP * SWEEP_ROWS &&
           (tile + 1) % p.tiles_high != 0) {  // the next tile's rows, read after this

@@ -134,7 +134,8 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
   float edges[8];
   if (edge) {
     const int h = h0 + edge_r, w = side ? w0 + TILE_WIDTH : w0 - 1;
-    const bool in = h >= 0 && h < x.height && w >= 0 && w < x.width && edge_c < x.channels;
+    const bool in = h >= 0 && h < x.height && w >= 0 && (w < x.width || planted<RIGHT_EDGE>) &&
+                    edge_c < x.channels;
     const X* p = x.x + int64_t(octet) * 8 * x.frame + edge_c * x.channel + h * x.row + w * x.column;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
@@ -263,7 +264,7 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
       }
     }
     packed += LW * 32;
-    line += CP * 16;
+    line += (planted<TAP> ? 2 : 1) * CP * 16;
     if (++dc == 3) {
       dc = 0;
       line = (++row & MASK) * Tile<CP>::STRIDE * 16;

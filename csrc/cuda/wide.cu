@@ -43,7 +43,7 @@ template <int V> struct Place {
     clip = b;
     t = int(f - b * p.shape.frames);
     i = pixel;
-    seen = i < p.area;
+    seen = i < p.area || planted<PLANE_END>;
     h = int(pixel / p.shape.width);
     w = int(pixel % p.shape.width);
   }
@@ -139,7 +139,7 @@ template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
   if (!o.stencil) return;
 #pragma unroll
   for (int e = 0; e < V; ++e) gathered[(warp * V + e) * 32 + lane] = sum[e];
-  __syncthreads();
+  if (!planted<SUMS_BARRIER>) __syncthreads();
   if (warp != 0 || !at.seen) return;
   float dz[V];
 #pragma unroll

@@ -7,17 +7,15 @@
 // AddressSanitizer sees an access past it, and a read of what nobody wrote poisons the result. A barrier that not all
 // threads reach, a warp-wide instruction that not all lanes reach, and a misaligned ldmatrix row are errors.
 //
-// CUDA_SHIM_RECORD=FILE: kernels are not run; a line for each launch tells its symbol, grid, block, shared memory and the
-// bytes of its arguments, for whoever runs the compiled kernel elsewhere. CUDA_SHIM_PROCESSORS: multiprocessors, default 2.
+// CUDA_SHIM_PROCESSORS: multiprocessors, default 2.
 //
 // Of the tensor core instructions it models m16n8k16, m16n8k8 (bf16, fp16) and ldmatrix x2, x4, plain and transposed, by
 // the lane layouts of the PTX manual. Kernels and shim share that reading; Triton's compiler is asked for the layouts of
-// mma too (test_cuda_layouts.py), and the same cases come out right on a GPU (test_gpu_cuda.py).
+// mma too (test_mma_layouts.py), and the same cases come out right on a GPU (test_gpu_cuda.py).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -205,7 +203,13 @@ inline std::vector<char*>& stacks() {
   return all;
 }
 
-inline void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body) {
+// For counting.cpp: what was launched last, how many launches, and mma instructions of warps, there have been.
+inline const char* kernel_name = "";
+inline int64_t launches = 0, products = 0;
+
+inline void launch(const char* name, dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body) {
+  kernel_name = name;
+  ++launches;
   const int threads = int(block.x * block.y * block.z);
   if (threads > 1024) throw std::runtime_error("cuda_shim: more than 1024 threads a block");
   if (bytes > 227 * 1024) throw std::runtime_error("cuda_shim: more than 227 KiB of shared memory");
@@ -246,22 +250,6 @@ inline void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void
 inline int processors() {
   const char* e = std::getenv("CUDA_SHIM_PROCESSORS");
   return e && *e ? std::atoi(e) : 2;
-}
-
-// True if launches are only to be written down.
-template <class... Args> inline bool record(void* kernel, const char* text, dim3 grid, dim3 block, size_t shared, const Args&... args) {
-  const char* path = std::getenv("CUDA_SHIM_RECORD");
-  if (!path || !*path) return false;
-  std::FILE* file = std::fopen(path, "a");
-  if (!file) throw std::runtime_error("cuda_shim: cannot write the launches");
-  Dl_info info{};
-  const bool named = dladdr(kernel, &info) && info.dli_sname;
-  std::fprintf(file, "%s %u %u %u %u %u %u %zu ", named ? info.dli_sname : text, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
-  const auto bytes = [file](const unsigned char* p, size_t n) { for (size_t i = 0; i < n; ++i) std::fprintf(file, "%02x", p[i]); };
-  (bytes(reinterpret_cast<const unsigned char*>(&args), sizeof(args)), ...);
-  std::fputc('\n', file);
-  std::fclose(file);
-  return true;
 }
 
 inline void sync_block(int line) {
@@ -312,6 +300,7 @@ inline float half_of(uint32_t pair, int high, bool is_fp16) {
 // n * 4 + k % 8 / 2; C: registers of lane (row % 8) * 4 + n / 2: 2 * (row / 8) + n % 2.
 template <int KR> inline void mma(float* c, const uint32_t* a, const uint32_t* b, bool is_fp16, int line) {
   const int lane = current->lane, g = lane / 4, q = lane % 4;
+  if (lane == 0) ++products;
   uint32_t all_a[32][2 * KR], all_b[32][KR];
   auto pa = exchange(a, 8 * KR, line);
   for (int i = 0; i < 32; ++i) std::memcpy(all_a[i], pa[i], 8 * KR);
@@ -352,16 +341,11 @@ template <int N, bool TRANS> inline void ldmatrix(uint32_t* out, const void* row
 #define blockIdx (cuda_shim::current->block->bid)
 #define blockDim (cuda_shim::current->block->bdim)
 #define gridDim (cuda_shim::current->block->gdim)
-#ifndef CUDA_SHIM_DROP_BARRIER  // a line whose __syncthreads is taken out, to see that the tests notice
-#define CUDA_SHIM_DROP_BARRIER -1
-#endif
-#define __syncthreads() ((__LINE__) == (CUDA_SHIM_DROP_BARRIER) ? void() : cuda_shim::sync_block(__LINE__))
+#define __syncthreads() cuda_shim::sync_block(__LINE__)
 #define __syncwarp() cuda_shim::sync_warp(__LINE__)
 #define __shfl_xor_sync(mask, v, x) cuda_shim::shuffle_xor(v, x, __LINE__)
-#define SOAP_LAUNCH(kernel, grid, block, smem, stream, ...)                                        \
-  (cuda_shim::record(reinterpret_cast<void*>(kernel), #kernel, grid, block, smem, __VA_ARGS__) \
-       ? void()                                                                                    \
-       : cuda_shim::launch(grid, block, smem, [&] { kernel(__VA_ARGS__); }))
+#define SOAP_LAUNCH(kernel, grid, block, smem, stream, ...) \
+  cuda_shim::launch(#kernel, grid, block, smem, [&] { kernel(__VA_ARGS__); })
 #define SOAP_SHARED(T, name) T* name = reinterpret_cast<T*>(cuda_shim::current->block->shared)
 
 #define cudaGetLastError() cudaSuccess

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soap_kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cuda_cases import FUSIONS, SOAPS, WIDE_FUSIONS, WIDES, check_fusion, check_soap, check_window_sums

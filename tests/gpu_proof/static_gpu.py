@@ -266,11 +266,12 @@ class Tiling:
 
 
 def cuda_touched(clips: int, image: tuple[int, int], processors: int) -> tuple[int, int]:
-    """Pixels of a plane that the CUDA backend's fuse and sweep touch of x, as its launchers cover it."""
+    """Pixels of a plane that the CUDA backend's fuse and sweep touch of x: csrc/cuda/sweep.cu, ``plan_sweep``."""
     fuse = Tiling(clips, image, *CUDA_FUSE_TILE, rows=1, columns=1)
     sweep = Tiling(1, image, *CUDA_SWEEP_TILE, rows=1, columns=1)
-    parts = max(1, min(sweep.tiles, CUDA_SWEEP_BLOCKS * processors // clips))
-    return fuse.touched(), clips * sweep.walked(parts)
+    wanted = -(-CUDA_SWEEP_BLOCKS * processors // clips)
+    each = -(-sweep.tiles // wanted)
+    return fuse.touched(), clips * sweep.walked(-(-sweep.tiles // each))
 
 
 def tiling(launch: Launch, rows: int, columns: int, beside: int = 0) -> Tiling:

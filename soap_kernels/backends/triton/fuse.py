@@ -108,6 +108,12 @@ def planes(frames, b, layout: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def dz_rows(dz, b, m, layout: tl.constexpr):
+    """Pointers to clip b's rows m of dz, which lie one behind the other."""
+    return dz.data + (b.to(tl.int64) * layout.rows + m) * dz.frame
+
+
+@triton.jit
 def load_row(frames, plane, live, h, w, H, W, ONE: tl.constexpr, layout: tl.constexpr):
     """Pixels (h, w) of each plane ``[K, N]``, zero outside the image; column ONE, if any, tells inside from outside."""
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
@@ -126,7 +132,7 @@ def convolve(
 ):  # fmt: skip
     """3x3 convolution of clip b's pixels (h, w), ``[rows, N]``; right where the columns beside a pixel are in the tile.
 
-    ``stored``: how the weights are. FLIP: transposed, from rows to columns; ``frames`` then hold a plane for every row.
+    ``stored``: how the weights are. FLIP: transposed, from the rows of dz to columns.
     """
     ROWS: tl.constexpr = layout.columns if FLIP else layout.rows
     COLS: tl.constexpr = layout.rows if FLIP else layout.columns
@@ -140,11 +146,12 @@ def convolve(
     LOW: tl.constexpr = 9 * TAP
     STEP: tl.constexpr = -TAP if FLIP else TAP
     ONE: tl.constexpr = -1 if FLIP else layout.one
-    plane = planes(frames, b, layout, COLS)
     if FLIP:
+        plane = dz_rows(frames, b, q, layout)
         at = weights + 8 * TAP + r[:, None] + q[None, :] * ROWS
         live = q < COLS
     else:
+        plane = planes(frames, b, layout, COLS)
         at = weights + r[:, None] * COLS + q[None, :]
         live = is_plane(q, layout)
     for i in tl.range(0, 3, num_stages=block.stages):

@@ -20,6 +20,7 @@ from soap_kernels.backends.triton.fuse import (
     clip_gate,
     conv_prior,
     convolve,
+    dz_rows,
     load_row,
     pixel,
     planes,
@@ -154,7 +155,7 @@ def sweep_kernel(
             dz = up * (z * (1.0 - z))
             # Zeros go beside the image, so that weigh need not ask where a row ends.
             beside = (h < H) & (w >= -PAD) & (w < W + PAD) & ((w < 0) | (w >= W))
-            to = planes(dz_out, b, layout, M)[:, None] + pixel(dz_out, h, w, layout)[None, :]
+            to = dz_rows(dz_out, b, m, layout)[:, None] + pixel(dz_out, h, w, layout)[None, :]
             tl.store(to, dz.to(dz_out.data.dtype.element_ty), mask=(own | beside)[None, :])
 
 
@@ -182,15 +183,13 @@ def weigh_kernel(
     d2 = tl.zeros((4 * M, K), tl.float32)
     dbias = tl.zeros((4 * M, 16), tl.float32)
     ones = tl.full((block.pixels, 16), 1.0, numbers.operand)
-    t = (r % M % layout.padded_frames).to(tl.int64)
-    c = (r % M // layout.padded_frames).to(tl.int64)
     first, last = run_of_tiles(total_tiles)
     for step in tl.range(0, last - first, num_stages=1):
         tile = first + step
         b = tile // tiles
         h, w, own = tile_pixels(tile % tiles % down, tile % tiles // down, H, W, block)
         plane = planes(x, b, layout, K)
-        at = dz.data + b.to(tl.int64) * dz.clip + t * dz.frame + c * dz.channel + by
+        at = dz_rows(dz, b, r % M, layout) + by
         z = tl.load(at[:, None] + pixel(dz, h, w, layout)[None, :], mask=own[None, :], other=0.0)
         z, z_low = split(z, 1, numbers)
         if numbers.split >= 1:
