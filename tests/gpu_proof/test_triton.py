@@ -69,6 +69,17 @@ def test_forward_takes_two_launches_and_backward_four() -> None:
     assert names == ["prepare", "fuse", "sweep", "weigh", "reduce", "finish"]
 
 
+def test_kernels_compiled_with_an_older_layout_are_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's cache on disk knows a kernel's text and its constants' key, not what their properties compute."""
+    from soap_kernels.backends.triton.plan import Layout
+
+    layout = Layout(8, 3, 4, False)
+    before = layout.cache_key
+    assert layout.cache_key == before != Layout(8, 3, 1, False).cache_key
+    monkeypatch.setattr(Layout, "padded_frames", property(lambda self: 16))
+    assert layout.cache_key != before
+
+
 def test_forward_leaves_little_for_backward() -> None:
     from soap_kernels.backends.triton import BACKEND
 

@@ -10,7 +10,6 @@ Nothing here touches a device, so that tests can compile for an architecture tha
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soap_kernels.backends import Fusion, Options, Priors
+from soap_kernels.backends.triton import interpreted
 
 LAUNCHES: Counter[str] = Counter()  # stages launched so far, by name
 
@@ -31,11 +31,6 @@ MAX_PLACES = 48
 MAX_HIDDEN = 64
 
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def interpreted() -> bool:
-    """Triton's interpreter runs the kernels, on CPU tensors. It gets bf16 and fp16 products wrong: use fp32 there."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def stage_of(kernel: Any) -> str:
