@@ -111,5 +111,5 @@ def test_a_library_that_cannot_be_loaded_is_not_touched_without_cuda(tmp_path: P
 
 def test_a_library_that_cannot_be_loaded_is_a_reason_and_no_crash(tmp_path: Path) -> None:
     folder = package(tmp_path, None)
-    (said,) = run(sys.executable, folder, "from soap_kernels import cuda; print(cuda._load())")
+    (said,) = run(sys.executable, folder, "from soap_kernels.backends import cuda; print(cuda._load())")
     assert said.startswith("the CUDA library does not load (")

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 KINDS = {
     "fp32": (torch.float32, torch.float32, "default"),
     "bf16": (torch.bfloat16, torch.bfloat16, "default"),
+    "fp16-fp32": (torch.float16, torch.float32, "default"),
     "fast": (torch.float32, torch.float32, "fast"),
     "strict": (torch.float32, torch.float32, "strict"),
     "uint8": (torch.uint8, torch.bfloat16, "default"),
@@ -140,7 +141,7 @@ def test_bytes_are_counted_once_a_program() -> None:
 
 def check_compiled(kinds: list[str], architecture: int) -> None:
     for kind in kinds:
-        for launch in launches(kind, kind in ("fp32", "bf16"), architecture):
+        for launch in launches(kind, kind in ("fp32", "bf16", "fp16-fp32"), architecture):
             if kind != kinds[0] and launch.name in ("prepare", "reduce", "finish"):
                 continue
             facts = static_gpu.compile_launch(launch, architecture)
@@ -164,7 +165,7 @@ def test_kernels_compile_for_hopper_without_a_spill() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 @pytest.mark.parametrize(
     ("architecture", "kinds"),
-    [(80, ["fp32", "fast", "uint8-fp32"]), (90, ["fp32", "strict"]), (100, ["fp32", "bf16"]), (120, ["fp32", "uint8"])],
+    [(80, ["fp32", "fast", "uint8-fp32"]), (90, ["fp32", "strict", "fp16-fp32"]), (100, ["fp32", "bf16"]), (120, ["fp32", "uint8"])],
 )
 def test_kernels_compile_without_a_spill(architecture: int, kinds: list[str]) -> None:
     """A share of the kinds on each architecture; compiling takes seconds a kernel."""

@@ -82,11 +82,12 @@ def split(v, least: tl.constexpr, numbers: tl.constexpr):
 def load_weights(tap, low: tl.constexpr, numbers: tl.constexpr, stored: tl.constexpr):
     """A tap's weights and their low part, which lies ``low`` behind them, or else is split off here."""
     w = tl.load(tap)
+    low_w = w
     if stored.split > 0:
-        return w, tl.load(tap + low)
-    if numbers.split > 0:
-        return split(w.to(tl.float32), 1, numbers)
-    return w, w
+        low_w = tl.load(tap + low)
+    elif numbers.split > 0:
+        w, low_w = split(w.to(tl.float32), 1, numbers)
+    return w, low_w
 
 
 @triton.jit
