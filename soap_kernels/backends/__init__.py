@@ -65,7 +65,7 @@ class Backend(Protocol):
 
     :mod:`soap_kernels.op` is the only caller, and ends every special case before it gets here. All arguments are
     checked; x holds something (no empty batch, no empty plane); tensors are fp32, fp16 or bf16 (x also uint8, with
-    ``options.mean``), never fp64; weights, priors, ``prepared`` and the gradient of window sums are contiguous, x and
+    ``options.mean``), fp64 for the reference alone; weights, priors, ``prepared`` and the gradient of window sums are contiguous, x and
     the gradient of frames have any strides; autocast is off, the tensors' device is current, and convolutions by
     PyTorch are fp32 where asked (no TF32 unless ``precision`` is "fast").
 
