@@ -8,7 +8,7 @@ nothing but x, the weights and what ``prepare`` left (a few KB): backward recomp
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -161,16 +161,16 @@ def _open_soap(
     return options, backends.choose(backend, x, out_dtype, *(w.dtype for w in weights))
 
 
-@contextmanager
-def _at_work(x: Tensor, precision: str = "default") -> Iterator[None]:
+def _at_work(x: Tensor, precision: str = "default") -> AbstractContextManager[None]:
     """While a backend works: autocast off, x's device current, cuDNN's fp32 convolutions no TF32 unless "fast"."""
-    with ExitStack() as stack:
-        stack.enter_context(without_autocast(x))
-        if x.is_cuda:
-            cudnn = torch.backends.cudnn
-            flags = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=precision == "fast")
-            stack.enter_context(flags)
-            stack.enter_context(torch.cuda.device(x.device))
+    return _at_work_on_cuda(x, precision) if x.is_cuda else without_autocast(x)
+
+
+@contextmanager
+def _at_work_on_cuda(x: Tensor, precision: str) -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=precision == "fast")
+    with without_autocast(x), exact, torch.cuda.device(x.device):
         yield
 
 
@@ -183,7 +183,9 @@ def _gradient(found: Tensor | None, of: Tensor, grad: Tensor) -> Tensor:
     """A backend's gradient in the dtype and shape of what it is ``of``; empty(0) for None, which a schema has not."""
     if found is None:
         return of.new_empty(0)
-    return _apart(found.to(of.dtype).contiguous(), grad)
+    if found.dtype != of.dtype or not found.is_contiguous():
+        found = found.to(of.dtype).contiguous()
+    return _apart(found, grad)
 
 
 _implements = partial(torch.library.impl, types="CompositeExplicitAutograd", lib=_library)
