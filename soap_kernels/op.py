@@ -8,7 +8,7 @@ nothing but x, the weights and what ``prepare`` left (a few KB): backward recomp
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -101,7 +101,7 @@ def check_tuple_sizes(op: str, tuple_sizes: Sequence[int], frames: int) -> None:
         )
 
 
-def _check_soap(
+def _open_soap(
     x: Tensor,
     weights: Sequence[Tensor],
     parts: Sequence[str],
@@ -111,7 +111,9 @@ def _check_soap(
     std: Sequence[float] | None,
     out_dtype: torch.dtype | None,
     out_channels_last: bool,
-) -> Options:
+    backend: str,
+) -> tuple[Options, Backend]:
+    """Of the schema's arguments, checked, what a backend takes, and the backend."""
     if (mean is None) != (std is None):
         raise ValueError("soap: mean and std go together, one of them is None")
     if x.dim() != 5:
@@ -153,27 +155,22 @@ def _check_soap(
         maps = count_maps(frames, tuple_sizes)
         _check_weight("soap", "hmem.restore.weight", w.hmem.restore, (frames, maps), x)
         _check_weight("soap", "hmem.restore.bias", w.hmem.restore_bias, (frames,), x)
-    return Options(
-        tuple(parts),
-        tuple(tuple_sizes),
-        precision,
-        None if mean is None else tuple(mean),
-        None if std is None else tuple(std),
-        out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype),
-        out_channels_last,
-    )
+    out_dtype = out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
+    mean, std = (None if numbers is None else tuple(numbers) for numbers in (mean, std))
+    options = Options(tuple(parts), tuple(tuple_sizes), precision, mean, std, out_dtype, out_channels_last)
+    return options, backends.choose(backend, x, out_dtype, *(w.dtype for w in weights))
+
+
+def _at_work(x: Tensor, precision: str = "default") -> AbstractContextManager[None]:
+    """While a backend works: autocast off, x's device current, cuDNN's fp32 convolutions no TF32 unless "fast"."""
+    return _at_work_on_cuda(x, precision) if x.is_cuda else without_autocast(x)
 
 
 @contextmanager
-def _at_work(x: Tensor, precision: str = "default") -> Iterator[None]:
-    """While a backend works: autocast off, x's device current, cuDNN's fp32 convolutions no TF32 unless "fast"."""
-    with ExitStack() as stack:
-        stack.enter_context(without_autocast(x))
-        if x.is_cuda:
-            cudnn = torch.backends.cudnn
-            flags = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=precision == "fast")
-            stack.enter_context(flags)
-            stack.enter_context(torch.cuda.device(x.device))
+def _at_work_on_cuda(x: Tensor, precision: str) -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=precision == "fast")
+    with without_autocast(x), exact, torch.cuda.device(x.device):
         yield
 
 
@@ -186,22 +183,13 @@ def _gradient(found: Tensor | None, of: Tensor, grad: Tensor) -> Tensor:
     """A backend's gradient in the dtype and shape of what it is ``of``; empty(0) for None, which a schema has not."""
     if found is None:
         return of.new_empty(0)
-    return _apart(found.to(of.dtype).contiguous(), grad)
-
-
-def _contiguous(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.contiguous() for t in tensors]
+    if found.dtype != of.dtype or not found.is_contiguous():
+        found = found.to(of.dtype).contiguous()
+    return _apart(found, grad)
 
 
 _implements = partial(torch.library.impl, types="CompositeExplicitAutograd", lib=_library)
 _has_shape = partial(torch.library.register_fake, lib=_library)
-
-
-def _open_soap(x: Tensor, weights: Sequence[Tensor], *settings: Any) -> tuple[Options, Backend]:
-    """Of the schema's arguments what a backend takes, and the backend."""
-    *named, backend = settings
-    options = _check_soap(x, weights, *named)
-    return options, backends.choose(backend, x, options.out_dtype, *(w.dtype for w in weights))
 
 
 @_implements("soap_kernels::soap")
@@ -210,7 +198,7 @@ def _soap(x: Tensor, weights: list[Tensor], *settings: Any) -> tuple[Tensor, Ten
     if x.numel() == 0:
         return _soap_fake(x, weights, *settings)
     with _at_work(x, options.precision):
-        y, prepared = backend.soap_forward(x, _contiguous(weights), options)
+        y, prepared = backend.soap_forward(x, [w.contiguous() for w in weights], options)
     return _apart(y, x), prepared
 
 
@@ -227,7 +215,7 @@ def _soap_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     *named, needs_x, needs_weights, name = settings
     _check_like("soap_backward", "grad", grad, x)
-    options, backend = _open_soap(x, weights, *named, grad.dtype, False, name)
+    options, backend = _open_soap(x, weights, *(*named, grad.dtype, False, name))
     # A hook on saved tensors may have put something else in its place.
     numel = backend.prepared_numel(x, options)
     if prepared.shape != (numel,) or prepared.dtype != torch.float32 or prepared.device != x.device:
@@ -239,9 +227,9 @@ def _soap_backward(
         dx, dweights = _soap_backward_fake(grad, x, prepared, weights, *settings)
         return dx, [w.zero_() for w in dweights]
     with _at_work(x, options.precision):
-        found, gradients = backend.soap_backward(
-            grad, x, prepared.contiguous(), _contiguous(weights), options, needs_x, needs_weights
-        )
+        dense = [w.contiguous() for w in weights]
+        needs = needs_x, needs_weights
+        found, gradients = backend.soap_backward(grad, x, prepared.contiguous(), dense, options, *needs)
     dweights = [_gradient(g, w, grad) for g, w in zip(gradients or (), weights, strict=True)] if needs_weights else []
     return _gradient(found if needs_x else None, x, grad), dweights
 
@@ -268,35 +256,40 @@ def _soap_autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         grad, x, prepared, weights, *ctx.settings, needs_x, needs_weights, ctx.backend
     )
     # An empty list is one of tensors to autograd, and an empty list then is its gradient.
-    rest = ([] if setting == [] else None for setting in ctx.settings)
+    rest: list[Any] = [[] if setting == [] else None for setting in ctx.settings]
     return dx if needs_x else None, dweights if needs_weights else [None] * len(weights), *rest, *[None] * 3
+
+
+def _open_window_sums(x: Tensor, backend: str) -> Backend:
+    _check_frames("window_sums", x, 4, "(N, C, H, W)")
+    return backends.choose(backend, x)
 
 
 @_implements("soap_kernels::window_sums")
 def _window_sums(x: Tensor, backend: str) -> Tensor:
+    chosen = _open_window_sums(x, backend)
     if x.numel() == 0:
         return _window_sums_fake(x, backend).zero_()
-    _check_frames("window_sums", x, 4, "(N, C, H, W)")
     with _at_work(x):
-        return backends.choose(backend, x).window_sums(x)
+        return chosen.window_sums(x)
 
 
 @_has_shape("soap_kernels::window_sums")
 def _window_sums_fake(x: Tensor, backend: str) -> Tensor:
-    _check_frames("window_sums", x, 4, "(N, C, H, W)")
+    _open_window_sums(x, backend)
     return x.new_empty((*x.shape[:2], 3, 3), dtype=compute_dtype(x))
 
 
 @_implements("soap_kernels::window_sums_backward")
 def _window_sums_backward(grad: Tensor, x: Tensor, backend: str) -> Tensor:
-    _check_frames("window_sums", x, 4, "(N, C, H, W)")
+    chosen = _open_window_sums(x, backend)
     if grad.shape != (*x.shape[:2], 3, 3) or grad.device != x.device:
         expected = f"{(*x.shape[:2], 3, 3)} on {x.device}"
         raise ValueError(f"window_sums_backward: grad has {_shape(grad)} on {grad.device}, expected {expected}")
     if x.numel() == 0:
         return x.new_empty(x.shape)
     with _at_work(x):
-        found = backends.choose(backend, x).window_sums_backward(grad.to(compute_dtype(x)).contiguous(), x)
+        found = chosen.window_sums_backward(grad.to(compute_dtype(x)).contiguous(), x)
     return _gradient(found, x, grad)
 
 
@@ -316,7 +309,7 @@ def _window_sums_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _open_fusion(x: Tensor, *settings: Any) -> tuple[Priors, Fusion, Backend]:
-    """Of the schema's arguments what a backend takes, checked, and the backend."""
+    """Of the schema's arguments, checked, what a backend takes, and the backend."""
     priors, fusion = Priors(*settings[:4]), Fusion(*settings[4:8])
     _check_frames("fuse_priors", x, 5, "(B, T, C, H, W)")
     _check_precision("fuse_priors", fusion.precision)

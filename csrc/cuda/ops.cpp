@@ -1,7 +1,6 @@
 // The library's door: tensors of LibTorch's stable ABI to plain pointers and strides, and implementations to the
 // schemas that soap_kernels/backends/cuda.py defines, which allocates what they fill. Arguments come checked and never
-// empty (soap_kernels/op.py). The tests build the same file on the CPU with SOAP_CUDA_SHIM, where there is no stream
-// and no device to guard.
+// empty (soap_kernels/op.py). The tests build the same file on the CPU with SOAP_CUDA_SHIM, where there is no stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +17,6 @@
 #else
 #define SOAP_KEY CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #endif
 
 namespace soap::cuda {
@@ -31,24 +29,15 @@ using Ints = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
-// The tensors' device, current for as long as this lives, and its current stream.
-class OnDevice {
- public:
-#ifdef SOAP_CUDA_SHIM
-  explicit OnDevice(const Tensor&) {}
-#else
-  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
-                    "no current CUDA stream");
-  }
-#endif
+// The current stream of the tensors' device, which the op has made the current one.
+void* stream_of(const Tensor& x) {
   void* stream = nullptr;
-
 #ifndef SOAP_CUDA_SHIM
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "no current CUDA stream");
 #endif
-};
+  return stream;
+}
 
 int dtype_of(ScalarType t) {
   switch (t) {
@@ -222,34 +211,31 @@ std::tuple<int64_t, int64_t, int64_t> sizes_op(int64_t frames, int64_t channels,
 
 void soap_op(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
              bool fast, const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
-  const OnDevice on(x);
   const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, y);
-  prepare_in(prepared, c, on.stream);
-  fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), on.stream);
+  prepare_in(prepared, c, stream_of(x));
+  fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), stream_of(x));
 }
 
 void soap_backward_op(const Tensor& grad, const Tensor& x, const Tensor& prepared, const Tensors& weights,
                       bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict, bool fast, const Floats& mean,
                       const Floats& std, const Tensors& dweights, const MaybeTensor& dz, const MaybeTensor& through,
                       const MaybeTensor& dense, const MaybeTensor& dmeans) {
-  const OnDevice on(x);
   const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, grad);
   Weights d{};
   if (!dweights.empty()) {
     d.num_sizes = c.weights.num_sizes;
     set_weights(d, dweights, c.options);
   }
-  go_back(c, grad, prepared, d, dz, through, dense, dmeans, on.stream);
+  go_back(c, grad, prepared, d, dz, through, dense, dmeans, stream_of(x));
 }
 
 void fuse_priors_op(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
                     const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict,
                     bool fast, const Tensor& y) {
-  const OnDevice on(x);
   const Call c = priors_call(x, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict, fast);
   const Tensor prepared = floats(x, layout(c.shape, c.options).total);
-  prepare_in(prepared, c, on.stream);
-  fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), on.stream);
+  prepare_in(prepared, c, stream_of(x));
+  fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), stream_of(x));
 }
 
 void fuse_priors_backward_op(const Tensor& grad, const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate,
@@ -257,13 +243,12 @@ void fuse_priors_backward_op(const Tensor& grad, const Tensor& x, const MaybeTen
                              bool interleaved, bool strict, bool fast, const MaybeTensor& dstencil,
                              const MaybeTensor& dgate, const MaybeTensor& dweight, const MaybeTensor& dbias,
                              const MaybeTensor& dz, const MaybeTensor& through, const MaybeTensor& dense) {
-  const OnDevice on(x);
   const Call c = priors_call(x, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict, fast);
   const Tensor prepared = floats(x, layout(c.shape, c.options).total);
-  prepare_in(prepared, c, on.stream);
+  prepare_in(prepared, c, stream_of(x));
   Weights d{};
   set_priors(d, dstencil, dgate, dweight, dbias);
-  go_back(c, grad, prepared, d, dz, through, dense, std::nullopt, on.stream);
+  go_back(c, grad, prepared, d, dz, through, dense, std::nullopt, stream_of(x));
 }
 
 Frames images_of(const Tensor& x) {
@@ -271,14 +256,12 @@ Frames images_of(const Tensor& x) {
 }
 
 void window_sums_op(const Tensor& x, const Tensor& sums) {
-  const OnDevice on(x);
-  window_sums(x.size(0), int(x.size(1)), int(x.size(2)), int(x.size(3)), images_of(x), data(sums), on.stream);
+  window_sums(x.size(0), int(x.size(1)), int(x.size(2)), int(x.size(3)), images_of(x), data(sums), stream_of(x));
 }
 
 void window_sums_backward_op(const Tensor& grad, const Tensor& dx) {
-  const OnDevice on(dx);
   window_sums_backward(dx.size(0) * dx.size(1), int(dx.size(2)), int(dx.size(3)), data(grad), dx.data_ptr(),
-                       dtype_of(dx), on.stream);
+                       dtype_of(dx), stream_of(dx));
 }
 
 Wide wide_of(const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& gate, bool planes, bool stencil,
@@ -296,16 +279,14 @@ Wide wide_of(const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& g
 
 void join_op(const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& gate, bool planes,
              bool stencil, bool multiplicative, double offset, const Tensor& y) {
-  const OnDevice on(x);
   const Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
-  join(w, shape_of(x), frames_of(x), frames_of(y), on.stream);
+  join(w, shape_of(x), frames_of(x), frames_of(y), stream_of(x));
 }
 
 // Fills dz and direct; returns the sums over pixels of the gradient of the gates and of the bias, (2, B, T, C, chunks).
 Tensor part_op(const Tensor& grad, const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias,
                const MaybeTensor& gate, bool planes, bool stencil, bool multiplicative, double offset,
                const MaybeTensor& dz, const MaybeTensor& direct) {
-  const OnDevice on(x);
   Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
   const Shape shape = shape_of(x);
   const int64_t chunks = wide_chunks(shape, frames_of(x), frames_of(grad));
@@ -313,7 +294,7 @@ Tensor part_op(const Tensor& grad, const Tensor& x, const MaybeTensor& z, const 
   w.dz = dz ? dz->data_ptr() : nullptr;
   w.direct = data(direct);
   w.shares = data(shares);
-  part(w, shape, frames_of(x), frames_of(grad), on.stream);
+  part(w, shape, frames_of(x), frames_of(grad), stream_of(x));
   return shares;
 }
 

@@ -86,19 +86,9 @@ __global__ void __launch_bounds__(THREADS) reduce_kernel(const __grid_constant__
 void reduce(const Shape& shape, const Options& options, const float* prepared, const float* partial,
             const float* gate_partial, float* sums, float* gates, void* stream) {
   const SweepPlan plan = plan_sweep(shape, options);
-  Reduce p{shape,
-           options,
-           layout(shape, options),
-           prepared,
-           partial,
-           gate_partial,
-           sums,
-           gates,
-           plan.numel,
-           shape.clips * plan.parts,
-           0,
-           plan.parts,
-           0};
+  Reduce p{shape, options, layout(shape, options), prepared, partial, gate_partial, sums, gates, plan.numel};
+  p.rows = shape.clips * plan.parts;
+  p.parts = plan.parts;
   p.pairs = options.rows() ? p.layout.octets * p.layout.octets : 0;
   p.column_blocks = (plan.numel / 4 + COLUMNS - 1) / COLUMNS;
   const int64_t gate_blocks =

@@ -129,8 +129,8 @@ class CppBackend:
         needs_x: bool,
         needs_weights: bool,
     ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
-        dx = x.new_empty(x.shape) if needs_x else None
-        dweights = [w.new_empty(w.shape, dtype=torch.float32) for w in weights] if needs_weights else []
+        dx = empty_frames(x, x.dtype) if needs_x else None
+        dweights = [torch.empty_like(w, dtype=torch.float32) for w in weights] if needs_weights else []
         torch.ops.soap_kernels.cpp_soap_backward(grad, x, prepared, weights, *_soap(options), dx, dweights)
         return dx, dweights
 
@@ -140,21 +140,21 @@ class CppBackend:
         return sums
 
     def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        dx = x.new_empty(x.shape)
+        dx = empty_frames(x, x.dtype)
         torch.ops.soap_kernels.cpp_window_sums_backward(grad, dx)
         return dx
 
     def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
-        y = x.new_empty(x.shape)
+        y = empty_frames(x, x.dtype)
         torch.ops.soap_kernels.cpp_fuse_priors(x, *priors, *_fusion(fusion), y)
         return y
 
     def fuse_priors_backward(
         self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        dx = x.new_empty(x.shape) if needs[0] else None
+        dx = empty_frames(x, x.dtype) if needs[0] else None
         dpriors = [
-            None if prior is None or not need else prior.new_empty(prior.shape, dtype=torch.float32)
+            None if prior is None or not need else torch.empty_like(prior, dtype=torch.float32)
             for prior, need in zip(priors, needs[1:], strict=True)
         ]
         torch.ops.soap_kernels.cpp_fuse_priors_backward(grad, x, *priors, *_fusion(fusion), dx, *dpriors)

@@ -245,12 +245,12 @@ class CudaBackend:
         return sums
 
     def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        dx = x.new_empty(x.shape)
+        dx = empty_frames(x, x.dtype)
         torch.ops.soap_kernels.cuda_window_sums_backward(grad, dx)
         return dx
 
     def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
-        y = x.new_empty(x.shape)
+        y = empty_frames(x, x.dtype)
         if Plan.of_priors(x, priors, fusion).fits(x.device):
             torch.ops.soap_kernels.cuda_fuse_priors(x, *priors, *_fusion(fusion), y)
         else:

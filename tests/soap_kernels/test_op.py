@@ -95,6 +95,20 @@ def test_half_frames_with_fp32_weights_give_half_frames_and_fp32_gradients(backe
     assert {p.grad.dtype for p in module.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_get_gradients_of_their_own_dtype(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 3, 8, 8)
+    flat = [w.detach().to(dtype).requires_grad_() for w in SOAP().weights().flatten()]
+    wide = [w.detach().float().requires_grad_() for w in flat]
+    y, expected = (soap_kernels.soap(x, weights, backend=backend) for weights in (flat, wide))
+    torch.testing.assert_close(y, expected)
+    pairs = zip(torch.autograd.grad(y.sum(), flat), torch.autograd.grad(expected.sum(), wide), strict=True)
+    for found, exact in pairs:
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), exact, rtol=1e-2, atol=1e-4)
+
+
 def saved_bytes(module: SOAP, x: Tensor) -> int:
     held = 0
 
