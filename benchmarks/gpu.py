@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --device cuda --only cuda,copy    some variants
 
 Times are medians over CUDA-graph replays that rotate through several inputs, more than the L2 cache holds: time on the
-device. `eager` is the same call from Python, launch overhead included. Without a GPU nothing is timed: the command says
-so and writes gpu-static.md, what can be known without one (launches, bytes, registers, machine code, rooflines).
+device. `eager` is the same call from Python, launch overhead included. What can be known without a GPU (launches,
+bytes, registers, machine code, rooflines) is printed by tests/gpu_proof/report.py.
 """
 
 from __future__ import annotations
@@ -251,19 +251,6 @@ def as_markdown(rows: Sequence[Row], device_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_static(options: argparse.Namespace) -> int:
-    """Without a GPU: says so, and writes what is known without one."""
-    sys.path.insert(0, str(RESULTS.parents[1]))  # as a script it finds only its own folder
-    from benchmarks import gpu_static
-
-    print("no CUDA device here: nothing is timed; what is known without one follows", file=sys.stderr)
-    found = gpu_static.report(options.architectures, not options.no_cuda_kernels)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu-static.md").write_text(found)
-    print(found)
-    return 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -272,14 +259,13 @@ def main() -> int:
     parser.add_argument("--no-backbone", action="store_true")
     parser.add_argument("--stages", action="store_true", help="kernel by kernel, by the profiler")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--architectures", type=int, nargs="+", default=[80, 90, 100, 120], help="to compile for without a GPU"
-    )
-    parser.add_argument("--no-cuda-kernels", action="store_true", help="without a GPU: leave out nvcc's minutes")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type != "cuda" or not torch.cuda.is_available():
-        return write_static(options)
+        print(
+            "no GPU here, so nothing is timed; tests/gpu_proof/report.py prints what is known without", file=sys.stderr
+        )
+        return 2
     name = torch.cuda.get_device_name(device)
     rows = run_all(
         set(filter(None, options.only.split(","))), (options.clips, 8, 3, 224, 224), device, not options.no_backbone

@@ -165,7 +165,12 @@ def test_kernels_compile_for_hopper_without_a_spill() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 @pytest.mark.parametrize(
     ("architecture", "kinds"),
-    [(80, ["fp32", "fast", "uint8-fp32"]), (90, ["fp32", "strict", "fp16-fp32"]), (100, ["fp32", "bf16"]), (120, ["fp32", "uint8"])],
+    [
+        (80, ["fp32", "fast", "uint8-fp32"]),
+        (90, ["fp32", "strict", "fp16-fp32"]),
+        (100, ["fp32", "bf16"]),
+        (120, ["fp32", "uint8"]),
+    ],
 )
 def test_kernels_compile_without_a_spill(architecture: int, kinds: list[str]) -> None:
     """A share of the kinds on each architecture; compiling takes seconds a kernel."""
