@@ -49,6 +49,13 @@
 
 namespace cuda_shim {
 
+constexpr int LANES = 32, ALIGNMENT = 128;
+// Limits of a launch: threads of a block, blocks along y and z, bytes of shared memory (on sm_90).
+constexpr int MAX_THREADS = 1024;
+constexpr unsigned MAX_GRID_YZ = 65535;
+constexpr size_t MAX_SHARED = 227 * 1024;
+constexpr int UNWRITTEN = 0xff;  // of each byte of fresh shared memory: every float is NaN
+
 enum class State { ready, at_block, at_warp, done };
 
 struct Block;
@@ -66,7 +73,7 @@ struct Fiber {
 struct Warp {
   unsigned generation = 0, arrived = 0;
   int site = 0;
-  alignas(16) char deposits[2][32][16];
+  alignas(16) char deposits[2][LANES][16];
 };
 struct Block {
   uint3 bid;
@@ -167,7 +174,7 @@ inline void run_block(Block& b, Order how) {
   for (;;) {
     const unsigned turn = how == Order::random ? (random = random * 1664525u + 1013904223u) >> 16 : 0;
     for (int i = 0; i < warps; ++i) {
-      const int wi = how == Order::reverse ? warps - 1 - i : int((i + turn) % unsigned(warps)), low = wi * 32, count = std::min(threads, low + 32) - low;
+      const int wi = how == Order::reverse ? warps - 1 - i : int((i + turn) % unsigned(warps)), low = wi * LANES, count = std::min(threads, low + LANES) - low;
       for (;;) {
         bool progress = false, waiting = false;
         const unsigned shift = how == Order::random ? (random = random * 1664525u + 1013904223u) >> 16 : 0;
@@ -211,9 +218,9 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t bytes, const 
   kernel_name = name;
   ++launches;
   const int threads = int(block.x * block.y * block.z);
-  if (threads > 1024) throw std::runtime_error("cuda_shim: more than 1024 threads a block");
-  if (bytes > 227 * 1024) throw std::runtime_error("cuda_shim: more than 227 KiB of shared memory");
-  if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("cuda_shim: the grid is too large");
+  if (threads > MAX_THREADS) throw std::runtime_error("cuda_shim: more than 1024 threads a block");
+  if (bytes > MAX_SHARED) throw std::runtime_error("cuda_shim: more than 227 KiB of shared memory");
+  if (grid.y > MAX_GRID_YZ || grid.z > MAX_GRID_YZ) throw std::runtime_error("cuda_shim: the grid is too large");
   while (int(stacks().size()) < threads)
     stacks().push_back(static_cast<char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)));
   const Order how = order();
@@ -222,19 +229,19 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t bytes, const 
   b.gdim = grid;
   b.body = &body;
   b.fibers.resize(threads);
-  b.warps.resize((threads + 31) / 32);
+  b.warps.resize((threads + LANES - 1) / LANES);
   for (int i = 0; i < threads; ++i) {
     Fiber& f = b.fibers[i];
     f.index = i;
-    f.lane = i & 31;
-    f.warp = i >> 5;
+    f.lane = i % LANES;
+    f.warp = i / LANES;
     f.block = &b;
     f.stack = stacks()[i];
     f.tid = make_uint3(i % block.x, i / block.x % block.y, i / block.x / block.y);
   }
   struct Shared {
     void* p = nullptr;
-    explicit Shared(size_t n) { if (posix_memalign(&p, 128, n)) throw std::bad_alloc(); }
+    explicit Shared(size_t n) { if (posix_memalign(&p, ALIGNMENT, n)) throw std::bad_alloc(); }
     ~Shared() { std::free(p); }
   } shared(bytes ? bytes : 1);
   b.shared = static_cast<unsigned char*>(shared.p);
@@ -242,7 +249,7 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t bytes, const 
   for (int64_t k = 0; k < blocks; ++k) {
     const int64_t i = how == Order::reverse ? blocks - 1 - k : k;
     b.bid = make_uint3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y));
-    std::memset(b.shared, 0xff, bytes);
+    std::memset(b.shared, UNWRITTEN, bytes);
     run_block(b, how);
   }
 }
@@ -260,10 +267,10 @@ inline void sync_block(int line) {
 inline void sync_warp(int line) {
   Fiber* f = current;
   Warp& w = f->block->warps[f->warp];
-  const int live = std::min(32, int(f->block->fibers.size()) - f->warp * 32);
+  const int live = std::min(LANES, int(f->block->fibers.size()) - f->warp * LANES);
   w.arrived |= 1u << f->lane;
   w.site = line;
-  if (w.arrived == (live == 32 ? 0xffffffffu : (1u << live) - 1)) {
+  if (w.arrived == (live == LANES ? 0xffffffffu : (1u << live) - 1)) {
     w.arrived = 0;
     ++w.generation;
     return;
