@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Builds csrc/cuda with g++ and the shim into a library whose ops serve CPU tensors."""
 
 from __future__ import annotations
