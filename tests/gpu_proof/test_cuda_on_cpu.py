@@ -27,7 +27,7 @@ from cuda_cases import (
     soap_tensors,
 )
 from run_cases import use
-from soap_kernels import backends
+from soap_kernels import SOAP, backends
 from soap_kernels.backends import cuda
 from soap_kernels.compat import TriplePrior
 from test_compat import check_in_single_precision
@@ -82,6 +82,19 @@ def test_two_runs_give_the_same_bits(backend: backends.Backend) -> None:
         y, prepared = backend.soap_forward(x, weights, options(case))
         runs.append([y, *backend.soap_backward(grad, x, prepared, weights, options(case), False, True)[1]])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_the_library_says_how_large_things_are_while_compiling_for_any_batch(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "choose", lambda name, x, *dtypes: backend)
+    module = SOAP(backend="cuda")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        x = torch.randn(batch, 8, 3, 9, 33)
+        eager = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+        ours = torch.autograd.grad(compiled(x).square().sum(), list(module.parameters()))
+        torch.testing.assert_close(ours, eager)
 
 
 def test_the_authors_module_equals_the_published_equations(
