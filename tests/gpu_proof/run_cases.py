@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cuda_cases import FUSIONS, SOAPS, WIDE_FUSIONS, WIDES, check_fusion, check_soap, check_window_sums
 from soap_kernels.backends import cuda
 
-
 SHARED_MEMORY = 227 * 1024  # that a block of sm_90 can have, which the shim checks
 
 
