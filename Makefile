@@ -63,7 +63,7 @@ test-slow: $(INSTALLED)
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
-	$(PYTEST) -m gpu_proof $(SLOW) tests/soap_kernels
+	$(PYTEST) -m gpu_proof $(SLOW) tests/gpu_proof
 
 test-lowest test-newest test-pythons:
 	@echo "==> Testing other versions (the first time a few minutes of downloads and 6 GB for each Python)"

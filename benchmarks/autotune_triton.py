@@ -16,7 +16,7 @@ import torch
 import triton
 
 from soap_kernels.backends import Options
-from soap_kernels.backends.triton import BACKEND, ops, plan
+from soap_kernels.backends.triton import BACKEND, plan
 from soap_kernels.modules import SOAP
 from soap_kernels.weights import PARTS
 
@@ -55,11 +55,11 @@ def kernel_time(kernel: str, x: torch.Tensor, weights: list[torch.Tensor], optio
     real = plan.launch
 
     def record(function: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-        if function.__name__ == kernel:
+        if plan.stage_of(function) == kernel:
             launched.append((function, grid, args, kwargs))
         real(function, grid, *args, **kwargs)
 
-    ops.launch = record
+    plan.launch = record
     try:
         y, prepared = BACKEND.soap_forward(x, weights, options)
         if kernel != "fuse":
@@ -73,7 +73,7 @@ def kernel_time(kernel: str, x: torch.Tensor, weights: list[torch.Tensor], optio
     except (triton.CompilationError, triton.OutOfResources, RuntimeError):
         return float("inf")
     finally:
-        ops.launch = real
+        plan.launch = real
 
 
 def candidates(kernel: str, itemsize: int, pixels: list[int] | None) -> list[plan.Tile]:
@@ -91,7 +91,10 @@ def tune(kinds: list[str], kernels: list[str], clips: int, size: int, pixels: li
     """Prints the fastest tiles and leaves them in ``plan.TILES``."""
     for kind, kernel in itertools.product(kinds, kernels):
         x, weights, options = case(kind, clips, size)
-        numbers = plan.Numbers.choose(x.dtype, options.out_dtype, options.precision)
+        of_gradient = kernel in ("weigh", "fuse_dx")
+        numbers = plan.Numbers.of_frames(x.dtype, options.out_dtype, options.precision)
+        if of_gradient:
+            numbers = plan.Numbers.of_gradient(x.dtype, options.out_dtype, options.precision, False)
         key = (kernel, numbers.kind, 32)
         found = []
         for candidate in candidates(kernel, x.element_size(), pixels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class without_autocast:
+class without_autocast(AbstractContextManager[None]):
     """Autocast off: y has x's dtype under autocast too, and accumulation stays in fp32."""
 
     def __init__(self, x: Tensor) -> None:
@@ -47,3 +48,11 @@ def as_output(y: Tensor, out_dtype: torch.dtype, channels_last: bool) -> Tensor:
     if not channels_last:
         return y.to(out_dtype).contiguous()
     return y.to(out_dtype).movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+def empty_frames(x: Tensor, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """Frames of x's shape that hold nothing yet, in the layout of :func:`as_output`."""
+    if not channels_last:
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    b, t, c, height, width = x.shape
+    return x.new_empty((b, t, height, width, c), dtype=dtype).movedim(-1, 2)

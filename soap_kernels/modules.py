@@ -13,12 +13,11 @@ from soap_kernels.frames import as_float, as_output, compute_dtype, without_auto
 from soap_kernels.held import Held
 from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps
 
-BACKENDS = (*backends.NAMES, "equations")
-
 
 def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    known = (*backends.names(), "equations")
+    if backend not in known:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(known)}")
 
 
 def _positive(name: str, value: int) -> int:
@@ -50,11 +49,9 @@ class _Part(nn.Module):
 
 
 def _priors(x: Tensor, w: Weights, tuple_sizes: Sequence[int], backend: str) -> dict[str, Tensor]:
-    parts = [p for p, on in zip(PARTS, (w.three_dem, w.cwem, w.hmem), strict=True) if on]
     frames = x.to(compute_dtype(x))
-    w = reference.cast(w, frames.dtype, parts, len(tuple_sizes))
     with without_autocast(x):
-        return (equations if backend == "equations" else reference).priors(frames, w, tuple_sizes)
+        return (equations if backend == "equations" else reference).priors(frames, w.to(frames.dtype), tuple_sizes)
 
 
 class ThreeDEM(_Part):

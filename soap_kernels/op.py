@@ -7,7 +7,9 @@ nothing but x, the weights and what ``prepare`` left (a few KB): backward recomp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from soap_kernels import backends
-from soap_kernels.backends import Backend, Fusion, Options
-from soap_kernels.frames import compute_dtype, without_autocast
+from soap_kernels.backends import Backend, Fusion, Options, Priors
+from soap_kernels.frames import compute_dtype, empty_frames, without_autocast
 from soap_kernels.weights import PARTS, Weights, count_maps, count_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -99,7 +101,7 @@ def check_tuple_sizes(op: str, tuple_sizes: Sequence[int], frames: int) -> None:
         )
 
 
-def _check_soap(
+def _open_soap(
     x: Tensor,
     weights: Sequence[Tensor],
     parts: Sequence[str],
@@ -109,7 +111,9 @@ def _check_soap(
     std: Sequence[float] | None,
     out_dtype: torch.dtype | None,
     out_channels_last: bool,
-) -> Options:
+    backend: str,
+) -> tuple[Options, Backend]:
+    """Of the schema's arguments, checked, what a backend takes, and the backend."""
     if (mean is None) != (std is None):
         raise ValueError("soap: mean and std go together, one of them is None")
     if x.dim() != 5:
@@ -151,114 +155,98 @@ def _check_soap(
         maps = count_maps(frames, tuple_sizes)
         _check_weight("soap", "hmem.restore.weight", w.hmem.restore, (frames, maps), x)
         _check_weight("soap", "hmem.restore.bias", w.hmem.restore_bias, (frames,), x)
-    return Options(
-        tuple(parts),
-        tuple(tuple_sizes),
-        precision,
-        None if mean is None else tuple(mean),
-        None if std is None else tuple(std),
-        out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype),
-        out_channels_last,
-    )
+    out_dtype = out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
+    mean, std = (None if numbers is None else tuple(numbers) for numbers in (mean, std))
+    options = Options(tuple(parts), tuple(tuple_sizes), precision, mean, std, out_dtype, out_channels_last)
+    return options, backends.choose(backend, x, out_dtype, *(w.dtype for w in weights))
 
 
-@torch.library.impl("soap_kernels::soap", "CompositeExplicitAutograd", lib=_library)
-def _soap(
-    x: Tensor,
-    weights: list[Tensor],
-    parts: list[str],
-    tuple_sizes: list[int],
-    precision: str,
-    mean: list[float] | None,
-    std: list[float] | None,
-    out_dtype: torch.dtype | None,
-    out_channels_last: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    options = _check_soap(x, weights, parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last)
-    with without_autocast(x):
-        return backends.choose(backend, x).soap_forward(x, weights, options)
+def _at_work(x: Tensor, precision: str = "default") -> AbstractContextManager[None]:
+    """While a backend works: autocast off, x's device current, cuDNN's fp32 convolutions no TF32 unless "fast"."""
+    return _at_work_on_cuda(x, precision) if x.is_cuda else without_autocast(x)
 
 
-def _empty_frames(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    if not channels_last:
-        return x.new_empty(x.shape, dtype=dtype)
-    b, t, c, height, width = x.shape
-    return x.new_empty((b, t, height, width, c), dtype=dtype).movedim(-1, 2)
+@contextmanager
+def _at_work_on_cuda(x: Tensor, precision: str) -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=precision == "fast")
+    with without_autocast(x), exact, torch.cuda.device(x.device):
+        yield
 
 
-@torch.library.register_fake("soap_kernels::soap", lib=_library)
-def _soap_fake(
-    x: Tensor,
-    weights: list[Tensor],
-    parts: list[str],
-    tuple_sizes: list[int],
-    precision: str,
-    mean: list[float] | None,
-    std: list[float] | None,
-    out_dtype: torch.dtype | None,
-    out_channels_last: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    options = _check_soap(x, weights, parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last)
-    prepared = backends.choose(backend, x).prepared_numel(x, options)
-    return _empty_frames(x, options.out_dtype, out_channels_last), x.new_empty(prepared, dtype=torch.float32)
+def _apart(t: Tensor, source: Tensor) -> Tensor:
+    """``t``, but no op may return the memory of its own input."""
+    return t.clone() if t.data_ptr() == source.data_ptr() else t
 
 
-@torch.library.impl("soap_kernels::soap_backward", "CompositeExplicitAutograd", lib=_library)
+def _gradient(found: Tensor | None, of: Tensor, grad: Tensor) -> Tensor:
+    """A backend's gradient in the dtype and shape of what it is ``of``; empty(0) for None, which a schema has not."""
+    if found is None:
+        return of.new_empty(0)
+    if found.dtype != of.dtype or not found.is_contiguous():
+        found = found.to(of.dtype).contiguous()
+    return _apart(found, grad)
+
+
+_implements = partial(torch.library.impl, types="CompositeExplicitAutograd", lib=_library)
+_has_shape = partial(torch.library.register_fake, lib=_library)
+
+
+@_implements("soap_kernels::soap")
+def _soap(x: Tensor, weights: list[Tensor], *settings: Any) -> tuple[Tensor, Tensor]:
+    options, backend = _open_soap(x, weights, *settings)
+    if x.numel() == 0:
+        return _soap_fake(x, weights, *settings)
+    with _at_work(x, options.precision):
+        y, prepared = backend.soap_forward(x, [w.contiguous() for w in weights], options)
+    return _apart(y, x), prepared
+
+
+@_has_shape("soap_kernels::soap")
+def _soap_fake(x: Tensor, weights: list[Tensor], *settings: Any) -> tuple[Tensor, Tensor]:
+    options, backend = _open_soap(x, weights, *settings)
+    y = empty_frames(x, options.out_dtype, options.out_channels_last)
+    return y, x.new_empty(backend.prepared_numel(x, options), dtype=torch.float32)
+
+
+@_implements("soap_kernels::soap_backward")
 def _soap_backward(
-    grad: Tensor,
-    x: Tensor,
-    prepared: Tensor,
-    weights: list[Tensor],
-    parts: list[str],
-    tuple_sizes: list[int],
-    precision: str,
-    mean: list[float] | None,
-    std: list[float] | None,
-    needs_x: bool,
-    needs_weights: bool,
-    backend: str,
+    grad: Tensor, x: Tensor, prepared: Tensor, weights: list[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
+    *named, needs_x, needs_weights, name = settings
     _check_like("soap_backward", "grad", grad, x)
-    options = _check_soap(x, weights, parts, tuple_sizes, precision, mean, std, grad.dtype, False)
-    chosen = backends.choose(backend, x)
+    options, backend = _open_soap(x, weights, *(*named, grad.dtype, False, name))
     # A hook on saved tensors may have put something else in its place.
-    numel = chosen.prepared_numel(x, options)
+    numel = backend.prepared_numel(x, options)
     if prepared.shape != (numel,) or prepared.dtype != torch.float32 or prepared.device != x.device:
         raise ValueError(
             f"soap_backward: prepared has {_shape(prepared)} and dtype {prepared.dtype} on {prepared.device}, expected"
             f" the {numel} numbers in float32 on {x.device} that soap left"
         )
-    with without_autocast(x):
-        return chosen.soap_backward(grad, x, prepared.contiguous(), weights, options, needs_x, needs_weights)
+    if x.numel() == 0:
+        dx, dweights = _soap_backward_fake(grad, x, prepared, weights, *settings)
+        return dx, [w.zero_() for w in dweights]
+    with _at_work(x, options.precision):
+        dense = [w.contiguous() for w in weights]
+        needs = needs_x, needs_weights
+        found, gradients = backend.soap_backward(grad, x, prepared.contiguous(), dense, options, *needs)
+    dweights = [_gradient(g, w, grad) for g, w in zip(gradients or (), weights, strict=True)] if needs_weights else []
+    return _gradient(found if needs_x else None, x, grad), dweights
 
 
-@torch.library.register_fake("soap_kernels::soap_backward", lib=_library)
+@_has_shape("soap_kernels::soap_backward")
 def _soap_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    prepared: Tensor,
-    weights: list[Tensor],
-    parts: list[str],
-    tuple_sizes: list[int],
-    precision: str,
-    mean: list[float] | None,
-    std: list[float] | None,
-    needs_x: bool,
-    needs_weights: bool,
-    backend: str,
+    grad: Tensor, x: Tensor, prepared: Tensor, weights: list[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    dx = x.new_empty(x.shape) if needs_x else x.new_empty(0)
-    return dx, [w.new_empty(w.shape) for w in weights] if needs_weights else []
+    *_, needs_x, needs_weights, _ = settings
+    return x.new_empty(x.shape if needs_x else 0), [w.new_empty(w.shape) for w in weights] if needs_weights else []
 
 
 def _soap_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weights, parts, tuple_sizes, precision, mean, std, _, _, backend = inputs
+    x, weights, *settings, _, _, ctx.backend = inputs
     ctx.save_for_backward(x, output[1], *weights)
     ctx.mark_non_differentiable(output[1])
-    ctx.settings = (parts, tuple_sizes, precision, mean, std)
-    ctx.backend = backend
+    ctx.settings = settings
 
 
 def _soap_autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
@@ -267,37 +255,45 @@ def _soap_autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     dx, dweights = torch.ops.soap_kernels.soap_backward(
         grad, x, prepared, weights, *ctx.settings, needs_x, needs_weights, ctx.backend
     )
-    return dx if needs_x else None, dweights if needs_weights else [None] * len(weights), *[None] * 8
+    # An empty list is one of tensors to autograd, and an empty list then is its gradient.
+    rest: list[Any] = [[] if setting == [] else None for setting in ctx.settings]
+    return dx if needs_x else None, dweights if needs_weights else [None] * len(weights), *rest, *[None] * 3
 
 
-def _check_window_sums(x: Tensor) -> None:
+def _open_window_sums(x: Tensor, backend: str) -> Backend:
     _check_frames("window_sums", x, 4, "(N, C, H, W)")
+    return backends.choose(backend, x)
 
 
-@torch.library.impl("soap_kernels::window_sums", "CompositeExplicitAutograd", lib=_library)
+@_implements("soap_kernels::window_sums")
 def _window_sums(x: Tensor, backend: str) -> Tensor:
-    _check_window_sums(x)
-    with without_autocast(x):
-        return backends.choose(backend, x).window_sums(x)
+    chosen = _open_window_sums(x, backend)
+    if x.numel() == 0:
+        return _window_sums_fake(x, backend).zero_()
+    with _at_work(x):
+        return chosen.window_sums(x)
 
 
-@torch.library.register_fake("soap_kernels::window_sums", lib=_library)
+@_has_shape("soap_kernels::window_sums")
 def _window_sums_fake(x: Tensor, backend: str) -> Tensor:
-    _check_window_sums(x)
+    _open_window_sums(x, backend)
     return x.new_empty((*x.shape[:2], 3, 3), dtype=compute_dtype(x))
 
 
-@torch.library.impl("soap_kernels::window_sums_backward", "CompositeExplicitAutograd", lib=_library)
+@_implements("soap_kernels::window_sums_backward")
 def _window_sums_backward(grad: Tensor, x: Tensor, backend: str) -> Tensor:
-    _check_window_sums(x)
+    chosen = _open_window_sums(x, backend)
     if grad.shape != (*x.shape[:2], 3, 3) or grad.device != x.device:
         expected = f"{(*x.shape[:2], 3, 3)} on {x.device}"
         raise ValueError(f"window_sums_backward: grad has {_shape(grad)} on {grad.device}, expected {expected}")
-    with without_autocast(x):
-        return backends.choose(backend, x).window_sums_backward(grad, x)
+    if x.numel() == 0:
+        return x.new_empty(x.shape)
+    with _at_work(x):
+        found = chosen.window_sums_backward(grad.to(compute_dtype(x)).contiguous(), x)
+    return _gradient(found, x, grad)
 
 
-@torch.library.register_fake("soap_kernels::window_sums_backward", lib=_library)
+@_has_shape("soap_kernels::window_sums_backward")
 def _window_sums_backward_fake(grad: Tensor, x: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -312,107 +308,56 @@ def _window_sums_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.soap_kernels.window_sums_backward(grad, x, ctx.backend), None
 
 
-def _check_fusion(
-    x: Tensor,
-    stencil: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fusion: Fusion,
-) -> None:
+def _open_fusion(x: Tensor, *settings: Any) -> tuple[Priors, Fusion, Backend]:
+    """Of the schema's arguments, checked, what a backend takes, and the backend."""
+    priors, fusion = Priors(*settings[:4]), Fusion(*settings[4:8])
     _check_frames("fuse_priors", x, 5, "(B, T, C, H, W)")
     _check_precision("fuse_priors", fusion.precision)
     b, t, c = x.shape[:3]
-    if bias is not None and weight is None:
+    if priors.bias is not None and priors.weight is None:
         raise ValueError("fuse_priors: bias is given without weight")
-    given = (
-        ("stencil", stencil, (1, 1, 3, 3, 3)),
-        ("gate", gate, (b, t, c)),
-        ("weight", weight, (t * c, t * c, 3, 3)),
-        ("bias", bias, (t * c,)),
-    )
-    for name, tensor, shape in given:
-        if tensor is not None:
-            _check_weight("fuse_priors", name, tensor, shape, x)
+    shapes = ((1, 1, 3, 3, 3), (b, t, c), (t * c, t * c, 3, 3), (t * c,))
+    for name, prior, shape in zip(Priors._fields, priors, shapes, strict=True):
+        if prior is not None:
+            _check_weight("fuse_priors", name, prior, shape, x)
+    return priors, fusion, backends.choose(settings[8], x, *(prior.dtype for prior in priors if prior is not None))
 
 
-@torch.library.impl("soap_kernels::fuse_priors", "CompositeExplicitAutograd", lib=_library)
-def _fuse_priors(
-    x: Tensor,
-    stencil: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    multiplicative: bool,
-    offset: float,
-    interleaved: bool,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    fusion = Fusion(multiplicative, offset, interleaved, precision)
-    _check_fusion(x, stencil, gate, weight, bias, fusion)
-    with without_autocast(x):
-        return backends.choose(backend, x).fuse_priors(x, stencil, gate, weight, bias, fusion)
+@_implements("soap_kernels::fuse_priors")
+def _fuse_priors(x: Tensor, *settings: Any) -> Tensor:
+    priors, fusion, backend = _open_fusion(x, *settings)
+    if x.numel() == 0:
+        return x.new_empty(x.shape)
+    with _at_work(x, fusion.precision):
+        return _apart(backend.fuse_priors(x, priors.contiguous(), fusion).contiguous(), x)
 
 
-@torch.library.register_fake("soap_kernels::fuse_priors", lib=_library)
-def _fuse_priors_fake(
-    x: Tensor,
-    stencil: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    multiplicative: bool,
-    offset: float,
-    interleaved: bool,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    _check_fusion(x, stencil, gate, weight, bias, Fusion(multiplicative, offset, interleaved, precision))
+@_has_shape("soap_kernels::fuse_priors")
+def _fuse_priors_fake(x: Tensor, *settings: Any) -> Tensor:
+    _open_fusion(x, *settings)
     return x.new_empty(x.shape)
 
 
-@torch.library.impl("soap_kernels::fuse_priors_backward", "CompositeExplicitAutograd", lib=_library)
-def _fuse_priors_backward(
-    grad: Tensor,
-    x: Tensor,
-    stencil: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    multiplicative: bool,
-    offset: float,
-    interleaved: bool,
-    precision: str,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
-    fusion = Fusion(multiplicative, offset, interleaved, precision)
-    _check_fusion(x, stencil, gate, weight, bias, fusion)
+@_implements("soap_kernels::fuse_priors_backward")
+def _fuse_priors_backward(grad: Tensor, x: Tensor, *settings: Any) -> list[Tensor]:
+    *given, needs, name = settings
+    priors, fusion, backend = _open_fusion(x, *given, name)
     _check_like("fuse_priors_backward", "grad", grad, x)
-    chosen: Backend = backends.choose(backend, x)
-    with without_autocast(x):
-        return chosen.fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
-
-
-@torch.library.register_fake("soap_kernels::fuse_priors_backward", lib=_library)
-def _fuse_priors_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    stencil: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    multiplicative: bool,
-    offset: float,
-    interleaved: bool,
-    precision: str,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
-    given = (x, stencil, gate, weight, bias)
+    if x.numel() == 0:
+        return [g.zero_() for g in _fuse_priors_backward_fake(grad, x, *settings)]
+    with _at_work(x, fusion.precision):
+        found = backend.fuse_priors_backward(grad, x, priors.contiguous(), fusion, needs)
     return [
-        t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in zip(given, needs, strict=True)
+        _gradient(g if need else None, x if of is None else of, grad)
+        for g, of, need in zip(found, (x, *priors), needs, strict=True)
+    ]
+
+
+@_has_shape("soap_kernels::fuse_priors_backward")
+def _fuse_priors_backward_fake(grad: Tensor, x: Tensor, *settings: Any) -> list[Tensor]:
+    return [
+        x.new_empty(0) if of is None else of.new_empty(of.shape if need else 0)
+        for of, need in zip((x, *settings[:4]), settings[-2], strict=True)
     ]
 
 

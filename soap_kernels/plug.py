@@ -107,9 +107,9 @@ def _take_model_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: 
     plugged = {prefix + key for key in module.state_dict()}
     if not keys or sum(key in plugged for key in keys) >= sum(key in own for key in keys):
         return
-    for key in keys:
-        state[f"{prefix}model.{key[len(prefix) :]}"] = state.pop(key)
-    state.update({f"{prefix}soap.{key}": value for key, value in module.soap.state_dict().items()})
+    # All are taken out before one is put back: a new name may be another's old one.
+    renamed = {f"{prefix}model.{key[len(prefix) :]}": state.pop(key) for key in keys}
+    state.update(renamed, **{f"{prefix}soap.{key}": value for key, value in module.soap.state_dict().items()})
     warnings.warn("the state_dict is of the wrapped model alone: SOAP keeps its values", stacklevel=2)
 
 

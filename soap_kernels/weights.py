@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 PARTS = ("3dem", "cwem", "hmem")
@@ -70,6 +71,12 @@ class Weights:
             flat += [w for pair in zip(h.project, h.project_bias, strict=True) for w in pair]
             flat += [h.restore, h.restore_bias]
         return flat
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        """The same in another dtype."""
+        parts = [part for part, on in zip(PARTS, (self.three_dem, self.cwem, self.hmem), strict=True) if on]
+        flat = [w.to(dtype) for w in self.flatten()]
+        return Weights.unflatten(flat, parts, len(self.hmem.motion) if self.hmem else 0)
 
 
 def count_weights(parts: Sequence[str], sizes: int) -> int:

@@ -13,7 +13,7 @@
 #include <xmmintrin.h>
 #endif
 
-namespace soap {
+namespace soap::cpu {
 namespace {
 
 bool runs_here(const Stages& s) {
@@ -22,7 +22,8 @@ bool runs_here(const Stages& s) {
   if (s.lanes == 16)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-  if (s.lanes == 8) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (s.lanes == 8)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return s.lanes == 4;
 }
@@ -78,9 +79,10 @@ void share(Pool& pool, int64_t count, const Body& body) {
 // For the folds: frames are done before a second thread has woken up.
 Each each_of(const Shape& shape, Pool& pool) {
   return [&pool, wide = shape.planes() > 64](int count, const std::function<void(int)>& task) {
-    if (wide) return share(pool, count, [&](const auto& take) {
-      for (int64_t k = take(); k >= 0; k = take()) task(static_cast<int>(k));
-    });
+    if (wide)
+      return share(pool, count, [&](const auto& take) {
+        for (int64_t k = take(); k >= 0; k = take()) task(static_cast<int>(k));
+      });
     for (int k = 0; k < count; ++k) task(k);
   };
 }
@@ -125,9 +127,10 @@ void lay_out(const Stages& s, const Shape& shape, const Source& x, bool strict, 
   out.fuse.x = out.fuse.base = x;
   out.fuse.conv.strict = strict;
   if (!p.conv->empty()) {
-    out.conv = lay_out(s, *p.conv, P, P, strict, -kLog2e, pool);
+    out.conv = lay_out(s, *p.conv, P, P, strict, -LOG2E, pool);
     out.bias.resize(P);
-    for (int o = 0; o < P; ++o) out.bias[o] = static_cast<float>(p.conv_bias->empty() ? 0. : -kLog2e * (*p.conv_bias)[o]);
+    for (int o = 0; o < P; ++o)
+      out.bias[o] = static_cast<float>(p.conv_bias->empty() ? 0. : -LOG2E * (*p.conv_bias)[o]);
     out.fuse.conv.inputs = out.fuse.conv.outputs = P;
     out.fuse.conv.weight = out.conv.get();
     out.fuse.conv.bias = out.bias.data();
@@ -135,7 +138,7 @@ void lay_out(const Stages& s, const Shape& shape, const Source& x, bool strict, 
   }
   if (!p.stencil->empty()) {
     out.stencil.resize(108);
-    s.layout_stencil(p.stencil->data(), shape.channels, strict, -kLog2e, out.stencil.data());
+    s.layout_stencil(p.stencil->data(), shape.channels, strict, -LOG2E, out.stencil.data());
     out.fuse.stencil.weight = out.stencil.data();
   }
 }
@@ -143,7 +146,9 @@ void lay_out(const Stages& s, const Shape& shape, const Source& x, bool strict, 
 // Bands are cut between groups of blocks; between pairs where there are few (a layer of features).
 int64_t band_unit(int64_t blocks) { return blocks < 64 ? 2 : 8; }
 
-int64_t bands_of(int64_t blocks, int64_t at_least) { return std::max<int64_t>(1, std::min(blocks / std::max<int64_t>(6, band_unit(blocks)), at_least)); }
+int64_t bands_of(int64_t blocks, int64_t at_least) {
+  return std::max<int64_t>(1, std::min(blocks / std::max<int64_t>(6, band_unit(blocks)), at_least));
+}
 
 int64_t band_begin(int64_t blocks, int64_t k, int64_t n) {
   const int64_t unit = band_unit(blocks);
@@ -195,10 +200,6 @@ const Stages& stages() {
   return *chosen.load();
 }
 
-int64_t prepared_size(const Shape& shape, int64_t parts) {
-  return (parts & kCwem) ? 2 * shape.clips * shape.planes() : 0;
-}
-
 void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& pool) {
   const Stages& s = stages();
   const Shape& shape = call.shape;
@@ -209,7 +210,7 @@ void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& po
   lay_out(s, shape, call.x, call.strict, {&folded.stencil, &folded.conv, &folded.conv_bias, C}, pool, laid);
   Fuse& f = laid.fuse;
   f.y = y;
-  if (!call.weights.has(kCwem)) return fuse_clips(s, f, 0, shape.clips, pool);
+  if (!call.weights.cwem) return fuse_clips(s, f, 0, shape.clips, pool);
 
   float *means = prepared, *gates = prepared + shape.clips * P;
   f.gate = gates;
@@ -234,12 +235,12 @@ void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& po
   });
   if (whole == shape.clips) return;
   Numbers mean((shape.clips - whole) * P);
-  constexpr int kTogether = 4;
-  const int runs = (P + kTogether - 1) / kTogether;
+  constexpr int TOGETHER = 4;
+  const int runs = (P + TOGETHER - 1) / TOGETHER;
   share(pool, (shape.clips - whole) * runs, [&](const auto& take) {
     for (int64_t k = take(); k >= 0; k = take()) {
-      const int first = static_cast<int>(k % runs) * kTogether;
-      plane_means(s, call, whole + k / runs, first, std::min(kTogether, P - first), &mean[k / runs * P + first]);
+      const int first = static_cast<int>(k % runs) * TOGETHER;
+      plane_means(s, call, whole + k / runs, first, std::min(TOGETHER, P - first), &mean[k / runs * P + first]);
     }
   });
   for (int64_t n = whole; n < shape.clips; ++n) finish_gate(n, mean.data() + (n - whole) * P);
@@ -286,7 +287,8 @@ Chunks chunks_of(const Shape& shape, int64_t blocks, size_t chunk_bytes) {
   // wide layer's are as big as its weights), and each chunk has work that outweighs its closing transform.
   const int64_t total = shape.clips * blocks;
   const double x_bytes = 4. * static_cast<double>(shape.clips * shape.planes()) * static_cast<double>(shape.pixels());
-  const int64_t by_memory = std::max<int64_t>(8, static_cast<int64_t>(0.02 * x_bytes / static_cast<double>(chunk_bytes)));
+  const int64_t by_memory =
+      std::max<int64_t>(8, static_cast<int64_t>(0.02 * x_bytes / static_cast<double>(chunk_bytes)));
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>({96, by_memory, total / 6}));
   Chunks c{1, 1, shape.clips};
   if (shape.clips >= wanted) {
@@ -318,11 +320,11 @@ PriorGradients sweep_all(const Stages& s, Sweep& w, Pool& pool) {
       const int64_t last = chunks.bands > 1 ? first + 1 : std::min(shape.clips, first + chunks.clips);
       const int64_t band = chunks.bands > 1 ? q % chunks.bands : 0;
       for (int64_t n = first; n < last; ++n)
-        s.sweep(w, n, band_begin(blocks, band, chunks.bands), band_begin(blocks, band + 1, chunks.bands),
-                scratch.get(), gate.data() + (n * chunks.bands + band) * P);
-      s.sweep_end(w, scratch.get(),
-                  {conv.get() + q * conv_size, bias.data() + q * outputs,
-                   stencil.empty() ? nullptr : stencil.data() + q * 27});
+        s.sweep(w, n, band_begin(blocks, band, chunks.bands), band_begin(blocks, band + 1, chunks.bands), scratch.get(),
+                gate.data() + (n * chunks.bands + band) * P);
+      s.sweep_end(
+          w, scratch.get(),
+          {conv.get() + q * conv_size, bias.data() + q * outputs, stencil.empty() ? nullptr : stencil.data() + q * 27});
     }
   });
   PriorGradients d;
@@ -332,8 +334,9 @@ PriorGradients sweep_all(const Stages& s, Sweep& w, Pool& pool) {
     const int groups = (outputs + s.gradient_group(outputs) - 1) / s.gradient_group(outputs);
     const auto all = [&](const auto& take) {
       for (int64_t k = take(); k >= 0; k = take())
-        reduce_conv(conv.get(), chunks.count, {w.forward.conv.inputs, outputs, I, O, O / groups,
-                                               s.gradient_group(outputs)}, static_cast<int>(k), d.conv.data());
+        reduce_conv(conv.get(), chunks.count,
+                    {w.forward.conv.inputs, outputs, I, O, O / groups, s.gradient_group(outputs)}, static_cast<int>(k),
+                    d.conv.data());
     };
     share(pool, w.forward.conv.inputs, all);
   }
@@ -369,9 +372,10 @@ void close_back(const Stages& s, const Shape& shape, bool strict, const std::vec
   f.shape = shape;
   f.mode = Mode::linear;
   f.base = base;
-  f.x = back.inputs ? Source{back.dz.get(), Dtype::f32, back.inputs * shape.pixels(), shape.width, 1,
-                             back.planes.data(), nullptr, nullptr}
-                    : base;
+  f.x = back.inputs
+            ? Source{back.dz.get(), Dtype::f32, back.inputs * shape.pixels(), shape.width, 1, back.planes.data(),
+                     nullptr,       nullptr}
+            : base;
   f.y = dx;
   f.gate = constant;
   f.conv.strict = strict;
@@ -387,8 +391,8 @@ void close_back(const Stages& s, const Shape& shape, bool strict, const std::vec
 
 }  // namespace
 
-Gradients soap_backward(const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx,
-                        bool needs_weights, Pool& pool) {
+std::vector<Numbers> soap_backward(const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx,
+                                   bool needs_weights, Pool& pool) {
   const Stages& s = stages();
   const Shape& shape = call.shape;
   const int P = shape.planes(), T = shape.frames, C = shape.channels;
@@ -404,7 +408,7 @@ Gradients soap_backward(const SoapCall& call, const Source& grad, const float* p
 
   FoldedGradients g{d.stencil, Numbers(folded.taps.size(), 0.), Numbers(folded.bias.size(), 0.), d.conv, d.conv_bias};
   std::vector<float> constant;
-  if (call.weights.has(kCwem)) {
+  if (call.weights.cwem) {
     Numbers mean(P), gate(P), dmean(P);
     constant.resize(shape.clips * P);
     for (int64_t n = 0; n < shape.clips; ++n) {
@@ -419,7 +423,7 @@ Gradients soap_backward(const SoapCall& call, const Source& grad, const float* p
   if (dx.data)
     close_back(s, shape, call.strict, folded.conv, folded.stencil, false, back, grad,
                constant.empty() ? nullptr : constant.data(), dx, pool);
-  return {needs_weights ? unfold(call.weights, g, each_of(shape, pool)) : std::vector<Numbers>{}};
+  return needs_weights ? unfold(call.weights, g, each_of(shape, pool)) : std::vector<Numbers>{};
 }
 
 namespace {
@@ -482,4 +486,4 @@ void window_sums_backward(const Shape& shape, const float* grad, const Sink& dx,
   });
 }
 
-}  // namespace soap
+}  // namespace soap::cpu

@@ -8,7 +8,7 @@
 #include "fold.h"
 #include "stages.h"
 
-namespace soap {
+namespace soap::cpu {
 
 // Threads that take numbered tasks. Which thread takes which task never changes a result.
 class Pool {
@@ -31,16 +31,12 @@ struct SoapCall {
   bool strict = false;
 };
 
-// `prepared`: means and gates of all planes if CWEM is on.
-int64_t prepared_size(const Shape& shape, int64_t parts);
+// `prepared`, if CWEM is on: the means of all planes, then their gates (soap_kernels/backends/cpp.py makes room).
 void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& pool);
 
-struct Gradients {
-  std::vector<Numbers> weights;  // as SoapCall::weights.tensor; empty unless wanted
-};
-// dx.data null: not wanted.
-Gradients soap_backward(const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx,
-                        bool needs_weights, Pool& pool);
+// The gradients of the weights, as SoapCall::weights.tensor; none unless wanted. dx.data null: not wanted.
+std::vector<Numbers> soap_backward(const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx,
+                                   bool needs_weights, Pool& pool);
 
 // Priors given as they are. Null or empty: not there.
 struct PriorsCall {
@@ -48,20 +44,18 @@ struct PriorsCall {
   Source x;
   bool strict = false, multiplicative = false, interleaved = false;
   double offset = 0;
-  Numbers stencil;           // (3, 3, 3)
-  std::vector<float> gate;   // by clip and plane
-  std::vector<float> conv;   // (TC, TC, 3, 3)
-  Numbers conv_bias;         // (TC)
+  Numbers stencil;          // (3, 3, 3)
+  std::vector<float> gate;  // by clip and plane
+  std::vector<float> conv;  // (TC, TC, 3, 3)
+  Numbers conv_bias;        // (TC)
 };
 void fuse_priors_forward(const PriorsCall& call, const Sink& y, Pool& pool);
 
-struct PriorGradients {
-  Numbers stencil, gate, conv, conv_bias;
-};
+struct PriorGradients { Numbers stencil, gate, conv, conv_bias; };
 PriorGradients fuse_priors_backward(const PriorsCall& call, const Source& grad, const Sink& dx, Pool& pool);
 
 // x: (N, C, H, W) as a shape of one frame. out: (N, C, 3, 3).
 void window_sums_forward(const Shape& shape, const Source& x, float* out, Pool& pool);
 void window_sums_backward(const Shape& shape, const float* grad, const Sink& dx, Pool& pool);
 
-}  // namespace soap
+}  // namespace soap::cpu

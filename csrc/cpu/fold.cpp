@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace soap {
+namespace soap::cpu {
 namespace {
 
 // HMEM's tensors for tuple size k: motion weight and bias first for all sizes, then project's.
@@ -14,7 +14,7 @@ struct Tuple {
 
 std::vector<Tuple> tuples_of(const Weights& w) {
   std::vector<Tuple> all;
-  const size_t sizes = w.tuple_sizes.size(), at = w.hmem();
+  const size_t sizes = w.tuple_sizes.size(), at = w.hmem_at();
   int first_map = 0;
   for (size_t k = 0; k < sizes; ++k) {
     const int o = w.tuple_sizes[k];
@@ -84,7 +84,7 @@ void fold_hmem(const Weights& w, Folded& f, const Each& each) {
 
 void unfold_hmem(const Weights& w, const FoldedGradients& g, std::vector<Numbers>& out, const Each& each) {
   const int T = w.frames, C = w.channels, P = T * C, M = maps_of(w);
-  const size_t sizes = w.tuple_sizes.size(), at = w.hmem();
+  const size_t sizes = w.tuple_sizes.size(), at = w.hmem_at();
   const double* restore = w.tensor[w.tensor.size() - 2].data();
   Numbers& drestore = out[out.size() - 2];
   Numbers& drestore_bias = out.back();
@@ -150,8 +150,8 @@ void unfold_hmem(const Weights& w, const FoldedGradients& g, std::vector<Numbers
 
 void fold_cwem(const Weights& w, Folded& f) {
   const int C = w.channels, R = w.hidden;
-  const Numbers &expand = w.tensor[w.cwem()], &temporal = w.tensor[w.cwem() + 1], &bias = w.tensor[w.cwem() + 2],
-                &squeeze = w.tensor[w.cwem() + 3];
+  const Numbers &expand = w.tensor[w.cwem_at()], &temporal = w.tensor[w.cwem_at() + 1],
+                &bias = w.tensor[w.cwem_at() + 2], &squeeze = w.tensor[w.cwem_at() + 3];
   f.taps.assign(static_cast<size_t>(3) * C * C, 0.);
   f.bias.assign(C, 0.);
   for (int a = 0; a < R; ++a)
@@ -167,7 +167,7 @@ void fold_cwem(const Weights& w, Folded& f) {
 
 void unfold_cwem(const Weights& w, const FoldedGradients& g, std::vector<Numbers>& out) {
   const int C = w.channels, R = w.hidden;
-  const size_t at = w.cwem();
+  const size_t at = w.cwem_at();
   const Numbers &expand = w.tensor[at], &temporal = w.tensor[at + 1], &bias = w.tensor[at + 2],
                 &squeeze = w.tensor[at + 3];
   for (int a = 0; a < R; ++a) {
@@ -195,18 +195,18 @@ void unfold_cwem(const Weights& w, const FoldedGradients& g, std::vector<Numbers
 
 Folded fold(const Weights& w, const Each& each) {
   Folded f;
-  if (w.has(kThreeDem)) f.stencil = w.tensor[0];
-  if (w.has(kCwem)) fold_cwem(w, f);
-  if (w.has(kHmem)) fold_hmem(w, f, each);
+  if (w.three_dem) f.stencil = w.tensor[0];
+  if (w.cwem) fold_cwem(w, f);
+  if (w.hmem()) fold_hmem(w, f, each);
   return f;
 }
 
 std::vector<Numbers> unfold(const Weights& w, const FoldedGradients& d, const Each& each) {
   std::vector<Numbers> out;
   for (const Numbers& t : w.tensor) out.emplace_back(t.size(), 0.);
-  if (w.has(kThreeDem)) out[0] = d.stencil;
-  if (w.has(kCwem)) unfold_cwem(w, d, out);
-  if (w.has(kHmem)) unfold_hmem(w, d, out, each);
+  if (w.three_dem) out[0] = d.stencil;
+  if (w.cwem) unfold_cwem(w, d, out);
+  if (w.hmem()) unfold_hmem(w, d, out, each);
   return out;
 }
 
@@ -241,4 +241,4 @@ void gate_backward(const Folded& f, int T, int C, const double* means, const dou
     }
 }
 
-}  // namespace soap
+}  // namespace soap::cpu

@@ -1,15 +1,15 @@
 // The exact folds and their adjoints, in double (soap_kernels/fold.py has the same in PyTorch, with the derivation).
-// A few thousand multiplies for frames, where the caller's `Each` is a plain loop: one thread, microseconds. On features
-// (512 planes: 60 million) the tasks are shared out; none of them changes with the number of threads.
+// A few thousand multiplies for frames, where the caller's `Each` is a plain loop: one thread, microseconds. On
+// features (512 planes: 60 million) the tasks are shared out; none of them changes with the number of threads.
 #pragma once
 
 #include <cstddef>
 #include <functional>
 #include <vector>
 
-#include "../soap.h"
+#include "stages.h"
 
-namespace soap {
+namespace soap::cpu {
 
 using Numbers = std::vector<double>;
 // Does task(0) .. task(count - 1), which are independent, in any order.
@@ -18,26 +18,24 @@ using Each = std::function<void(int count, const std::function<void(int)>& task)
 // The weights of the parts that are on, in state_dict order, each contiguous.
 struct Weights {
   int frames = 0, channels = 0, hidden = 0;
-  int64_t parts = 0;
-  std::vector<int> tuple_sizes;
+  bool three_dem = false, cwem = false;
+  std::vector<int> tuple_sizes;  // HMEM's; none: it is off
   std::vector<Numbers> tensor;
 
-  bool has(Part part) const { return (parts & part) != 0; }
-  size_t cwem() const { return has(kThreeDem) ? 1 : 0; }               // where a part's first tensor is
-  size_t hmem() const { return cwem() + (has(kCwem) ? 4 : 0); }
+  bool hmem() const { return !tuple_sizes.empty(); }
+  size_t cwem_at() const { return three_dem ? 1 : 0; }  // where a part's first tensor is
+  size_t hmem_at() const { return cwem_at() + (cwem ? 4 : 0); }
 };
 
 struct Folded {
   Numbers stencil;     // (3, 3, 3)
   Numbers taps, bias;  // CWEM before its sigmoid: (3, C, C), (C)
   std::vector<float> conv;
-  Numbers conv_bias;   // HMEM before its sigmoid: (TC, TC, 3, 3), (TC)
+  Numbers conv_bias;  // HMEM before its sigmoid: (TC, TC, 3, 3), (TC)
 };
 
 // Also used for gradients: the same shapes, `conv` in double.
-struct FoldedGradients {
-  Numbers stencil, taps, bias, conv, conv_bias;
-};
+struct FoldedGradients { Numbers stencil, taps, bias, conv, conv_bias; };
 
 Folded fold(const Weights& w, const Each& each);
 
@@ -51,4 +49,4 @@ void gate_forward(const Folded& f, int frames, int channels, const double* means
 void gate_backward(const Folded& f, int frames, int channels, const double* means, const double* gate,
                    const double* dgate, FoldedGradients& d, double* dmeans);
 
-}  // namespace soap
+}  // namespace soap::cpu

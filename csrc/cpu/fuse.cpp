@@ -4,12 +4,10 @@
 // transformed inputs, a product per point, products back to pixels with the sigmoids and the sum.
 #include "block.h"
 
-namespace soap::SOAP_ISA_NS {
+namespace soap::cpu::SOAP_ISA_NS {
 namespace {
 
-struct Buffers {
-  float *V, *M, *mean, *prior, *stencil;
-};
+struct Buffers { float *V, *M, *mean, *prior, *stencil; };
 
 Buffers buffers_of(const Plan& p, float* scratch) {
   Buffers b;
@@ -17,7 +15,7 @@ Buffers buffers_of(const Plan& p, float* scratch) {
   b.M = b.V + p.blocks * p.v_block;
   b.mean = b.M + p.blocks * p.m_block;
   b.prior = b.mean + p.blocks * p.mean_block;
-  b.stencil = b.prior + static_cast<int64_t>(p.blocks) * p.slots * kPositions * L;
+  b.stencil = b.prior + static_cast<int64_t>(p.blocks) * p.slots * POSITIONS * L;
   return b;
 }
 
@@ -27,28 +25,28 @@ enum class Store { general, plain, stream };
 template <bool Strict, bool Linear>
 SOAP_INLINE void finish_plane(const Fuse& f, int64_t clip, int plane, const Block& b, const float* M,
                               const float* prior, bool base_in_place, Store store) {
-  alignas(64) float pixels[4][kTile * kStage];
-  alignas(64) float out[4][kTile * L];
+  alignas(64) float pixels[4][TILE * STAGE];
+  alignas(64) float out[4][TILE * L];
   const int H = f.shape.height, W = f.shape.width;
-  v z[kTile][kTile];
+  v z[TILE][TILE];
   if (M) {
     positions<Strict>(M, z);
     if (!Linear) {
       SOAP_UNROLL(16)
-      for (int k = 0; k < kPositions; ++k) z[k / 4][k % 4] = sigmoid2_of_finite(z[k / 4][k % 4]);
+      for (int k = 0; k < POSITIONS; ++k) z[k / 4][k % 4] = sigmoid2_of_finite(z[k / 4][k % 4]);
     }
   } else {
     SOAP_UNROLL(16)
-    for (int k = 0; k < kPositions; ++k) z[k / 4][k % 4] = set1(0.f);
+    for (int k = 0; k < POSITIONS; ++k) z[k / 4][k % 4] = set1(0.f);
   }
   if (prior) {
     SOAP_UNROLL(16)
-    for (int k = 0; k < kPositions; ++k) z[k / 4][k % 4] = z[k / 4][k % 4] + ld(prior + k * L);
+    for (int k = 0; k < POSITIONS; ++k) z[k / 4][k % 4] = z[k / 4][k % 4] + ld(prior + k * L);
   }
   const bool multiply = f.mode == Mode::multiplicative;
   const v gate = set1((f.gate ? f.gate[clip * f.shape.planes() + plane] : 0.f) + (multiply ? f.offset : 0.f));
   SOAP_UNROLL(4)
-  for (int k = 0; k < kTile; ++k) {
+  for (int k = 0; k < TILE; ++k) {
     transpose4(z[k][0], z[k][1], z[k][2], z[k][3]);  // now by segment: row k of 4 segments
     SOAP_UNROLL(4)
     for (int s = 0; s < 4; ++s) z[k][s] = z[k][s] + gate;
@@ -58,10 +56,10 @@ SOAP_INLINE void finish_plane(const Fuse& f, int64_t clip, int plane, const Bloc
   for (int s = 0; s < 4; ++s) {
     const Segment& g = b.segment[s];
     const Centre x = centre(f.base, base_in_place, clip, plane, g, H, W, pixels[s]);
-    const bool whole = g.rows == kTile && g.cols == L;
+    const bool whole = g.rows == TILE && g.cols == L;
     float* row = y + g.row * f.y.row + g.col;
     SOAP_UNROLL(4)
-    for (int k = 0; k < kTile; ++k) {
+    for (int k = 0; k < TILE; ++k) {
       const v p = ld(x.p + k * x.row);
       const v r = multiply ? p * z[k][s] : p + z[k][s];
       if (store == Store::general || !whole) {
@@ -88,10 +86,10 @@ __attribute__((noinline)) void finish_block(const Fuse& f, const Plan& plan, int
                        f.y.clip % L == 0 && f.shape.pixels() % L == 0 && f.y.plane[0] % L == 0;
   const Store store = aligned ? Store::stream : flat ? Store::plain : Store::general;
   for (int plane = first; plane < last; ++plane) {
-    if (base_in_place && plane + 1 < last) fetch_near<kTile>(f.base, clip, plane + 1, b, 0);
+    if (base_in_place && plane + 1 < last) fetch_near<TILE>(f.base, clip, plane + 1, b, 0);
     const int slot = plane / f.shape.channels;
     finish_plane<Strict, Linear>(f, clip, plane, b, plan.outputs ? M + (plane - first) * plan.m_step : nullptr,
-                                 plan.slots ? prior + slot * kPositions * L : nullptr, base_in_place, store);
+                                 plan.slots ? prior + slot * POSITIONS * L : nullptr, base_in_place, store);
   }
 }
 
@@ -102,7 +100,7 @@ void fuse_blocks(const Fuse& f, int64_t clip, int64_t first, int64_t last, float
   const int H = f.shape.height, W = f.shape.width;
   const Blocks grid = block_grid(H, W);
   const int groups = plan.outputs ? (plan.outputs + plan.group - 1) / plan.group : 1;
-  const int64_t prior_block = static_cast<int64_t>(plan.slots) * kPositions * L;
+  const int64_t prior_block = static_cast<int64_t>(plan.slots) * POSITIONS * L;
   Block block[8];
   for (int64_t q = first; q < last; q += plan.blocks) {
     const int n = static_cast<int>(last - q < plan.blocks ? last - q : plan.blocks);
@@ -111,7 +109,7 @@ void fuse_blocks(const Fuse& f, int64_t clip, int64_t first, int64_t last, float
       load_block<Strict>(f, plan, clip, block[k], buf.V + k * plan.v_block, buf.mean + k * plan.mean_block);
       if (plan.slots) priors<Strict>(f, plan, buf.mean + k * plan.mean_block, buf.stencil, buf.prior + k * prior_block);
     }
-    const Ahead ahead = plan.outputs ? look_ahead(f.x, clip, grid, q + n, last, H, W, -1, kWindow) : Ahead{};
+    const Ahead ahead = plan.outputs ? look_ahead(f.x, clip, grid, q + n, last, H, W, -1, WINDOW) : Ahead{};
     for (int g = 0; g < groups; ++g) {
       if (plan.outputs) {
         for (int k = 0; k < n; k += 2) {
@@ -119,8 +117,7 @@ void fuse_blocks(const Fuse& f, int64_t clip, int64_t first, int64_t last, float
           float* M = buf.M + k * plan.m_block;
           if (k + 1 < n)
             products<Strict, 2>(f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k + g ? Ahead{} : ahead, {});
-          else
-            products<Strict, 1>(f.conv, plan, g, V, V, M, M, k + g ? Ahead{} : ahead, {});
+          else products<Strict, 1>(f.conv, plan, g, V, V, M, M, k + g ? Ahead{} : ahead, {});
         }
       }
       for (int k = 0; k < n; ++k)
@@ -136,7 +133,7 @@ void fuse_blocks(const Fuse& f, int64_t clip, int64_t first, int64_t last, float
 
 size_t fuse_scratch(const Fuse& f) {
   const Plan p = plan_of(f);
-  return static_cast<size_t>(p.blocks * (p.v_block + p.m_block + p.mean_block + p.slots * kPositions * L) + p.m_step);
+  return static_cast<size_t>(p.blocks * (p.v_block + p.m_block + p.mean_block + p.slots * POSITIONS * L) + p.m_step);
 }
 
 void fuse(const Fuse& f, int64_t clip, int64_t first, int64_t last, float* scratch) {
@@ -148,4 +145,4 @@ void fuse(const Fuse& f, int64_t clip, int64_t first, int64_t last, float* scrat
                   : fuse_blocks<false, false>(f, clip, first, last, scratch);
 }
 
-}  // namespace soap::SOAP_ISA_NS
+}  // namespace soap::cpu::SOAP_ISA_NS

@@ -1,7 +1,7 @@
 // Stage `prepare`: sums over planes, and the weights laid out for the products.
 #include "block.h"
 
-namespace soap::SOAP_ISA_NS {
+namespace soap::cpu::SOAP_ISA_NS {
 namespace {
 
 struct Margins {  // sums of the first and last row, the first and last column
@@ -25,35 +25,35 @@ double row_sum(const E* p, int64_t step, int n) {
 }
 
 // Runs of n fp32 numbers, N of them side by side: more streams from memory at once, and a quarter of the time less.
-constexpr int kStreams = 4;
+constexpr int STREAMS = 4;
 
 template <int N>
 SOAP_INLINE void run_sums(const float* const* p, int64_t n, double* total) {
-  constexpr int kChains = kStreams / N < 2 ? 4 : 8;  // of additions, to cover their latency
-  constexpr int64_t kStep = kChains * L, kRun = 64 * kStep;  // so many before the fp32 chains go to double
-  constexpr int64_t kAhead = 256;
+  constexpr int CHAINS = STREAMS / N < 2 ? 4 : 8;        // of additions, to cover their latency
+  constexpr int64_t STEP = CHAINS * L, RUN = 64 * STEP;  // so many before the fp32 chains go to double
+  constexpr int64_t AHEAD = 256;
   for (int r = 0; r < N; ++r) total[r] = 0;
   int64_t j = 0;
-  while (n - j >= kStep) {
-    v s[N][kChains];
+  while (n - j >= STEP) {
+    v s[N][CHAINS];
     SOAP_UNROLL(4)
     for (int r = 0; r < N; ++r) {
       SOAP_UNROLL(8)
-      for (int k = 0; k < kChains; ++k) s[r][k] = set1(0.f);
+      for (int k = 0; k < CHAINS; ++k) s[r][k] = set1(0.f);
     }
-    for (const int64_t end = n - j < kRun ? n : j + kRun; j + kStep <= end; j += kStep) {
+    for (const int64_t end = n - j < RUN ? n : j + RUN; j + STEP <= end; j += STEP) {
       SOAP_UNROLL(4)
       for (int r = 0; r < N; ++r) {
         SOAP_UNROLL(8)
-        for (int k = 0; k < kChains; ++k) {
-          if (k * L % 16 == 0) prefetch_near(p[r] + j + kAhead + k * L);
+        for (int k = 0; k < CHAINS; ++k) {
+          if (k * L % 16 == 0) prefetch_near(p[r] + j + AHEAD + k * L);
           s[r][k] = s[r][k] + ld(p[r] + j + k * L);
         }
       }
     }
     for (int r = 0; r < N; ++r) {
       v all = (s[r][0] + s[r][1]) + (s[r][2] + s[r][3]);
-      if (kChains == 8) all = all + ((s[r][kChains - 4] + s[r][kChains - 3]) + (s[r][kChains - 2] + s[r][kChains - 1]));
+      if (CHAINS == 8) all = all + ((s[r][CHAINS - 4] + s[r][CHAINS - 3]) + (s[r][CHAINS - 2] + s[r][CHAINS - 1]));
       total[r] += sum(all);
     }
   }
@@ -105,24 +105,20 @@ double sum_as<float>(const Source& x, int64_t offset, int height, int width, Mar
 
 double plane_total(const Source& x, int64_t clip, int plane, int height, int width, Margins* margins) {
   const int64_t offset = clip * x.clip + x.plane[plane];
-  switch (x.dtype) {
-    case Dtype::f32: return sum_as<float>(x, offset, height, width, margins);
-    case Dtype::bf16: return sum_as<bf16>(x, offset, height, width, margins);
-    case Dtype::f16: return sum_as<f16>(x, offset, height, width, margins);
-    case Dtype::u8: return sum_as<uint8_t>(x, offset, height, width, margins);
-  }
-  return 0;
+  double total = 0;
+  by_dtype(x.dtype, [&](auto e) { total = sum_as<decltype(e)>(x, offset, height, width, margins); });
+  return total;
 }
 
 void plane_sums(const Source& x, int64_t clip, int first, int count, int height, int width, double* out) {
   const int64_t pixels = static_cast<int64_t>(height) * width;
   int k = 0;
   if (direct(x) && x.row == width) {  // a plane is one run of memory: rows need not be told apart
-    for (; k + kStreams <= count; k += kStreams) {
-      const float* p[kStreams];
-      for (int r = 0; r < kStreams; ++r)
+    for (; k + STREAMS <= count; k += STREAMS) {
+      const float* p[STREAMS];
+      for (int r = 0; r < STREAMS; ++r)
         p[r] = static_cast<const float*>(x.data) + clip * x.clip + x.plane[first + k + r];
-      run_sums<kStreams>(p, pixels, out + k);
+      run_sums<STREAMS>(p, pixels, out + k);
     }
   }
   for (; k < count; ++k) {
@@ -132,7 +128,7 @@ void plane_sums(const Source& x, int64_t clip, int first, int count, int height,
 }
 
 double corner(const Source& x, int64_t clip, int plane, int row, int col, int height, int width) {
-  alignas(64) float pixel[kStage];
+  alignas(64) float pixel[STAGE];
   stage(x, clip, plane, row, 1, col, 1, height, width, pixel);
   return pixel[0];
 }
@@ -156,8 +152,7 @@ template <class E>
 void spread_sums(const Sink& dx, int64_t offset, int height, int width, const float* grad) {
   for (int r = 0; r < height; ++r) {
     float taps[3];  // by column of the taps, of those rows of taps that see row r
-    for (int j = 0; j < 3; ++j)
-      taps[j] = (r < height - 1 ? grad[j] : 0.f) + grad[3 + j] + (r > 0 ? grad[6 + j] : 0.f);
+    for (int j = 0; j < 3; ++j) taps[j] = (r < height - 1 ? grad[j] : 0.f) + grad[3 + j] + (r > 0 ? grad[6 + j] : 0.f);
     E* p = static_cast<E*>(dx.data) + offset + r * dx.row;
     const float inside = taps[0] + taps[1] + taps[2];
     for (int c = 1; c + 1 < width; ++c) from_float(inside, p[c * dx.col]);
@@ -168,46 +163,41 @@ void spread_sums(const Sink& dx, int64_t offset, int height, int width, const fl
 
 void window_sums_backward(const Sink& dx, int64_t clip, int plane, int height, int width, const float* grad) {
   const int64_t offset = clip * dx.clip + dx.plane[plane];
-  switch (dx.dtype) {
-    case Dtype::f32: return spread_sums<float>(dx, offset, height, width, grad);
-    case Dtype::bf16: return spread_sums<bf16>(dx, offset, height, width, grad);
-    case Dtype::f16: return spread_sums<f16>(dx, offset, height, width, grad);
-    case Dtype::u8: return;
-  }
+  by_dtype(dx.dtype, [&](auto e) { spread_sums<decltype(e)>(dx, offset, height, width, grad); });
 }
 
-int conv_groups(int outputs) { return round_up(outputs, kOutputs) / kOutputs; }
+int conv_groups(int outputs) { return round_up(outputs, OUTPUTS) / OUTPUTS; }
 
 size_t conv_group_size(int inputs, bool strict) {
-  return static_cast<size_t>(inputs) * kOutputs * (strict ? 9 : kPoints);
+  return static_cast<size_t>(inputs) * OUTPUTS * (strict ? 9 : POINTS);
 }
 
 // [point or tap][input][output of the group]; outputs past the last are zero.
 void layout_conv(const float* weight, int inputs, int outputs, bool strict, double factor, int group, float* out) {
-  const int first = group * kOutputs;
+  const int first = group * OUTPUTS;
   for (int i = 0; i < inputs; ++i) {
-    double g[9][kOutputs];
-    for (int o = 0; o < kOutputs; ++o) {
+    double g[9][OUTPUTS];
+    for (int o = 0; o < OUTPUTS; ++o) {
       const float* w = weight + (static_cast<int64_t>(first + o) * inputs + i) * 9;
       for (int k = 0; k < 9; ++k) g[k][o] = first + o < outputs ? factor * w[k] : 0.;
     }
-    float* to = out + static_cast<int64_t>(i) * kOutputs;
-    const int64_t step = static_cast<int64_t>(inputs) * kOutputs;
+    float* to = out + static_cast<int64_t>(i) * OUTPUTS;
+    const int64_t step = static_cast<int64_t>(inputs) * OUTPUTS;
     if (strict) {
       for (int k = 0; k < 9; ++k)
-        for (int o = 0; o < kOutputs; ++o) to[k * step + o] = static_cast<float>(g[k][o]);
+        for (int o = 0; o < OUTPUTS; ++o) to[k * step + o] = static_cast<float>(g[k][o]);
       continue;
     }
-    double half[kWindow][3][kOutputs];  // G g
-    for (int a = 0; a < kWindow; ++a)
+    double half[WINDOW][3][OUTPUTS];  // G g
+    for (int a = 0; a < WINDOW; ++a)
       for (int j = 0; j < 3; ++j)
-        for (int o = 0; o < kOutputs; ++o)
-          half[a][j][o] = kG[a][0] * g[j][o] + kG[a][1] * g[3 + j][o] + kG[a][2] * g[6 + j][o];
-    for (int a = 0; a < kWindow; ++a)
-      for (int b = 0; b < kWindow; ++b)
-        for (int o = 0; o < kOutputs; ++o)
-          to[(a * kWindow + b) * step + o] = static_cast<float>(
-              kG[b][0] * half[a][0][o] + kG[b][1] * half[a][1][o] + kG[b][2] * half[a][2][o]);
+        for (int o = 0; o < OUTPUTS; ++o)
+          half[a][j][o] = G[a][0] * g[j][o] + G[a][1] * g[3 + j][o] + G[a][2] * g[6 + j][o];
+    for (int a = 0; a < WINDOW; ++a)
+      for (int b = 0; b < WINDOW; ++b)
+        for (int o = 0; o < OUTPUTS; ++o)
+          to[(a * WINDOW + b) * step + o] =
+              static_cast<float>(G[b][0] * half[a][0][o] + G[b][1] * half[a][1][o] + G[b][2] * half[a][2][o]);
   }
 }
 
@@ -219,12 +209,12 @@ void layout_stencil(const double* weight, int channels, bool strict, double fact
       for (int k = 0; k < 9; ++k) out[k * 3 + d] = static_cast<float>(factor * g[k] / channels);
       continue;
     }
-    for (int a = 0; a < kWindow; ++a) {
-      for (int b = 0; b < kWindow; ++b) {
+    for (int a = 0; a < WINDOW; ++a) {
+      for (int b = 0; b < WINDOW; ++b) {
         double s = 0;
         for (int i = 0; i < 3; ++i)
-          for (int j = 0; j < 3; ++j) s += kG[a][i] * kG[b][j] * g[i * 3 + j];
-        out[(a * kWindow + b) * 3 + d] = static_cast<float>(factor * s / channels);
+          for (int j = 0; j < 3; ++j) s += G[a][i] * G[b][j] * g[i * 3 + j];
+        out[(a * WINDOW + b) * 3 + d] = static_cast<float>(factor * s / channels);
       }
     }
   }
@@ -234,10 +224,26 @@ void layout_stencil(const double* weight, int channels, bool strict, double fact
 
 extern const Stages stages;
 const Stages stages = {
-    SOAP_STRING_OF(SOAP_ISA_NS), L, block_grid,
-    window_sums, plane_sums, window_sums_backward, conv_groups, conv_group_size, layout_conv, layout_stencil,
-    fuse_scratch, fuse,
-    gradient_inputs, gradient_outputs, gradient_group, sweep_scratch, sweep_open, sweep_begin, sweep, sweep_end,
+    SOAP_STRING_OF(SOAP_ISA_NS),
+    L,
+    block_grid,
+    window_sums,
+    plane_sums,
+    window_sums_backward,
+    conv_groups,
+    conv_group_size,
+    layout_conv,
+    layout_stencil,
+    fuse_scratch,
+    fuse,
+    gradient_inputs,
+    gradient_outputs,
+    gradient_group,
+    sweep_scratch,
+    sweep_open,
+    sweep_begin,
+    sweep,
+    sweep_end,
 };
 
-}  // namespace soap::SOAP_ISA_NS
+}  // namespace soap::cpu::SOAP_ISA_NS

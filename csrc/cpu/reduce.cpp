@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace soap {
+namespace soap::cpu {
 
 Numbers reduce(const Numbers& parts, int64_t count) {
   const size_t n = parts.size() / static_cast<size_t>(count);
@@ -25,4 +25,4 @@ void reduce_conv(const float* parts, int64_t count, const ConvParts& s, int inpu
   }
 }
 
-}  // namespace soap
+}  // namespace soap::cpu

@@ -3,7 +3,7 @@
 
 #include "fold.h"
 
-namespace soap {
+namespace soap::cpu {
 
 // count vectors one after the other, added.
 Numbers reduce(const Numbers& parts, int64_t count);
@@ -15,4 +15,4 @@ struct ConvParts {  // what one chunk leaves: (9, inputs_padded, outputs_padded)
 // One input's part of dW (outputs, inputs, 9).
 void reduce_conv(const float* parts, int64_t count, const ConvParts& shape, int input, double* out);
 
-}  // namespace soap
+}  // namespace soap::cpu

@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../soap.h"
+#include "stages.h"
 
 #ifndef SOAP_ISA
 #error "SOAP_ISA must be 0 (plain), 1 (AVX2) or 2 (AVX-512)"
@@ -32,7 +32,7 @@
 #define SOAP_STRING(x) #x
 #define SOAP_STRING_OF(x) SOAP_STRING(x)
 
-namespace soap::SOAP_ISA_NS {
+namespace soap::cpu::SOAP_ISA_NS {
 
 SOAP_INLINE double ld64(const float* p) {  // two floats, as they are
   double a;
@@ -45,9 +45,9 @@ using v = __m512;
 using vi = int32_t __attribute__((vector_size(64)));
 constexpr int L = 16;
 // Register tiles, measured. 24 accumulators of the 32 registers.
-constexpr int kOutputs = 12;     // forward product: outputs x 2 blocks of tiles, one broadcast weight for both
-constexpr int kInputs = 8;       // weight gradient: inputs x kVectors vectors of outputs
-constexpr int kVectors = 3;
+constexpr int OUTPUTS = 12;  // forward product: outputs x 2 blocks of tiles, one broadcast weight for both
+constexpr int INPUTS = 8;    // weight gradient: inputs x VECTORS vectors of outputs
+constexpr int VECTORS = 3;
 SOAP_INLINE v ld(const float* p) { return _mm512_loadu_ps(p); }
 SOAP_INLINE void st(float* p, v a) { _mm512_storeu_ps(p, a); }
 SOAP_INLINE void stream(float* p, v a) { _mm512_stream_ps(p, a); }
@@ -57,12 +57,8 @@ SOAP_INLINE v fma(v a, v b, v c) { return _mm512_fmadd_ps(a, b, c); }
 SOAP_INLINE v fnma(v a, v b, v c) { return _mm512_fnmadd_ps(a, b, c); }
 SOAP_INLINE v lo32(v a, v b) { return _mm512_unpacklo_ps(a, b); }
 SOAP_INLINE v hi32(v a, v b) { return _mm512_unpackhi_ps(a, b); }
-SOAP_INLINE v lo64(v a, v b) {
-  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-SOAP_INLINE v hi64(v a, v b) {
-  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
+SOAP_INLINE v lo64(v a, v b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
+SOAP_INLINE v hi64(v a, v b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
 // A maximum/minimum whose second operand passes when it is NaN.
 SOAP_INLINE v max_keep(v a, v b) { return _mm512_max_ps(a, b); }
 SOAP_INLINE v min_keep(v a, v b) { return _mm512_min_ps(a, b); }
@@ -75,16 +71,14 @@ SOAP_INLINE v reciprocal(v d) {  // an estimate of 14 bits and one Newton step: 
 SOAP_INLINE v ld_head(const float* p, int n) {  // the first n lanes, zeros after them; reads nothing else
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 }
-SOAP_INLINE void st_head(float* p, v a, int n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a);
-}
+SOAP_INLINE void st_head(float* p, v a, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a); }
 #elif SOAP_ISA == 1
 using v = __m256;
 using vi = int32_t __attribute__((vector_size(32)));
 constexpr int L = 8;
-constexpr int kOutputs = 6;
-constexpr int kInputs = 4;
-constexpr int kVectors = 3;
+constexpr int OUTPUTS = 6;
+constexpr int INPUTS = 4;
+constexpr int VECTORS = 3;
 SOAP_INLINE v ld(const float* p) { return _mm256_loadu_ps(p); }
 SOAP_INLINE void st(float* p, v a) { _mm256_storeu_ps(p, a); }
 SOAP_INLINE void stream(float* p, v a) { _mm256_stream_ps(p, a); }
@@ -94,18 +88,13 @@ SOAP_INLINE v fma(v a, v b, v c) { return _mm256_fmadd_ps(a, b, c); }
 SOAP_INLINE v fnma(v a, v b, v c) { return _mm256_fnmadd_ps(a, b, c); }
 SOAP_INLINE v lo32(v a, v b) { return _mm256_unpacklo_ps(a, b); }
 SOAP_INLINE v hi32(v a, v b) { return _mm256_unpackhi_ps(a, b); }
-SOAP_INLINE v lo64(v a, v b) {
-  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
-SOAP_INLINE v hi64(v a, v b) {
-  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
+SOAP_INLINE v lo64(v a, v b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
+SOAP_INLINE v hi64(v a, v b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
 SOAP_INLINE v max_keep(v a, v b) { return _mm256_max_ps(a, b); }
 SOAP_INLINE v min_keep(v a, v b) { return _mm256_min_ps(a, b); }
 SOAP_INLINE v round(v a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SOAP_INLINE v scale2(v a, v n) {
-  return _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 SOAP_INLINE v reciprocal(v d) {
   const v y = _mm256_rcp_ps(d);
@@ -120,9 +109,9 @@ SOAP_INLINE void st_head(float* p, v a, int n) { _mm256_maskstore_ps(p, head(n),
 using v = float __attribute__((vector_size(16)));
 using vi = int32_t __attribute__((vector_size(16)));
 constexpr int L = 4;
-constexpr int kOutputs = 6;
-constexpr int kInputs = 4;
-constexpr int kVectors = 3;
+constexpr int OUTPUTS = 6;
+constexpr int INPUTS = 4;
+constexpr int VECTORS = 3;
 SOAP_INLINE v ld(const float* p) {
   v a;
   memcpy(&a, p, sizeof a);
@@ -231,7 +220,8 @@ SOAP_INLINE void transpose_pairs(const float* src, int64_t ss, float* dst, int64
 SOAP_INLINE v add_pairs(v a, v b) {
 #if SOAP_ISA == 2
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  return _mm512_permutex2var_ps(a, even, b) + _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+  return _mm512_permutex2var_ps(a, even, b) +
+         _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
 #elif SOAP_ISA == 1
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(a, b)), 0xd8));
 #else
@@ -239,9 +229,9 @@ SOAP_INLINE v add_pairs(v a, v b) {
 #endif
 }
 
-// 1 + 2^t. The power in three factors: 2^(t's integer part), a table for the next bits, a polynomial for the rest, whose
-// relative error is 4e-7 (AVX-512), 2e-8 (AVX2), 2e-7. Adding `magic` rounds t to the table's step, and leaves the
-// table's index in the low bits. At 2^60 and above the plain and AVX-512 forms stop growing.
+// 1 + 2^t. The power in three factors: 2^(t's integer part), a table for the next bits, a polynomial for the rest,
+// whose relative error is 4e-7 (AVX-512), 2e-8 (AVX2), 2e-7. Adding `magic` rounds t to the table's step, and leaves
+// the table's index in the low bits. At 2^60 and above the plain and AVX-512 forms stop growing.
 #if SOAP_ISA == 2
 SOAP_INLINE v one_plus_exp2(v t) {
   const v table = _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f,
@@ -256,7 +246,8 @@ SOAP_INLINE v one_plus_exp2(v t) {
 #elif SOAP_ISA == 1
 SOAP_INLINE v one_plus_exp2(v t) {  // |t| < 126
   // 2^(i/8) less i << 20, so that adding the shifted m gives the table's value times 2^floor.
-  const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
+  const __m256i table =
+      _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
   const v magic = set1(1572864.f);  // 1.5 * 2^20: steps of 1/8
   const v m = t + magic, r = t - (m - magic);
   v p = fma(set1(0.0555041087f), r, set1(0.240264078f));
@@ -265,7 +256,7 @@ SOAP_INLINE v one_plus_exp2(v t) {  // |t| < 126
   return fma(p, _mm256_castsi256_ps(_mm256_add_epi32(step, _mm256_slli_epi32(bits, 20))), set1(1.f));
 }
 #else
-SOAP_INLINE v one_plus_exp2(v t) {  // |t| < 126
+SOAP_INLINE v one_plus_exp2(v t) {   // |t| < 126
   const v magic = set1(12582912.f);  // 1.5 * 2^23: whole numbers
   const v n = (t + magic) - magic, r = t - n;
   v p = fma(set1(0.00132765f), r, set1(0.00967554f));
@@ -278,9 +269,7 @@ SOAP_INLINE v one_plus_exp2(v t) {  // |t| < 126
 #endif
 
 // 1 / (1 + 2^t): the logistic sigmoid of -t / log2(e), so the factor rides in the weights. Error 2e-7; NaN stays NaN.
-SOAP_INLINE v sigmoid2(v t) {
-  return reciprocal(one_plus_exp2(max_keep(set1(-125.f), min_keep(set1(125.f), t))));
-}
+SOAP_INLINE v sigmoid2(v t) { return reciprocal(one_plus_exp2(max_keep(set1(-125.f), min_keep(set1(125.f), t)))); }
 
 // The same, and NaN for an infinity: HMEM's maps cancel infinities to NaN one by one, where the folded sum keeps one.
 SOAP_INLINE v sigmoid2_of_finite(v t) {
@@ -307,12 +296,8 @@ SOAP_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 SOAP_INLINE float to_float(float a) { return a; }
 SOAP_INLINE float to_float(uint8_t a) { return a; }
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
 
 SOAP_INLINE float to_float(bf16 a) {
   const uint32_t b = static_cast<uint32_t>(a.bits) << 16;
@@ -343,6 +328,7 @@ SOAP_INLINE float to_float(f16 a) {
 }
 
 SOAP_INLINE void from_float(float a, float& out) { out = a; }
+SOAP_INLINE void from_float(float a, uint8_t& out) { out = static_cast<uint8_t>(a); }
 
 SOAP_INLINE void from_float(float a, bf16& out) {
   uint32_t b;
@@ -374,4 +360,15 @@ SOAP_INLINE void from_float(float a, f16& out) {
 #endif
 }
 
-}  // namespace soap::SOAP_ISA_NS
+// work(element) with an element of the type that `dtype` names.
+template <class Work>
+SOAP_INLINE void by_dtype(Dtype dtype, const Work& work) {
+  switch (dtype) {
+    case Dtype::f32: return work(float{});
+    case Dtype::bf16: return work(bf16{});
+    case Dtype::f16: return work(f16{});
+    case Dtype::u8: return work(uint8_t{});
+  }
+}
+
+}  // namespace soap::cpu::SOAP_ISA_NS

@@ -1,12 +1,26 @@
 // The stages of the CPU backend: what each takes, and the table by which one instruction set offers them.
+//
+// Names follow soap_kernels: a clip has T frames of C channels; a plane is one channel of one frame, and plane
+// t * C + c stands for channel c of frame t. Stages: prepare, fuse (forward); sweep, reduce, finish (backward).
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../soap.h"
+namespace soap::cpu {
 
-namespace soap {
+enum class Dtype : int32_t { f32, f16, bf16, u8 };
+
+struct Shape {
+  int64_t clips = 0;
+  int frames = 0;
+  int channels = 0;
+  int height = 0;
+  int width = 0;
+
+  int planes() const { return frames * channels; }
+  int64_t pixels() const { return static_cast<int64_t>(height) * width; }
+};
 
 // A batch of clips in memory: strides in elements, 64 bit; plane[t * C + c] is where that plane starts. An element is
 // read as scale[plane] * value + shift[plane] if scale is set (uint8 frames, normalised), and padding is zero after it.
@@ -29,8 +43,8 @@ struct Sink {
 // A zero-padded 3x3 convolution from `inputs` to `outputs` planes, its weights laid out for the product by `layout`.
 struct Conv {
   int inputs = 0, outputs = 0;
-  bool strict = false;          // the direct form: no transform, the error of an ordinary fp32 convolution
-  int centre_inputs = 0;        // the first so many inputs have nothing but a centre tap (frame 0 of HMEM)
+  bool strict = false;    // the direct form: no transform, the error of an ordinary fp32 convolution
+  int centre_inputs = 0;  // the first so many inputs have nothing but a centre tap (frame 0 of HMEM)
   const float* weight = nullptr;
   const float* bias = nullptr;  // by output, already times `factor` of the layout; null: none
 };
@@ -49,11 +63,11 @@ enum class Mode {
 };
 
 struct Fuse {
-  Shape shape;        // of y; the conv may read another number of planes
+  Shape shape;  // of y; the conv may read another number of planes
   Mode mode = Mode::additive;
   float offset = 0;
-  Source x;           // what conv and stencil read
-  Source base;        // what y adds to; equals x unless linear
+  Source x;     // what conv and stencil read
+  Source base;  // what y adds to; equals x unless linear
   Sink y;
   const float* gate = nullptr;  // by clip and plane; null: none
   Conv conv;                    // outputs 0: none
@@ -62,16 +76,16 @@ struct Fuse {
 
 // One pass over x and the gradient, for a run of units of work that share the accumulators of one chunk.
 struct Sweep {
-  Fuse forward;      // y is not used
+  Fuse forward;  // y is not used
   Source grad;
-  Sink dz;           // linear parts' gradients, (clips, conv outputs + stencil slots, H, W); data null: not wanted
-  Sink dbase;        // multiplicative: grad times the sum; data null: not wanted
+  Sink dz;     // linear parts' gradients, (clips, conv outputs + stencil slots, H, W); data null: not wanted
+  Sink dbase;  // multiplicative: grad times the sum; data null: not wanted
 };
 
 struct ChunkGradients {
-  float* conv = nullptr;     // (9, padded inputs, padded outputs), as `Stages::gradient_inputs/outputs` pad them
-  double* bias = nullptr;    // by output
-  double* stencil = nullptr; // 27
+  float* conv = nullptr;      // (9, padded inputs, padded outputs), as `Stages::gradient_inputs/outputs` pad them
+  double* bias = nullptr;     // by output
+  double* stencil = nullptr;  // 27
 };
 
 // Work is cut into blocks of 4 segments of L pixels x 4 rows: 4 L / 4 = L tiles of 4x4, one in each lane.
@@ -80,7 +94,7 @@ struct Blocks {
   int64_t segments = 0, blocks = 0;
 };
 
-inline constexpr double kLog2e = 1.4426950408889634074;
+inline constexpr double LOG2E = 1.4426950408889634074;
 
 struct Stages {
   const char* name;
@@ -115,8 +129,14 @@ struct Stages {
   void (*sweep_end)(const Sweep&, float* scratch, const ChunkGradients&);
 };
 
-namespace plain { extern const Stages stages; }
-namespace avx2 { extern const Stages stages; }
-namespace avx512 { extern const Stages stages; }
+namespace plain {
+extern const Stages stages;
+}
+namespace avx2 {
+extern const Stages stages;
+}
+namespace avx512 {
+extern const Stages stages;
+}
 
-}  // namespace soap
+}  // namespace soap::cpu

@@ -16,16 +16,25 @@
 #include <stdexcept>
 #include <string>
 
-namespace soap {
+namespace soap::cuda {
+
+// Each compiles a mistake in where it is asked for: tests/gpu_proof sees that its cases notice. A library has none.
+enum Plant { NO_PLANT, TILE_BARRIER, DZ_BARRIER, TAP, RIGHT_EDGE, DZ_EDGE, FRAGMENTS, PLANE_END, SUMS_BARRIER };
+#ifndef SOAP_PLANT
+#define SOAP_PLANT NO_PLANT
+#endif
+template <Plant PLANT> constexpr bool planted = PLANT == SOAP_PLANT;
 
 extern std::atomic<int64_t> launch_counter;
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("soap_kernels, CUDA, ") + what + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("soap_kernels, CUDA, ") + what + ": " + cudaGetErrorString(error));
 }
 
 template <class Kernel> inline void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
+  if (bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
 inline void launched(const char* what) {
@@ -138,14 +147,16 @@ using Address = uint32_t;
 __device__ __forceinline__ Address address_of(const void* p) { return Address(__cvta_generic_to_shared(p)); }
 __device__ __forceinline__ void ldmatrix_x4(Fragment& f, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3]) : "r"(row));
+               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
+               : "r"(row));
 }
 __device__ __forceinline__ void ldmatrix_x2(uint32_t& a, uint32_t& b, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row));
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(Fragment& f, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3]) : "r"(row));
+               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
+               : "r"(row));
 }
 __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row));
@@ -154,20 +165,24 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, Addr
 template <bool HALF> __device__ __forceinline__ void mma_k16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
   if constexpr (HALF)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // c (16x8, fp32) += a (16x8) * b (8x8)
 template <bool HALF> __device__ __forceinline__ void mma_k8(float* c, const uint32_t* a, uint32_t b0) {
   if constexpr (HALF)
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b0));
   else
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b0));
 }
 #endif
 
-}  // namespace soap
+}  // namespace soap::cuda

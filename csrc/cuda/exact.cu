@@ -3,15 +3,17 @@
 // Tile 8 x 32, 128 threads. The folded convolution: a warp takes the 8 frames of one row group j, a lane 8 pixels.
 #include "sweep.cuh"
 
-namespace soap {
+namespace soap::cuda {
 namespace {
 
 constexpr int ROWS = 8, PITCH = 36, PLANE = (ROWS + 2) * PITCH, PIXELS = ROWS * TILE_WIDTH, THREADS = 128;
 
 // The tile with its halo as fp32, [column of the folded weight][row][column].
-__device__ __forceinline__ void load_tile(float* tile, const Frames& x, const Shape& s, const Options& o, int CP, int64_t b, int h0, int w0) {
+__device__ __forceinline__ void load_tile(float* tile, const Frames& x, const Shape& s, const Options& o, int CP,
+                                          int64_t b, int h0, int w0) {
   for (int i = threadIdx.x; i < CP * 8 * (ROWS + 2) * HALO_WIDTH; i += THREADS) {
-    const int column = i % HALO_WIDTH, row = i / HALO_WIDTH % (ROWS + 2), k = i / HALO_WIDTH / (ROWS + 2), c = k / 8, t = k % 8;
+    const int column = i % HALO_WIDTH, row = i / HALO_WIDTH % (ROWS + 2), k = i / HALO_WIDTH / (ROWS + 2), c = k / 8,
+              t = k % 8;
     const int h = h0 + row - 1, w = w0 + column - 1;
     float v = 0.f;
     if (c < s.channels && t < s.frames && h >= 0 && h < s.height && w >= 0 && w < s.width) {
@@ -23,7 +25,8 @@ __device__ __forceinline__ void load_tile(float* tile, const Frames& x, const Sh
 }
 
 // acc[frame][pixel] of row group j, for 8 pixels from (row, column) on.
-__device__ __forceinline__ void convolve_exact(float (&acc)[8][8], const float* tile, const float* prepared, const Layout& l, int j, int row, int column) {
+__device__ __forceinline__ void convolve_exact(float (&acc)[8][8], const float* tile, const float* prepared,
+                                               const Layout& l, int j, int row, int column) {
 #pragma unroll
   for (int t = 0; t < 8; ++t)
 #pragma unroll
@@ -60,7 +63,8 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
   float* gates = common + 8 * PIXELS;
   const int64_t b = blockIdx.x / p.tiles;
   const int index = int(blockIdx.x % p.tiles), h0 = index / p.tiles_wide * ROWS, w0 = index % p.tiles_wide * TILE_WIDTH;
-  const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8, h = h0 + row, w = w0 + column;
+  const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8, h = h0 + row,
+            w = w0 + column;
   if (j == 3) {
     GatePrologue prologue;
     prologue.begin(s, o, p.layout, p.prepared, b);
@@ -84,10 +88,12 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const float v = tile[(j * 8 + t) * PLANE + (row + 1) * PITCH + column + 1 + e];
-      const float sum = gates[t * s.channels + j] + common[t * PIXELS + lane * 8 + e] + (o.conv() ? logistic2(acc[t][e]) : 0.f);
+      const float sum =
+          gates[t * s.channels + j] + common[t * PIXELS + lane * 8 + e] + (o.conv() ? logistic2(acc[t][e]) : 0.f);
       out[e] = o.multiplicative ? v * sum : v + sum;
     }
-    store_plane(p.y, b * p.y.clip + t * p.y.frame + j * p.y.channel + h * p.y.row + w * p.y.column, out, p.vector_y && p.y.column == 1, s.width - w);
+    store_plane(p.y, b * p.y.clip + t * p.y.frame + j * p.y.channel + h * p.y.row + w * p.y.column, out,
+                p.vector_y && p.y.column == 1, s.width - w);
   }
 }
 
@@ -95,7 +101,8 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
   SOAP_SHARED(float, shared);
   const Shape& s = p.shape;
   const Options& o = p.options;
-  const int CP = p.layout.padded_channels, planes = s.frames * s.channels, rows = p.layout.rows, columns = p.layout.columns;
+  const int CP = p.layout.padded_channels, planes = s.frames * s.channels, rows = p.layout.rows,
+            columns = p.layout.columns;
   constexpr int LINE = PIXELS + 1;
   float* tile = shared;
   float* dz = tile + columns * PLANE;  // [row][pixel]
@@ -135,10 +142,16 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
         for (int e = 0; e < 8; ++e) {
           const bool in = t < s.frames && j < s.channels && h < s.height && w + e < s.width;
           const int64_t pixel = (((b * s.frames + t) * s.channels + j) * s.height + h) * int64_t(s.width) + w + e;
-          const float grad = in ? load_any(p.grad.data, p.grad.dtype, b * p.grad.clip + t * p.grad.frame + j * p.grad.channel + h * p.grad.row + (w + e) * p.grad.column) : 0.f;
+          const float grad = in ? load_any(p.grad.data, p.grad.dtype,
+                                           b * p.grad.clip + t * p.grad.frame + j * p.grad.channel + h * p.grad.row +
+                                               (w + e) * p.grad.column)
+                                : 0.f;
           const float z = logistic2(acc[t][e]);
-          if (in && p.through) p.through[pixel] = grad * (gates[t * s.channels + j] + common[t * PIXELS + lane * 8 + e] + (o.conv() ? z : 0.f));
-          const float u = o.multiplicative ? grad * tile[(j * 8 + t) * PLANE + (row + 1) * PITCH + column + 1 + e] : grad;
+          if (in && p.through)
+            p.through[pixel] =
+                grad * (gates[t * s.channels + j] + common[t * PIXELS + lane * 8 + e] + (o.conv() ? z : 0.f));
+          const float u =
+              o.multiplicative ? grad * tile[(j * 8 + t) * PLANE + (row + 1) * PITCH + column + 1 + e] : grad;
           gate_sum[t] += u;
           dz[(j * 8 + t) * LINE + lane * 8 + e] = u;  // not yet through the sigmoid: the stencil needs it so
           acc[t][e] = fmaf(-z, z, z);
@@ -162,10 +175,12 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
     __syncthreads();
     if (p.dz)
       for (int i = threadIdx.x; i < (s.channels + 1) * s.frames * PIXELS; i += THREADS) {
-        const int pixel = i % PIXELS, r = i / PIXELS, c = r / s.frames, t = r % s.frames, ph = h0 + pixel / TILE_WIDTH, pw = w0 + pixel % TILE_WIDTH;
+        const int pixel = i % PIXELS, r = i / PIXELS, c = r / s.frames, t = r % s.frames, ph = h0 + pixel / TILE_WIDTH,
+                  pw = w0 + pixel % TILE_WIDTH;
         const bool on = c == s.channels ? o.stencil : o.conv();
         if (ph < s.height && pw < s.width)
-          p.dz[((b * (s.channels + 1) * s.frames + r) * s.height + ph) * int64_t(s.width) + pw] = on ? dz[((c == s.channels ? CP : c) * 8 + t) * LINE + pixel] : 0.f;
+          p.dz[((b * (s.channels + 1) * s.frames + r) * s.height + ph) * int64_t(s.width) + pw] =
+              on ? dz[((c == s.channels ? CP : c) * 8 + t) * LINE + pixel] : 0.f;
       }
     if (lane < rows) {  // a lane a row, a warp a quarter of the columns
       const int each = columns / 4;
@@ -178,7 +193,8 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
         for (int k = 0; k < 6; ++k)
           if (k < each)
 #pragma unroll
-            for (int tap = 0; tap < 9; ++tap) dw[k][tap] = fmaf(d, at[k * PLANE + tap / 3 * PITCH + tap % 3], dw[k][tap]);
+            for (int tap = 0; tap < 9; ++tap)
+              dw[k][tap] = fmaf(d, at[k * PLANE + tap / 3 * PITCH + tap % 3], dw[k][tap]);
       }
     }
   }
@@ -198,27 +214,29 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
     if (lane == 0 && j < CP) p.gate_partial[(b * p.parts + part) * CP * 8 + j * 8 + t] = v;
   }
   __syncthreads();
-  if (threadIdx.x < unsigned(rows)) out[9 * rows * columns + lane] = (common[lane] + common[32 + lane]) + (common[64 + lane] + common[96 + lane]);
-}
-
-size_t shared_bytes(const Layout& l, const Shape& s, bool sweep) {
-  return sizeof(float) * (size_t(l.columns) * PLANE + 8 * PIXELS + (sweep ? l.rows * (PIXELS + 1) : 0) + 2 * s.frames * s.channels);
+  if (threadIdx.x < unsigned(rows))
+    out[9 * rows * columns + lane] = (common[lane] + common[32 + lane]) + (common[64 + lane] + common[96 + lane]);
 }
 
 }  // namespace
 
+size_t exact_memory(const Layout& l, const Shape& s, bool sweep) {
+  return sizeof(float) *
+         (size_t(l.columns) * PLANE + 8 * PIXELS + (sweep ? l.rows * (PIXELS + 1) : 0) + 2 * s.frames * s.channels);
+}
+
 void fuse_exact(const FuseParams& p, void* stream) {
-  const size_t shared = shared_bytes(p.layout, p.shape, false);
+  const size_t shared = exact_memory(p.layout, p.shape, false);
   allow_shared(fuse_exact_kernel, shared);
   SOAP_LAUNCH(fuse_exact_kernel, unsigned(p.shape.clips * p.tiles), THREADS, shared, stream, p);
   launched("fuse, strict");
 }
 
 void sweep_exact(const SweepParams& p, void* stream) {
-  const size_t shared = shared_bytes(p.layout, p.shape, true);
+  const size_t shared = exact_memory(p.layout, p.shape, true);
   allow_shared(sweep_exact_kernel, shared);
   SOAP_LAUNCH(sweep_exact_kernel, unsigned(p.shape.clips * p.parts), THREADS, shared, stream, p);
   launched("sweep, strict");
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

@@ -1,11 +1,13 @@
 // finish: from the gradient of the folded weights back through the folds to every weight. One launch of independent
 // blocks, each the owner of what it writes; the adjoint of prepare.cu. A few thousand multiply-adds: bound by latency.
 #include "flat.cuh"
+#include "sweep.cuh"
 
-namespace soap {
+namespace soap::cuda {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int FINISH_MEMORY = 96 * 1024;
 constexpr int CWEM_BLOCKS = 12;  // that share CWEM's weights: one would take twice as long as any other block
 
 struct FinishParams {
@@ -42,15 +44,17 @@ struct Finish {
     return sums[t / 8 * layout.octets * numel + numel - (CP + 1) * 8 + j * 8 + t % 8];
   }
   __device__ __forceinline__ float restore(int t, int map) const { return s[flat.restore + t * w.num_maps + map]; }
-  __device__ __forceinline__ float project(int k, int c, int q) const { return s[flat.project[k] + c * w.tuple_sizes[k] * shape.channels + q]; }
+  __device__ __forceinline__ float project(int k, int c, int q) const {
+    return s[flat.project[k] + c * w.tuple_sizes[k] * shape.channels + q];
+  }
   __device__ __forceinline__ int first_map(int k) const {
     int first = 0;
 #pragma unroll 1
     for (int i = 0; i < k; ++i) first += shape.frames - w.tuple_sizes[i];
     return first;
   }
-  // Gradient of project * motion, channel c, tuple plane j, but for the sign: the sum over 8 lanes, all of which call this
-  // and get it. The loops are latency, one step after another: so they are spread over lanes.
+  // Gradient of project * motion, channel c, tuple plane j, but for the sign: the sum over 8 lanes, all of which call
+  // this and get it. The loops are latency, one step after another: so they are spread over lanes.
   __device__ __forceinline__ float moved(int k, int first, int c, int j, int tap) const {
     const int maps = shape.frames - w.tuple_sizes[k], jf = j / shape.channels, jc = j % shape.channels;
     float v = 0.f;
@@ -67,7 +71,8 @@ struct Finish {
     const int maps = shape.frames - w.tuple_sizes[k];
     float v = 0.f;
 #pragma unroll 1
-    for (int i = threadIdx.x & 31; i < shape.frames * maps; i += 32) v = fmaf(restore(i / maps, first + i % maps), bias(i / maps, c), v);
+    for (int i = threadIdx.x & 31; i < shape.frames * maps; i += 32)
+      v = fmaf(restore(i / maps, first + i % maps), bias(i / maps, c), v);
     return warp_sum(v);
   }
 };
@@ -113,7 +118,8 @@ __device__ __forceinline__ void finish_motion(const Finish& p, int k, int j, flo
 
 // Projection weights of channel c.
 __device__ __forceinline__ void finish_project(const Finish& p, int k, int c, float* shared) {
-  const int C = p.shape.channels, o = p.w.tuple_sizes[k], planes = o * C, first = p.first_map(k), maps = p.shape.frames - o;
+  const int C = p.shape.channels, o = p.w.tuple_sizes[k], planes = o * C, first = p.first_map(k),
+            maps = p.shape.frames - o;
 #pragma unroll 1
   for (int i = threadIdx.x; i < lanes_for(planes * 9); i += THREADS) {
     const int item = min(i / 8, planes * 9 - 1);
@@ -137,13 +143,15 @@ __device__ __forceinline__ void finish_project(const Finish& p, int k, int c, fl
       v = fmaf(p.restore(t, first + m), p.weight(t, c, m + q / C, q % C, 4), v);
     }
     v = warp_sum(v);
-    if (lane == 0) store_any(p.d.project[k], c * planes + q, fmaf(-p.s[p.flat.motion_bias[k] + q], shared[planes * 9], v));
+    if (lane == 0)
+      store_any(p.d.project[k], c * planes + q, fmaf(-p.s[p.flat.motion_bias[k] + q], shared[planes * 9], v));
   }
 }
 
 // Row t of the map over the maps, those of tuple size k.
 __device__ __forceinline__ void finish_restore(const Finish& p, int t, int k, float* shared) {
-  const int C = p.shape.channels, lane = threadIdx.x & 31, o = p.w.tuple_sizes[k], planes = o * C, maps = p.shape.frames - o, first = p.first_map(k);
+  const int C = p.shape.channels, lane = threadIdx.x & 31, o = p.w.tuple_sizes[k], planes = o * C,
+            maps = p.shape.frames - o, first = p.first_map(k);
 #pragma unroll 1
   for (int i = threadIdx.x; i < C * planes * 9; i += THREADS) {
     const int c = i / 9 / planes, at = i % (planes * 9);
@@ -225,7 +233,8 @@ __device__ __forceinline__ void finish_cwem(const Finish& p, int block, float* s
 #pragma unroll 1
     for (int c = 0; c < C; ++c)
 #pragma unroll 1
-      for (int from = 0; from < C; ++from) v += p.s[p.flat.squeeze + c * R + out] * shared[(c * 3 + dt) * C + from] * p.s[p.flat.expand + in * C + from];
+      for (int from = 0; from < C; ++from)
+        v += p.s[p.flat.squeeze + c * R + out] * shared[(c * 3 + dt) * C + from] * p.s[p.flat.expand + in * C + from];
     store_any(p.d.temporal, i, v);
   }
 #pragma unroll 1
@@ -246,8 +255,12 @@ __device__ __forceinline__ void finish_cwem(const Finish& p, int block, float* s
       const int dt = k / R, other = k % R;
 #pragma unroll 1
       for (int m = 0; m < C; ++m) {
-        if (squeeze) v += shared[(e / R * 3 + dt) * C + m] * p.s[p.flat.temporal + (e % R * R + other) * 3 + dt] * p.s[p.flat.expand + other * C + m];
-        else v += shared[(m * 3 + dt) * C + e % C] * p.s[p.flat.temporal + (other * R + e / C) * 3 + dt] * p.s[p.flat.squeeze + m * R + other];
+        if (squeeze)
+          v += shared[(e / R * 3 + dt) * C + m] * p.s[p.flat.temporal + (e % R * R + other) * 3 + dt] *
+               p.s[p.flat.expand + other * C + m];
+        else
+          v += shared[(m * 3 + dt) * C + e % C] * p.s[p.flat.temporal + (other * R + e / C) * 3 + dt] *
+               p.s[p.flat.squeeze + m * R + other];
       }
     }
     v = warp_sum(v);
@@ -261,8 +274,9 @@ __global__ void __launch_bounds__(THREADS, 2) finish_kernel(const __grid_constan
   SOAP_SHARED(float, whole);
   const int C = all.shape.channels, T = all.shape.frames;
   int block = blockIdx.x;
-  const int summed = all.motion_blocks + all.project_blocks + all.frame_blocks + all.stencil_blocks;  // blocks that need the sums
-  const bool folds = block < summed, gated = !folds && block < summed + all.cwem_blocks;              // and those that need the gates
+  // The blocks that need the sums come first, then those that need the gates.
+  const int summed = all.motion_blocks + all.project_blocks + all.frame_blocks + all.stencil_blocks;
+  const bool folds = block < summed, gated = !folds && block < summed + all.cwem_blocks;
   float* sums = whole + align4(all.flat.begin[all.flat.count]);
   float* gates = sums + all.copied_sums;
   float* shared = gates + all.copied_gates;
@@ -278,8 +292,17 @@ __global__ void __launch_bounds__(THREADS, 2) finish_kernel(const __grid_constan
     all.flat.load(whole);
     __syncthreads();
   }
-  const Finish p{all, all.shape, all.options, all.layout, all.w, all.d, all.flat, all.numel, whole,
-                 folds && all.copied_sums ? sums : all.sums, gated && all.copied_gates ? gates : all.gates};
+  const Finish p{all,
+                 all.shape,
+                 all.options,
+                 all.layout,
+                 all.w,
+                 all.d,
+                 all.flat,
+                 all.numel,
+                 whole,
+                 folds && all.copied_sums ? sums : all.sums,
+                 gated && all.copied_gates ? gates : all.gates};
   if (block < all.motion_blocks) {
 #pragma unroll 1
     for (int k = 0; k < p.w.num_sizes; ++k) {
@@ -323,34 +346,50 @@ __global__ void __launch_bounds__(THREADS, 2) finish_kernel(const __grid_constan
 
 }  // namespace
 
-void finish(const Shape& shape, const Options& options, const Weights& weights, const float* prepared, const float* sums, const float* gates,
-            const Weights& dweights, float* dmeans, void* stream) {
-  const SweepPlan plan = plan_sweep(shape, options);
-  FinishParams p{shape, options, layout(shape, options), weights, dweights, FlatWeights(weights, shape, options), prepared, sums, gates, dmeans, plan.numel};
+// The weights, and room to work; what is left of FINISH_MEMORY holds copies of the sums.
+size_t finish_memory(const Shape& shape, const Options& options, const Weights& weights) {
   const int C = shape.channels;
   int largest = 32;
+  for (int k = 0; options.hmem && k < weights.num_sizes; ++k) {
+    const int motion = weights.tuple_sizes[k] * C * C * 9;
+    largest = motion > largest ? motion : largest;
+  }
+  const int64_t held = FlatWeights(weights, shape, options).total();
+  return sizeof(float) * size_t(align4(held) + align4(largest + C * 9 + C + 3 * C * C + 1));
+}
+
+void finish(const Shape& shape, const Options& options, const Weights& weights, const float* prepared,
+            const float* sums, const float* gates, const Weights& dweights, float* dmeans, void* stream) {
+  const SweepPlan plan = plan_sweep(shape, options);
+  FinishParams p{shape, options, layout(shape, options), weights, dweights, FlatWeights(weights, shape, options)};
+  p.prepared = prepared;
+  p.sums = sums;
+  p.gates = gates;
+  p.dmeans = dmeans;
+  p.numel = plan.numel;
+  const int C = shape.channels;
   if (options.hmem && dweights.restore.data) {
-    for (int k = 0; k < weights.num_sizes; ++k) {
-      p.motion_blocks += weights.tuple_sizes[k] * C;
-      largest = weights.tuple_sizes[k] * C * C * 9 > largest ? weights.tuple_sizes[k] * C * C * 9 : largest;
-    }
+    for (int k = 0; k < weights.num_sizes; ++k) p.motion_blocks += weights.tuple_sizes[k] * C;
     p.project_blocks = weights.num_sizes * C;
     p.frame_blocks = shape.frames * weights.num_sizes;
   }
   const int64_t planes = int64_t(shape.frames) * C;
-  if (dweights.conv.data || dweights.conv_bias.data) p.direct_blocks = int((planes * planes * 9 + THREADS - 1) / THREADS);
+  if (dweights.conv.data || dweights.conv_bias.data)
+    p.direct_blocks = int((planes * planes * 9 + THREADS - 1) / THREADS);
   if (dmeans || dweights.gate.data) p.mean_blocks = int((shape.clips * planes + THREADS - 1) / THREADS);
   p.stencil_blocks = options.stencil && dweights.stencil.data ? 1 : 0;
   p.cwem_blocks = options.cwem && dweights.squeeze.data ? CWEM_BLOCKS : 0;
-  const int blocks = p.motion_blocks + p.project_blocks + p.frame_blocks + p.stencil_blocks + p.cwem_blocks + p.direct_blocks + p.mean_blocks;
+  const int blocks = p.motion_blocks + p.project_blocks + p.frame_blocks + p.stencil_blocks + p.cwem_blocks +
+                     p.direct_blocks + p.mean_blocks;
   if (blocks == 0) return;
-  const int64_t weights_numel = align4(p.flat.total()), rest = align4(largest + C * 9 + C + 3 * C * C + 1), room = 96 * 1024 / 4 - weights_numel - rest;
+  const size_t needed = finish_memory(shape, options, weights);
+  const int64_t room = (FINISH_MEMORY - int64_t(needed)) / int64_t(sizeof(float));
   if (options.rows() && plan.sums <= room) p.copied_sums = int(plan.sums);
   if (options.cwem && plan.gates % 4 == 0 && plan.gates <= room - p.copied_sums) p.copied_gates = int(plan.gates);
-  const size_t shared = sizeof(float) * size_t(weights_numel + p.copied_sums + p.copied_gates + rest);
+  const size_t shared = needed + sizeof(float) * size_t(p.copied_sums + p.copied_gates);
   allow_shared(finish_kernel, shared);
   SOAP_LAUNCH(finish_kernel, unsigned(blocks), THREADS, shared, stream, p);
   launched("finish");
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

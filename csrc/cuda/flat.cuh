@@ -3,7 +3,7 @@
 #pragma once
 #include "tile.cuh"
 
-namespace soap {
+namespace soap::cuda {
 
 constexpr int MAX_ARRAYS = 7 + 4 * MAX_TUPLE_SIZES;
 
@@ -66,4 +66,4 @@ struct FlatWeights {
   }
 };
 
-}  // namespace soap
+}  // namespace soap::cuda

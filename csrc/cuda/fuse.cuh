@@ -1,10 +1,11 @@
 // fuse: y = x joined with its priors, one read of x (plus a halo), one write of y.
 //
-// A block takes a tile of 8 x 32 pixels of one clip, all planes; a warp one or two rows of it. Roofline: see docs/gpu-cuda.md.
+// A block takes a tile of 8 x 32 pixels of one clip, all planes; a warp one or two rows of it. Roofline: see
+// docs/gpu-cuda.md.
 #pragma once
 #include "tile.cuh"
 
-namespace soap {
+namespace soap::cuda {
 
 struct FuseParams {
   Shape shape;
@@ -13,7 +14,7 @@ struct FuseParams {
   Frames x, y;
   Array gate;
   const float* prepared;
-  int tiles_wide, tiles;  // of a clip
+  int tiles_wide, tiles;    // of a clip
   bool vector_x, vector_y;  // whole aligned vectors of 8 pixels; of y: of 24 values in a row if channels lie innermost
 };
 
@@ -24,14 +25,17 @@ __device__ __forceinline__ void store8(void* y, int dtype, int64_t i, const floa
     p[0] = make_float4(v[0], v[1], v[2], v[3]);
     p[1] = make_float4(v[4], v[5], v[6], v[7]);
   } else if (dtype == F16) {
-    *reinterpret_cast<uint4*>(static_cast<f16*>(y) + i) = make_uint4(pack<true>(v[0], v[1]), pack<true>(v[2], v[3]), pack<true>(v[4], v[5]), pack<true>(v[6], v[7]));
+    *reinterpret_cast<uint4*>(static_cast<f16*>(y) + i) =
+        make_uint4(pack<true>(v[0], v[1]), pack<true>(v[2], v[3]), pack<true>(v[4], v[5]), pack<true>(v[6], v[7]));
   } else {
-    *reinterpret_cast<uint4*>(static_cast<bf16*>(y) + i) = make_uint4(pack<false>(v[0], v[1]), pack<false>(v[2], v[3]), pack<false>(v[4], v[5]), pack<false>(v[6], v[7]));
+    *reinterpret_cast<uint4*>(static_cast<bf16*>(y) + i) =
+        make_uint4(pack<false>(v[0], v[1]), pack<false>(v[2], v[3]), pack<false>(v[4], v[5]), pack<false>(v[6], v[7]));
   }
 }
 
 // 8 consecutive pixels of one plane; beyond `count` zeros.
-template <class X> __device__ __forceinline__ void load8(float* v, const X* p, int64_t step, int count, bool vector, float scale, float shift) {
+template <class X> __device__ __forceinline__ void load8(float* v, const X* p, int64_t step, int count, bool vector,
+                                                         float scale, float shift) {
   if (vector && count >= 8) {
     constexpr int V = TypeOf<X>::vector, WORDS = V * sizeof(X) / 4;
 #pragma unroll
@@ -74,18 +78,21 @@ __global__ void __launch_bounds__(128, SOAP_FUSE_BLOCKS) fuse_kernel(const __gri
   float* gates = reinterpret_cast<float*>(shared + XT * terms_apart);
   float* means = gates + planes;
   const int64_t b = blockIdx.x / p.tiles;
-  const int tile = int(blockIdx.x % p.tiles), h0 = tile / p.tiles_wide * TILE_ROWS, w0 = tile % p.tiles_wide * TILE_WIDTH;
+  const int tile = int(blockIdx.x % p.tiles), h0 = tile / p.tiles_wide * TILE_ROWS,
+            w0 = tile % p.tiles_wide * TILE_WIDTH;
   const Clip<X> x = clip_of<X>(p.x, s, b, p.vector_x);
   GatePrologue prologue;
   if (threadIdx.x >= 96) prologue.begin(s, o, p.layout, p.prepared, b);
   if (o.rows())
 #pragma unroll 1
-    for (int from = 0; from < octets; ++from) stage<X, MODE, CP, 128>(shared + from * OCTET, terms_apart, x, o, from, h0 - 1, w0, 0, HALO_ROWS, 31);
+    for (int from = 0; from < octets; ++from)
+      stage<X, MODE, CP, 128>(shared + from * OCTET, terms_apart, x, o, from, h0 - 1, w0, 0, HALO_ROWS, 31);
   if (threadIdx.x >= 96) prologue.end(gates, means, s, o, p.layout, p.prepared, p.gate, b);
-  __syncthreads();
+  if (!planted<TILE_BARRIER>) __syncthreads();
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, w = w0 + 8 * q;
-  const uint32_t* packed = reinterpret_cast<const uint32_t*>(p.prepared + p.layout.packed) + (MODE == F16X1 ? 2 * int64_t(p.layout.words) : 0);
+  const uint32_t* packed = reinterpret_cast<const uint32_t*>(p.prepared + p.layout.packed) +
+                           (MODE == F16X1 ? 2 * int64_t(p.layout.words) : 0);
   const float has_conv = o.conv() ? 1.f : 0.f, has_stencil = o.stencil ? 1.f : 0.f;
 #pragma unroll 1
   for (int pass = warp; pass < octets * TILE_ROWS; pass += 4) {  // one row of 32 pixels, one octet of frames
@@ -106,7 +113,8 @@ __global__ void __launch_bounds__(128, SOAP_FUSE_BLOCKS) fuse_kernel(const __gri
     if (o.rows())
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
-        convolve<MODE, CP, 31>(acc, shared + from * OCTET, terms_apart, packed + (octet * octets + from) * 9 * Tile<CP>::LANE_WORDS * 32, p.layout.words, row);
+        convolve<MODE, CP, 31>(acc, shared + from * OCTET, terms_apart,
+                               packed + (octet * octets + from) * 9 * Tile<CP>::LANE_WORDS * 32, p.layout.words, row);
 
     // This thread owns frame t: all channels and the 3DEM row, 8 consecutive pixels.
     if (t >= s.frames || w >= s.width) continue;
@@ -156,4 +164,4 @@ template <class X, int MODE, int CP> void launch_fuse(const FuseParams& p, void*
   launched("fuse");
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

@@ -1,7 +1,8 @@
 // The CUDA kernels of SOAP as plain host functions: no torch, no CUDA types in the arguments but the stream.
 //
-// Frames are clips (B, T, C, H, W). A plane is one channel of one frame. Frames are worked on in blocks of 8 ("octets"):
-// plane (t, c) is column ((t / 8) * CP + c) * 8 + t % 8 of the folded 3x3 convolution, and output (t, j) is row
+// Frames are clips (B, T, C, H, W). A plane is one channel of one frame. Frames are worked on in blocks of 8
+// ("octets"): plane (t, c) is column ((t / 8) * CP + c) * 8 + t % 8 of the folded 3x3 convolution, and output (t, j) is
+// row
 // ((t / 8) * (CP + 1) + j) * 8 + t % 8, where j < C is HMEM's prior of channel j and j = CP is 3DEM's of the frame.
 // CP is C rounded up to 1 or 3. A group of 8 lanes of an MMA fragment then holds one octet of one channel.
 #pragma once
@@ -13,11 +14,12 @@
 #define SOAP_BOTH
 #endif
 
-namespace soap {
+namespace soap::cuda {
 
-constexpr int MAX_CHANNELS = 3;    // more go to a library convolution
+constexpr int MAX_CHANNELS = 3;  // more go to a library convolution
 constexpr int MAX_TUPLE_SIZES = 8;
-constexpr int SEGMENTS = 8;        // a plane's mean is the sum of so many partial sums
+constexpr int MAX_STRICT_FRAMES = 8;
+constexpr int SEGMENTS = 8;  // a plane's mean is the sum of so many partial sums
 constexpr float LOG2E = 1.4426950408889634f;
 
 enum Dtype : int { F32 = 0, F16 = 1, BF16 = 2, U8 = 3 };
@@ -41,7 +43,8 @@ struct Shape {
   int frames, channels, height, width;
 };
 
-// Weights of the parts that are on. Folded: SOAP's own (motion .. restore, cwem). Direct: conv weight and bias as given.
+// Weights of the parts that are on. Folded: SOAP's own (motion .. restore, cwem). Direct: conv weight and bias as
+// given.
 struct Weights {
   Array stencil;  // (3, 3, 3)
   Array expand, temporal, temporal_bias, squeeze;
@@ -55,13 +58,17 @@ struct Weights {
 };
 
 struct Options {
-  bool stencil, cwem, hmem;   // parts of SOAP
-  bool direct, given_gate;    // fuse_priors: weights given as they are
+  bool stencil, cwem, hmem;  // parts of SOAP
+  bool direct, given_gate;   // fuse_priors: weights given as they are
   bool multiplicative, interleaved;
   float offset;
   int mode;
   float scale[MAX_CHANNELS], shift[MAX_CHANNELS];  // uint8 input: value * scale + shift
 
+  // Whether frames of fp16 or uint8 go as two bf16 terms backward, too: the range of a gradient is not fp16's.
+  SOAP_BOTH bool split(int x_dtype, int grad_dtype) const {
+    return mode == BF16X3 || x_dtype == F16 || (x_dtype == U8 && grad_dtype == F32);
+  }
   SOAP_BOTH bool conv() const { return hmem || direct; }
   SOAP_BOTH bool gate() const { return cwem || given_gate; }
   SOAP_BOTH bool rows() const { return conv() || stencil; }  // anything for the convolution to do
@@ -99,21 +106,28 @@ inline Layout layout(const Shape& s, const Options& o) {
 
 // Rows of partial sums that a sweep leaves: `parts` a clip, each `numel` floats a pair of octets; `gates` beside them.
 struct SweepPlan {
-  int parts;          // blocks a clip
-  int64_t numel;      // 9 * rows of an octet * columns of an octet + rows of an octet
+  int parts;                      // blocks a clip
+  int64_t numel;                  // 9 * rows of an octet * columns of an octet + rows of an octet
   int64_t partial, gate_partial;  // floats in all
   int64_t sums, gates;            // floats after `reduce`
 };
 
 SweepPlan plan_sweep(const Shape&, const Options&);
 
-void prepare(const Shape&, const Options&, const Frames& x, const Weights&, float* prepared, float* dense, void* stream);
-void fuse(const Shape&, const Options&, const Frames& x, const Weights&, const float* prepared, const Frames& y, void* stream);
+// What folding, forward and backward of an instance need: bytes of shared memory of the largest block.
+size_t shared_memory(const Shape&, const Options&, const Weights&, int x_dtype, int grad_dtype);
+
+// dense: the folded weights once more, plain, ((C + 1) * T, TC, 3, 3); null unless wanted.
+void prepare(const Shape&, const Options&, const Frames& x, const Weights&, float* prepared, float* dense,
+             void* stream);
+void fuse(const Shape&, const Options&, const Frames& x, const Weights&, const float* prepared, const Frames& y,
+          void* stream);
 // dz: (B, (C + 1) * T, H, W) fp32 of rows j * T + t, and through: (B, T, C, H, W) fp32, what reaches x past the priors
 // of the multiplicative form; both null unless x needs a gradient.
 void sweep(const Shape&, const Options&, const Frames& x, const Frames& grad, const Weights&, const float* prepared,
            float* partial, float* gate_partial, float* dz, float* through, void* stream);
-void reduce(const Shape&, const Options&, const float* prepared, const float* partial, const float* gate_partial, float* sums, float* gates, void* stream);
+void reduce(const Shape&, const Options&, const float* prepared, const float* partial, const float* gate_partial,
+            float* sums, float* gates, void* stream);
 // dweights: an Array per member of Weights that is on. dmeans: (B, T, C) gradient of the plane means, or null.
 void finish(const Shape&, const Options&, const Weights&, const float* prepared, const float* sums, const float* gates,
             const Weights& dweights, float* dmeans, void* stream);
@@ -125,11 +139,11 @@ void window_sums_backward(int64_t planes, int height, int width, const float* gr
 // Around a library's convolution, for planes too many for one tile. z: (B, rows, H, W), its output without the bias.
 struct Wide {
   Array z;            // rows of HMEM's planes (frame-major) if `planes`, then of 3DEM's frames if `stencil`
-  const float *bias;  // (T * C) or null
-  const float *gate;  // (B, T, C) or null
-  void *dz;           // backward: like z
-  float *direct;      // backward, multiplicative: (B, T, C, H, W), what reaches x past the priors; null unless needed
-  float *shares;      // backward: (2, B, T, C, chunks), sums over pixels of the gates' and of the bias' gradient
+  const float* bias;  // (T * C) or null
+  const float* gate;  // (B, T, C) or null
+  void* dz;           // backward: like z
+  float* direct;      // backward, multiplicative: (B, T, C, H, W), what reaches x past the priors; null unless needed
+  float* shares;      // backward: (2, B, T, C, chunks), sums over pixels of the gates' and of the bias' gradient
   bool planes, stencil, multiplicative;
   float offset;
 
@@ -140,4 +154,4 @@ void join(const Wide&, const Shape&, const Frames& x, const Frames& y, void* str
 void part(const Wide&, const Shape&, const Frames& x, const Frames& grad, void* stream);
 
 int64_t launches();  // kernels launched so far by this library
-}  // namespace soap
+}  // namespace soap::cuda

@@ -1,11 +1,13 @@
-// The library's door: tensors of LibTorch's stable ABI to plain pointers and strides, and implementations to the schemas
-// that soap_kernels/cuda.py defines. Arguments come checked (soap_kernels/op.py). The tests build the same file on the CPU
-// with SOAP_CUDA_SHIM, where there is no stream and no device to guard.
+// The library's door: tensors of LibTorch's stable ABI to plain pointers and strides, and implementations to the
+// schemas that soap_kernels/backends/cuda.py defines, which allocates what they fill. Arguments come checked and never
+// empty (soap_kernels/op.py). The tests build the same file on the CPU with SOAP_CUDA_SHIM, where there is no stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -15,218 +17,304 @@
 #else
 #define SOAP_KEY CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #endif
 
+namespace soap::cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Floats = std::vector<double>;
 using Ints = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
 
-// The tensors' device, current for as long as this lives, and its current stream.
-class OnDevice {
- public:
-#ifdef SOAP_CUDA_SHIM
-  explicit OnDevice(const Tensor&) {}
-#else
-  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
-  }
-#endif
+// The current stream of the tensors' device, which the op has made the current one.
+void* stream_of(const Tensor& x) {
   void* stream = nullptr;
-
 #ifndef SOAP_CUDA_SHIM
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "no current CUDA stream");
 #endif
-};
+  return stream;
+}
 
-int dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return soap::F32;
-    case ScalarType::Half: return soap::F16;
-    case ScalarType::BFloat16: return soap::BF16;
-    case ScalarType::Byte: return soap::U8;
+int dtype_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return F32;
+    case ScalarType::Half: return F16;
+    case ScalarType::BFloat16: return BF16;
+    case ScalarType::Byte: return U8;
     default: STD_TORCH_CHECK(false, "soap_kernels on CUDA serves float32, float16, bfloat16 and uint8");
   }
 }
 
-soap::Array array_of(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
+int dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
-soap::Frames frames_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4), dtype_of(x)}; }
+Array array_of(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
 
-soap::Shape shape_of(const Tensor& x) { return {x.size(0), int(x.size(1)), int(x.size(2)), int(x.size(3)), int(x.size(4))}; }
-
-enum Flag : int64_t { STENCIL = 1, CWEM = 2, HMEM = 4, GATE = 8, CONV = 16, BIAS = 32, MULTIPLICATIVE = 64, INTERLEAVED = 128 };
-
-// settings: flags, mode, tuple sizes. numbers: offset, then scale and shift of each channel.
-soap::Options options_of(const Ints& settings, const Floats& numbers) {
-  const int64_t flags = settings[0];
-  soap::Options o{};
-  o.stencil = flags & STENCIL;
-  o.cwem = flags & CWEM;
-  o.hmem = flags & HMEM;
-  o.direct = flags & CONV;
-  o.given_gate = flags & GATE;
-  o.multiplicative = flags & MULTIPLICATIVE;
-  o.interleaved = flags & INTERLEAVED;
-  o.mode = int(settings[1]);
-  o.offset = float(numbers[0]);
-  for (int c = 0; c < soap::MAX_CHANNELS; ++c) {
-    o.scale[c] = float(numbers[1 + c]);
-    o.shift[c] = float(numbers[1 + soap::MAX_CHANNELS + c]);
-  }
-  return o;
+Frames frames_of(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4), dtype_of(x)};
 }
 
-// Tensors in the order of SOAP's state_dict, or stencil, gate, conv weight, conv bias; an empty list leaves all null.
-soap::Weights weights_of(const std::vector<Tensor>& tensors, const Ints& settings, const soap::Shape& shape) {
-  soap::Weights w{};
-  const int64_t flags = settings[0];
-  w.num_sizes = int(settings.size()) - 2;
-  STD_TORCH_CHECK(w.num_sizes <= soap::MAX_TUPLE_SIZES, "soap_kernels on CUDA takes at most ", soap::MAX_TUPLE_SIZES, " tuple sizes");
-  for (int k = 0; k < w.num_sizes; ++k) {
-    w.tuple_sizes[k] = int(settings[2 + k]);
-    w.num_maps += shape.frames - w.tuple_sizes[k];
+Shape shape_of(const Tensor& x) { return {x.size(0), int(x.size(1)), int(x.size(2)), int(x.size(3)), int(x.size(4))}; }
+
+// A call, as the kernels take it.
+struct Call {
+  Shape shape;
+  Frames x;
+  Options options{};
+  Weights weights{};
+
+  Call() { std::fill(options.scale, options.scale + MAX_CHANNELS, 1.f); }
+  explicit Call(const Tensor& t) : Call() {
+    shape = shape_of(t);
+    x = frames_of(t);
   }
-  if (tensors.empty()) return w;
+};
+
+// How the folded convolution is multiplied out.
+Mode mode_of(int x, int y, bool strict, bool fast) {
+  if (strict) return EXACT;
+  if (x == BF16) return BF16X1;
+  if (x == F16) return F16X1;
+  if (x == F32) return fast ? BF16X1 : BF16X3;
+  return y == F32 && !fast ? BF16X3 : F16X1;
+}
+
+void set_tuple_sizes(Call& call, const Ints& tuple_sizes) {
+  STD_TORCH_CHECK(tuple_sizes.size() <= MAX_TUPLE_SIZES, "soap_kernels on CUDA: too many tuple sizes");
+  call.options.hmem = !tuple_sizes.empty();
+  for (const int64_t o : tuple_sizes) {
+    call.weights.tuple_sizes[call.weights.num_sizes++] = int(o);
+    call.weights.num_maps += call.shape.frames - int(o);
+  }
+}
+
+// Tensors in the order of SOAP's state_dict.
+void set_weights(Weights& w, const Tensors& tensors, const Options& o) {
   size_t next = 0;
   const auto take = [&] { return array_of(tensors.at(next++)); };
-  if (flags & STENCIL) w.stencil = take();
-  if (flags & CWEM) {
+  if (o.stencil) w.stencil = take();
+  if (o.cwem) {
     w.hidden = int(tensors.at(next).size(0));
     w.expand = take();
     w.temporal = take();
     w.temporal_bias = take();
     w.squeeze = take();
   }
-  if (flags & HMEM) {
-    for (int k = 0; k < w.num_sizes; ++k) {
-      w.motion[k] = take();
-      w.motion_bias[k] = take();
-    }
-    for (int k = 0; k < w.num_sizes; ++k) {
-      w.project[k] = take();
-      w.project_bias[k] = take();
-    }
-    w.restore = take();
-    w.restore_bias = take();
+  if (!o.hmem) return;
+  for (int k = 0; k < w.num_sizes; ++k) {
+    w.motion[k] = take();
+    w.motion_bias[k] = take();
   }
-  if (flags & GATE) w.gate = take();
-  if (flags & CONV) w.conv = take();
-  if (flags & BIAS) w.conv_bias = take();
-  return w;
+  for (int k = 0; k < w.num_sizes; ++k) {
+    w.project[k] = take();
+    w.project_bias[k] = take();
+  }
+  w.restore = take();
+  w.restore_bias = take();
+}
+
+// `y`: the output or its gradient.
+Call soap_call(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
+               bool fast, const Floats& mean, const Floats& std, const Tensor& y) {
+  Call call(x);
+  Options& o = call.options;
+  o.stencil = three_dem;
+  o.cwem = cwem;
+  o.mode = mode_of(dtype_of(x), dtype_of(y), strict, fast);
+  for (size_t c = 0; c < mean.size(); ++c) {  // from uint8 to normalised frames
+    o.scale[c] = float(1 / (255 * std[c]));
+    o.shift[c] = float(-mean[c] / std[c]);
+  }
+  set_tuple_sizes(call, tuple_sizes);
+  set_weights(call.weights, weights, o);
+  return call;
+}
+
+void set_priors(Weights& w, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& conv,
+                const MaybeTensor& bias) {
+  if (stencil) w.stencil = array_of(*stencil);
+  if (gate) w.gate = array_of(*gate);
+  if (conv) w.conv = array_of(*conv);
+  if (bias) w.conv_bias = array_of(*bias);
+}
+
+Call priors_call(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
+                 const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict,
+                 bool fast) {
+  Call call(x);
+  Options& o = call.options;
+  o.stencil = stencil.has_value();
+  o.given_gate = gate.has_value();
+  o.direct = weight.has_value();
+  o.multiplicative = multiplicative;
+  o.interleaved = interleaved;
+  o.offset = float(offset);
+  o.mode = mode_of(dtype_of(x), dtype_of(x), strict, fast);
+  set_priors(call.weights, stencil, gate, weight, bias);
+  return call;
 }
 
 Tensor floats(const Tensor& like, int64_t numel) { return torch::stable::new_empty(like, {numel}, ScalarType::Float); }
 
-float* data(const std::optional<Tensor>& t) { return t ? static_cast<float*>(t->data_ptr()) : nullptr; }
+float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+float* data(const MaybeTensor& t) { return t ? data(*t) : nullptr; }
 
-void forward(const Tensor& x, const std::vector<Tensor>& weights, const Ints& settings, const Floats& numbers, const Tensor& y, const Tensor& prepared) {
-  const OnDevice on(x);
-  const soap::Shape shape = shape_of(x);
-  const soap::Options options = options_of(settings, numbers);
-  const soap::Weights w = weights_of(weights, settings, shape);
-  STD_TORCH_CHECK(prepared.numel() == soap::layout(shape, options).total, "prepared holds ", prepared.numel(), " numbers, expected ", soap::layout(shape, options).total);
-  float* p = static_cast<float*>(prepared.data_ptr());
-  soap::prepare(shape, options, frames_of(x), w, p, nullptr, on.stream);
-  soap::fuse(shape, options, frames_of(x), w, p, frames_of(y), on.stream);
-}
-
-void prepare(const Tensor& x, const std::vector<Tensor>& weights, const Ints& settings, const Floats& numbers, const Tensor& prepared) {
-  const OnDevice on(x);
-  const soap::Shape shape = shape_of(x);
-  soap::prepare(shape, options_of(settings, numbers), frames_of(x), weights_of(weights, settings, shape), static_cast<float*>(prepared.data_ptr()), nullptr, on.stream);
+void prepare_in(const Tensor& prepared, const Call& c, void* stream) {
+  const int64_t total = layout(c.shape, c.options).total;
+  STD_TORCH_CHECK(prepared.numel() == total, "prepared holds ", prepared.numel(), " numbers, expected ", total);
+  // Without rows `prepare` writes no biases. The other kernels read them all the same, and take the result 0 times.
+  Tensor all = prepared;
+  if (!c.options.rows()) torch::stable::zero_(all);
+  prepare(c.shape, c.options, c.x, c.weights, data(prepared), nullptr, stream);
 }
 
 // dz, through, dense and dmeans are for x's gradient: see kernels.h.
-void backward(const Tensor& grad, const Tensor& x, const Tensor& prepared, const std::vector<Tensor>& weights, const Ints& settings,
-              const Floats& numbers, const std::vector<Tensor>& dweights, const std::optional<Tensor>& dz,
-              const std::optional<Tensor>& through, const std::optional<Tensor>& dense, const std::optional<Tensor>& dmeans) {
-  const OnDevice on(x);
-  const soap::Shape shape = shape_of(x);
-  const soap::Options options = options_of(settings, numbers);
-  const soap::Weights w = weights_of(weights, settings, shape);
-  STD_TORCH_CHECK(prepared.numel() == soap::layout(shape, options).total, "prepared holds ", prepared.numel(), " numbers, expected ", soap::layout(shape, options).total);
-  const float* p = static_cast<const float*>(prepared.data_ptr());
-  const soap::SweepPlan plan = soap::plan_sweep(shape, options);
-  const Tensor workspace = floats(x, plan.partial + plan.gate_partial + plan.sums + plan.gates);
-  float* partial = static_cast<float*>(workspace.data_ptr());
+void go_back(const Call& c, const Tensor& grad, const Tensor& prepared, const Weights& dweights, const MaybeTensor& dz,
+             const MaybeTensor& through, const MaybeTensor& dense, const MaybeTensor& dmeans, void* stream) {
+  const float* p = data(prepared);
+  const SweepPlan plan = plan_sweep(c.shape, c.options);
+  const Tensor workspace = floats(grad, plan.partial + plan.gate_partial + plan.sums + plan.gates);
+  float* partial = data(workspace);
   float* sums = partial + plan.partial;
   float* gates = sums + plan.sums;
   float* gate_partial = gates + plan.gates;
-  soap::sweep(shape, options, frames_of(x), frames_of(grad), w, p, partial, gate_partial, data(dz), data(through), on.stream);
-  soap::reduce(shape, options, p, partial, gate_partial, sums, gates, on.stream);
-  soap::finish(shape, options, w, p, sums, gates, weights_of(dweights, settings, shape), data(dmeans), on.stream);
-  if (dense) {  // the folded weights once more, plain
-    soap::Options plain = options;
+  sweep(c.shape, c.options, c.x, frames_of(grad), c.weights, p, partial, gate_partial, data(dz), data(through), stream);
+  reduce(c.shape, c.options, p, partial, gate_partial, sums, gates, stream);
+  finish(c.shape, c.options, c.weights, p, sums, gates, dweights, data(dmeans), stream);
+  if (dense) {
+    Options plain = c.options;
     plain.cwem = false;
-    const Tensor scratch = floats(x, soap::layout(shape, plain).total);
-    soap::prepare(shape, plain, frames_of(x), w, static_cast<float*>(scratch.data_ptr()), data(dense), on.stream);
+    const Tensor scratch = floats(grad, layout(c.shape, plain).total);
+    prepare(c.shape, plain, c.x, c.weights, data(scratch), data(dense), stream);
   }
 }
 
-soap::Frames images_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), 0, x.stride(1), x.stride(2), x.stride(3), dtype_of(x)}; }
-
-void window_sums(const Tensor& x, const Tensor& sums) {
-  const OnDevice on(x);
-  soap::window_sums(x.size(0), int(x.size(1)), int(x.size(2)), int(x.size(3)), images_of(x), static_cast<float*>(sums.data_ptr()), on.stream);
+// Of `prepared` the floats whatever the clips and those a clip, and the shared memory in bytes of the largest block.
+std::tuple<int64_t, int64_t, int64_t> sizes_op(int64_t frames, int64_t channels, int64_t hidden, ScalarType x,
+                                               ScalarType y, bool three_dem, bool cwem, bool conv,
+                                               const Ints& tuple_sizes, bool strict, bool fast) {
+  Call call;
+  call.shape = {1, int(frames), int(channels), 1, 1};
+  Options& o = call.options;
+  o.stencil = three_dem;
+  o.cwem = cwem;
+  o.direct = conv;
+  o.mode = mode_of(dtype_of(x), dtype_of(y), strict, fast);
+  set_tuple_sizes(call, tuple_sizes);
+  call.weights.hidden = int(hidden);
+  const Layout l = layout(call.shape, o);
+  return {l.means, l.total - l.means, int64_t(shared_memory(call.shape, o, call.weights, dtype_of(x), dtype_of(y)))};
 }
 
-void window_sums_backward(const Tensor& grad, const Tensor& dx) {
-  const OnDevice on(dx);
-  soap::window_sums_backward(dx.size(0) * dx.size(1), int(dx.size(2)), int(dx.size(3)), static_cast<const float*>(grad.data_ptr()), dx.data_ptr(), dtype_of(dx), on.stream);
+void soap_op(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
+             bool fast, const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
+  const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, y);
+  prepare_in(prepared, c, stream_of(x));
+  fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), stream_of(x));
 }
 
-const float* floats_of(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->data_ptr()) : nullptr; }
+void soap_backward_op(const Tensor& grad, const Tensor& x, const Tensor& prepared, const Tensors& weights,
+                      bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict, bool fast, const Floats& mean,
+                      const Floats& std, const Tensors& dweights, const MaybeTensor& dz, const MaybeTensor& through,
+                      const MaybeTensor& dense, const MaybeTensor& dmeans) {
+  const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, grad);
+  Weights d{};
+  if (!dweights.empty()) {
+    d.num_sizes = c.weights.num_sizes;
+    set_weights(d, dweights, c.options);
+  }
+  go_back(c, grad, prepared, d, dz, through, dense, dmeans, stream_of(x));
+}
 
-// settings: whether z has rows of the planes, rows of the frames, and whether the priors multiply x.
-soap::Wide wide_of(const std::optional<Tensor>& z, const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const Ints& settings, double offset) {
-  soap::Wide w{};
+void fuse_priors_op(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
+                    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict,
+                    bool fast, const Tensor& y) {
+  const Call c = priors_call(x, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict, fast);
+  const Tensor prepared = floats(x, layout(c.shape, c.options).total);
+  prepare_in(prepared, c, stream_of(x));
+  fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), stream_of(x));
+}
+
+void fuse_priors_backward_op(const Tensor& grad, const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate,
+                             const MaybeTensor& weight, const MaybeTensor& bias, bool multiplicative, double offset,
+                             bool interleaved, bool strict, bool fast, const MaybeTensor& dstencil,
+                             const MaybeTensor& dgate, const MaybeTensor& dweight, const MaybeTensor& dbias,
+                             const MaybeTensor& dz, const MaybeTensor& through, const MaybeTensor& dense) {
+  const Call c = priors_call(x, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict, fast);
+  const Tensor prepared = floats(x, layout(c.shape, c.options).total);
+  prepare_in(prepared, c, stream_of(x));
+  Weights d{};
+  set_priors(d, dstencil, dgate, dweight, dbias);
+  go_back(c, grad, prepared, d, dz, through, dense, std::nullopt, stream_of(x));
+}
+
+Frames images_of(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), 0, x.stride(1), x.stride(2), x.stride(3), dtype_of(x)};
+}
+
+void window_sums_op(const Tensor& x, const Tensor& sums) {
+  window_sums(x.size(0), int(x.size(1)), int(x.size(2)), int(x.size(3)), images_of(x), data(sums), stream_of(x));
+}
+
+void window_sums_backward_op(const Tensor& grad, const Tensor& dx) {
+  window_sums_backward(dx.size(0) * dx.size(1), int(dx.size(2)), int(dx.size(3)), data(grad), dx.data_ptr(),
+                       dtype_of(dx), stream_of(dx));
+}
+
+Wide wide_of(const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& gate, bool planes, bool stencil,
+             bool multiplicative, double offset) {
+  Wide w{};
   if (z) w.z = array_of(*z);
-  w.bias = floats_of(bias);
-  w.gate = floats_of(gate);
-  w.planes = settings[0];
-  w.stencil = settings[1];
-  w.multiplicative = settings[2];
+  w.bias = data(bias);
+  w.gate = data(gate);
+  w.planes = planes;
+  w.stencil = stencil;
+  w.multiplicative = multiplicative;
   w.offset = float(offset);
   return w;
 }
 
-void join(const Tensor& x, const std::optional<Tensor>& z, const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const Ints& settings, double offset, const Tensor& y) {
-  const OnDevice on(x);
-  soap::join(wide_of(z, bias, gate, settings, offset), shape_of(x), frames_of(x), frames_of(y), on.stream);
+void join_op(const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& gate, bool planes,
+             bool stencil, bool multiplicative, double offset, const Tensor& y) {
+  const Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
+  join(w, shape_of(x), frames_of(x), frames_of(y), stream_of(x));
 }
 
 // Fills dz and direct; returns the sums over pixels of the gradient of the gates and of the bias, (2, B, T, C, chunks).
-Tensor part(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const Ints& settings,
-            double offset, const std::optional<Tensor>& dz, const std::optional<Tensor>& direct) {
-  const OnDevice on(x);
-  soap::Wide w = wide_of(z, bias, gate, settings, offset);
-  const soap::Shape shape = shape_of(x);
-  const int64_t chunks = soap::wide_chunks(shape, frames_of(x), frames_of(grad));
+Tensor part_op(const Tensor& grad, const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias,
+               const MaybeTensor& gate, bool planes, bool stencil, bool multiplicative, double offset,
+               const MaybeTensor& dz, const MaybeTensor& direct) {
+  Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
+  const Shape shape = shape_of(x);
+  const int64_t chunks = wide_chunks(shape, frames_of(x), frames_of(grad));
   const Tensor shares = torch::stable::new_empty(x, {2, x.size(0), x.size(1), x.size(2), chunks}, ScalarType::Float);
   w.dz = dz ? dz->data_ptr() : nullptr;
   w.direct = data(direct);
-  w.shares = static_cast<float*>(shares.data_ptr());
-  soap::part(w, shape, frames_of(x), frames_of(grad), on.stream);
+  w.shares = data(shares);
+  part(w, shape, frames_of(x), frames_of(grad), stream_of(x));
   return shares;
 }
 
-int64_t launches() { return soap::launches(); }
-
 }  // namespace
+}  // namespace soap::cuda
+
+using namespace soap::cuda;
 
 STABLE_TORCH_LIBRARY_IMPL(soap_kernels, SOAP_KEY, m) {
-  m.impl("cuda_forward", TORCH_BOX(&forward));
-  m.impl("cuda_prepare", TORCH_BOX(&prepare));
-  m.impl("cuda_backward", TORCH_BOX(&backward));
-  m.impl("cuda_join", TORCH_BOX(&join));
-  m.impl("cuda_part", TORCH_BOX(&part));
-  m.impl("cuda_window_sums", TORCH_BOX(&window_sums));
-  m.impl("cuda_window_sums_backward", TORCH_BOX(&window_sums_backward));
+  m.impl("cuda_soap", TORCH_BOX(&soap_op));
+  m.impl("cuda_soap_backward", TORCH_BOX(&soap_backward_op));
+  m.impl("cuda_fuse_priors", TORCH_BOX(&fuse_priors_op));
+  m.impl("cuda_fuse_priors_backward", TORCH_BOX(&fuse_priors_backward_op));
+  m.impl("cuda_join", TORCH_BOX(&join_op));
+  m.impl("cuda_part", TORCH_BOX(&part_op));
+  m.impl("cuda_window_sums", TORCH_BOX(&window_sums_op));
+  m.impl("cuda_window_sums_backward", TORCH_BOX(&window_sums_backward_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(soap_kernels, CompositeExplicitAutograd, m) { m.impl("cuda_launches", TORCH_BOX(&launches)); }
+STABLE_TORCH_LIBRARY_IMPL(soap_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_sizes", TORCH_BOX(&sizes_op));
+  m.impl("cuda_launches", TORCH_BOX(&launches));
+}

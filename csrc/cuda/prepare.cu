@@ -3,8 +3,9 @@
 // One launch. A block per row of the folded convolution, a block per channel of CWEM, then a block per segment of a
 // plane. Reads the weights and x once; bound by reading x (its roofline: bytes of x over the memory bandwidth).
 #include "flat.cuh"
+#include "sweep.cuh"
 
-namespace soap {
+namespace soap::cuda {
 
 std::atomic<int64_t> launch_counter{0};
 int64_t launches() { return launch_counter; }
@@ -52,7 +53,8 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
       for (int i = threadIdx.x; i < planes * 9; i += THREADS) {
         float v = 0.f;
 #pragma unroll 1
-        for (int q = 0; q < planes; ++q) v += w[p.flat.project[k] + j * planes + q] * w[p.flat.motion[k] + q * planes * 9 + i];
+        for (int q = 0; q < planes; ++q)
+          v += w[p.flat.project[k] + j * planes + q] * w[p.flat.motion[k] + q * planes * 9 + i];
         moved[offset + i] = v;
       }
       float constant = w[p.flat.project_bias[k] + j], reach = 0.f;
@@ -81,7 +83,7 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
         for (int k = 0; k < p.w.num_sizes; ++k) {
           const int o = p.w.tuple_sizes[k], maps = T - o;
 #pragma unroll 1
-          for (int m = max(0, f - o); m <= min(maps - 1, f); ++m) {   // the difference that starts at frame m reads f
+          for (int m = max(0, f - o); m <= min(maps - 1, f); ++m) {  // the difference that starts at frame m reads f
             const float z = w[p.flat.restore + t * p.w.num_maps + first + m];
             if (f - m < o && tap == 4) v += z * w[p.flat.project[k] + j * o * C + (f - m) * C + c];
             if (f - m >= 1) v -= z * moved[offset + ((f - m - 1) * C + c) * 9 + tap];
@@ -126,12 +128,13 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
   }
   if (p.options.mode == EXACT) {  // [column][tap][row]
 #pragma unroll 1
-    for (int i = threadIdx.x; i < K * 9; i += THREADS) out[p.layout.packed + int64_t(i) * p.layout.rows + row] = weight[i];
+    for (int i = threadIdx.x; i < K * 9; i += THREADS)
+      out[p.layout.packed + int64_t(i) * p.layout.rows + row] = weight[i];
     return;
   }
-  // MMA fragments of A: [term][octet out][octet in][tap][vector][lane][word of vector]. Of a lane's words, m16n8k16 takes
-  // (rows g, g + 8) x (columns 2q, 2q + 1 of chunk 0, of chunk 1), m16n8k8 the same of one chunk. CP = 3: for each of two
-  // 16-row tiles 4 words of k16, then 2 of k8 each; CP = 1: 2 words of k8.
+  // MMA fragments of A: [term][octet out][octet in][tap][vector][lane][word of vector]. Of a lane's words, m16n8k16
+  // takes (rows g, g + 8) x (columns 2q, 2q + 1 of chunk 0, of chunk 1), m16n8k8 the same of one chunk. CP = 3: for
+  // each of two 16-row tiles 4 words of k16, then 2 of k8 each; CP = 1: 2 words of k8.
   const int lane_words = CP == 3 ? 12 : 2, vector = CP == 3 ? 4 : 2;
   const int local = row % ((CP + 1) * 8), tile = local / 16, half = local / 8 % 2, g = local % 8;
   uint32_t* packed = reinterpret_cast<uint32_t*>(out + p.layout.packed);
@@ -139,7 +142,8 @@ __device__ __forceinline__ void fold_row(const Prepare& p, int row, float* share
   for (int i = threadIdx.x; i < K / 2 * 9; i += THREADS) {
     const int pair = i / 9, tap = i % 9, chunk = pair / 4, q = pair % 4, from = chunk / CP, c = chunk % CP;
     const float a = weight[(pair * 2) * 9 + tap], b = weight[(pair * 2 + 1) * 9 + tap];
-    const int word = CP == 1 ? half : c < 2 ? 4 * tile + 2 * c + half : 8 + 2 * tile + half;
+    const int within = planted<FRAGMENTS> ? 2 * half + c : 2 * c + half;
+    const int word = CP == 1 ? half : c < 2 ? 4 * tile + within : 8 + 2 * tile + half;
     const int64_t at = ((int64_t(octet) * p.layout.octets + from) * 9 + tap) * lane_words * 32 +
                        (word / vector) * vector * 32 + (g * 4 + q) * vector + word % vector;
     const uint32_t high = pack<false>(a, b);
@@ -163,13 +167,15 @@ __device__ __forceinline__ void fold_cwem(const Prepare& p, int c, float* shared
     float v = 0.f;
 #pragma unroll 1
     for (int i = threadIdx.x; i < hidden * hidden; i += THREADS)
-      v += w[p.flat.squeeze + c * hidden + i / hidden] * w[p.flat.temporal + i * 3 + dt] * w[p.flat.expand + (i % hidden) * C + from];
+      v += w[p.flat.squeeze + c * hidden + i / hidden] * w[p.flat.temporal + i * 3 + dt] *
+           w[p.flat.expand + (i % hidden) * C + from];
     v = block_sum(v, scratch);
     if (threadIdx.x == 0) out[(c * 3 + dt) * C + from] = v;
   }
   float v = 0.f;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < hidden; i += THREADS) v += w[p.flat.squeeze + c * hidden + i] * w[p.flat.temporal_bias + i];
+  for (int i = threadIdx.x; i < hidden; i += THREADS)
+    v += w[p.flat.squeeze + c * hidden + i] * w[p.flat.temporal_bias + i];
   v = block_sum(v, scratch);
   if (threadIdx.x == 0) out[3 * C * C + c] = v;
 }
@@ -179,8 +185,8 @@ template <class X> __device__ __forceinline__ void sum_segment(const Prepare& p,
   const Shape& s = p.shape;
   const unsigned segment = block % SEGMENTS, plane = block / SEGMENTS, frame = plane / s.channels;
   const int64_t area = int64_t(s.height) * s.width;
-  const X* x = static_cast<const X*>(p.x.data) + int64_t(frame / s.frames) * p.x.clip + int64_t(frame % s.frames) * p.x.frame +
-               int64_t(plane % s.channels) * p.x.channel;
+  const X* x = static_cast<const X*>(p.x.data) + int64_t(frame / s.frames) * p.x.clip +
+               int64_t(frame % s.frames) * p.x.frame + int64_t(plane % s.channels) * p.x.channel;
   float total = 0.f;
   if (p.linear) {
     constexpr int V = TypeOf<X>::vector, WORDS = V * sizeof(X) / 4;
@@ -194,7 +200,8 @@ template <class X> __device__ __forceinline__ void sum_segment(const Prepare& p,
       total += part;
     }
   } else {
-    const int begin = int(int64_t(s.height) * segment / SEGMENTS), end = int(int64_t(s.height) * (segment + 1) / SEGMENTS);
+    const int begin = int(int64_t(s.height) * segment / SEGMENTS),
+              end = int(int64_t(s.height) * (segment + 1) / SEGMENTS);
 #pragma unroll 1
     for (int h = begin + int(threadIdx.x >> 5); h < end; h += THREADS / 32)
 #pragma unroll 1
@@ -222,19 +229,28 @@ __global__ void __launch_bounds__(THREADS) prepare_kernel(const __grid_constant_
 
 }  // namespace
 
-void prepare(const Shape& shape, const Options& options, const Frames& x, const Weights& weights, float* prepared, float* dense, void* stream) {
-  Prepare p{shape, options, layout(shape, options), x, weights, FlatWeights(weights, shape, options), prepared, dense, false};
-  int64_t planes = shape.clips * shape.frames * shape.channels, moved = 0;
+size_t prepare_memory(const Shape& shape, const Options& options, const Weights& weights) {
+  int64_t moved = 0;
   for (int k = 0; options.hmem && k < weights.num_sizes; ++k) moved += weights.tuple_sizes[k] * shape.channels * 9;
+  const int64_t held = FlatWeights(weights, shape, options).total();
+  return sizeof(float) * size_t(align4(held) + layout(shape, options).columns * 9 + (moved > 32 ? moved : 32));
+}
+
+void prepare(const Shape& shape, const Options& options, const Frames& x, const Weights& weights, float* prepared,
+             float* dense, void* stream) {
+  Prepare p{shape, options, layout(shape, options), x, weights, FlatWeights(weights, shape, options), prepared,
+            dense, false};
+  const int64_t planes = shape.clips * shape.frames * shape.channels;
   const int64_t blocks = (options.rows() ? p.layout.rows : 0) + (options.cwem ? shape.channels + planes * SEGMENTS : 0);
   if (blocks == 0) return;
   const int vector = x.dtype == F32 ? 4 : 8;
-  p.linear = x.column == 1 && x.row == shape.width && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.clip % vector == 0 &&
-             x.frame % vector == 0 && x.channel % vector == 0 && int64_t(shape.height) * shape.width % vector == 0;
-  const size_t shared = sizeof(float) * size_t(align4(p.flat.total()) + p.layout.columns * 9 + (moved > 32 ? moved : 32));
+  p.linear = x.column == 1 && x.row == shape.width && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+             x.clip % vector == 0 && x.frame % vector == 0 && x.channel % vector == 0 &&
+             int64_t(shape.height) * shape.width % vector == 0;
+  const size_t shared = prepare_memory(shape, options, weights);
   allow_shared(prepare_kernel, shared);
   SOAP_LAUNCH(prepare_kernel, unsigned(blocks), THREADS, shared, stream, p);
   launched("prepare");
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

@@ -1,7 +1,8 @@
-// reduce: the sweep's partial sums, added up in a fixed order; and for CWEM from the gate's gradient through its sigmoid.
+// reduce: the sweep's partial sums, added up in a fixed order; and for CWEM from the gate's gradient through its
+// sigmoid.
 #include "tile.cuh"
 
-namespace soap {
+namespace soap::cuda {
 namespace {
 
 constexpr int THREADS = 256, COLUMNS = 16, SLICES = THREADS / COLUMNS;
@@ -34,7 +35,8 @@ __device__ __forceinline__ void reduce_gate(const Reduce& p, int64_t i) {
       if (t + dt < 1 || t + dt > s.frames) continue;
       for (int k = 0; k < C; ++k) {
         float sum = 0.f;
-        for (int e = 0; e < SEGMENTS; ++e) sum += p.prepared[p.layout.means + (b * planes + (t + dt - 1) * C + k) * SEGMENTS + e];
+        for (int e = 0; e < SEGMENTS; ++e)
+          sum += p.prepared[p.layout.means + (b * planes + (t + dt - 1) * C + k) * SEGMENTS + e];
         const float m = fmaf(sum * area, of_channel(p.options.scale, k), of_channel(p.options.shift, k));
         z = fmaf(taps[(c * 3 + dt) * C + k], m, z);
         if (dt == 1 && k == c) mean = m;
@@ -50,8 +52,10 @@ __device__ __forceinline__ void reduce_gate(const Reduce& p, int64_t i) {
 __global__ void __launch_bounds__(THREADS) reduce_kernel(const __grid_constant__ Reduce p) {
   SOAP_SHARED(float4, shared);
   const int64_t block = blockIdx.x;
-  if (block >= p.pairs * p.column_blocks) return reduce_gate(p, (block - p.pairs * p.column_blocks) * THREADS + threadIdx.x);
-  const int64_t pair = block / p.column_blocks, column = block % p.column_blocks * COLUMNS + threadIdx.x % COLUMNS, columns = p.numel / 4;
+  if (block >= p.pairs * p.column_blocks)
+    return reduce_gate(p, (block - p.pairs * p.column_blocks) * THREADS + threadIdx.x);
+  const int64_t pair = block / p.column_blocks, column = block % p.column_blocks * COLUMNS + threadIdx.x % COLUMNS,
+                columns = p.numel / 4;
   const int slice = threadIdx.x / COLUMNS;
   const float4* from = reinterpret_cast<const float4*>(p.partial + pair * p.rows * p.numel) + column;
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -59,30 +63,40 @@ __global__ void __launch_bounds__(THREADS) reduce_kernel(const __grid_constant__
 #pragma unroll 4
     for (int64_t r = slice; r < p.rows; r += SLICES) {
       const float4 u = from[r * columns];
-      v.x += u.x; v.y += u.y; v.z += u.z; v.w += u.w;
+      v.x += u.x;
+      v.y += u.y;
+      v.z += u.z;
+      v.w += u.w;
     }
   shared[threadIdx.x] = v;
   __syncthreads();
   if (slice > 0 || column >= columns) return;
   for (int k = 1; k < SLICES; ++k) {
     const float4 u = shared[k * COLUMNS + threadIdx.x];
-    v.x += u.x; v.y += u.y; v.z += u.z; v.w += u.w;
+    v.x += u.x;
+    v.y += u.y;
+    v.z += u.z;
+    v.w += u.w;
   }
   reinterpret_cast<float4*>(p.sums + pair * p.numel)[column] = v;
 }
 
 }  // namespace
 
-void reduce(const Shape& shape, const Options& options, const float* prepared, const float* partial, const float* gate_partial, float* sums, float* gates, void* stream) {
+void reduce(const Shape& shape, const Options& options, const float* prepared, const float* partial,
+            const float* gate_partial, float* sums, float* gates, void* stream) {
   const SweepPlan plan = plan_sweep(shape, options);
-  Reduce p{shape, options, layout(shape, options), prepared, partial, gate_partial, sums, gates, plan.numel, shape.clips * plan.parts, 0, plan.parts, 0};
+  Reduce p{shape, options, layout(shape, options), prepared, partial, gate_partial, sums, gates, plan.numel};
+  p.rows = shape.clips * plan.parts;
+  p.parts = plan.parts;
   p.pairs = options.rows() ? p.layout.octets * p.layout.octets : 0;
   p.column_blocks = (plan.numel / 4 + COLUMNS - 1) / COLUMNS;
-  const int64_t gate_blocks = options.gate() ? (shape.clips * shape.frames * shape.channels + THREADS - 1) / THREADS : 0;
+  const int64_t gate_blocks =
+      options.gate() ? (shape.clips * shape.frames * shape.channels + THREADS - 1) / THREADS : 0;
   const int64_t blocks = p.pairs * p.column_blocks + gate_blocks;
   if (blocks == 0) return;
   SOAP_LAUNCH(reduce_kernel, unsigned(blocks), THREADS, THREADS * sizeof(float4), stream, p);
   launched("reduce");
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

@@ -7,9 +7,10 @@
 #pragma once
 #include "fuse.cuh"
 
-namespace soap {
+namespace soap::cuda {
 
-enum GradLayout : int { PLANAR = 0, INNERMOST = 1, SCALAR = 2 };  // vectors of 8 pixels; of 8 pixels x 3 channels; neither
+// Vectors of 8 pixels; of 8 pixels x 3 channels; neither.
+enum GradLayout : int { PLANAR = 0, INNERMOST = 1, SCALAR = 2 };
 
 struct SweepParams {
   Shape shape;
@@ -25,13 +26,24 @@ struct SweepParams {
 };
 
 void sweep_exact(const SweepParams& p, void* stream);
+size_t fuse_memory(const Shape&, const Options&, int dtype);
+size_t exact_memory(const Layout&, const Shape&, bool sweep);
+size_t prepare_memory(const Shape&, const Options&, const Weights&);
+size_t finish_memory(const Shape&, const Options&, const Weights&);
 
 // 8 consecutive values of any floating type, from a 16-byte boundary.
 __device__ __forceinline__ void load8_float(float* v, const void* from, int dtype, int64_t i) {
   if (dtype == F32) {
     const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(from) + i);
     const float4 a = p[0], b = p[1];
-    v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+    v[0] = a.x;
+    v[1] = a.y;
+    v[2] = a.z;
+    v[3] = a.w;
+    v[4] = b.x;
+    v[5] = b.y;
+    v[6] = b.z;
+    v[7] = b.w;
   } else {
     const Words<4> w = load_words<4>(static_cast<const uint16_t*>(from) + i);
 #pragma unroll
@@ -44,7 +56,7 @@ template <int CP>
 __device__ __forceinline__ void load_gradient(float (&v)[CP][8], const SweepParams& p, int64_t b, int t, int h, int w) {
   const Shape& s = p.shape;
   const int64_t at = b * p.grad.clip + t * p.grad.frame + h * p.grad.row + w * p.grad.column;
-  if (t >= s.frames || h >= s.height || w >= s.width) {
+  if (t >= s.frames || (h >= s.height && !planted<DZ_EDGE>) || w >= s.width) {
 #pragma unroll
     for (int i = 0; i < CP * 8; ++i) v[i / 8][i % 8] = 0.f;
   } else if (CP == 3 && p.grad_layout == INNERMOST) {
@@ -56,7 +68,8 @@ __device__ __forceinline__ void load_gradient(float (&v)[CP][8], const SweepPara
   } else {
 #pragma unroll
     for (int c = 0; c < CP; ++c) {
-      if (c < s.channels && p.grad_layout == PLANAR) load8_float(v[c], p.grad.data, p.grad.dtype, at + c * p.grad.channel);
+      if (c < s.channels && p.grad_layout == PLANAR)
+        load8_float(v[c], p.grad.data, p.grad.dtype, at + c * p.grad.channel);
       else {
         int64_t i = at + c * p.grad.channel;
 #pragma unroll
@@ -83,7 +96,8 @@ template <class X, int MODE, int CP> struct SweepShared {
 #endif
 
 template <class X, int MODE, int CP>
-__global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel(const __grid_constant__ SweepParams p) {
+__global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
+    sweep_kernel(const __grid_constant__ SweepParams p) {
   SOAP_SHARED(uint4, shared);
   using S = SweepShared<X, MODE, CP>;
   constexpr int MT = Tile<CP>::MT, XT = Terms<MODE>::N, ROWS = Tile<CP>::ROWS;
@@ -99,13 +113,15 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
   const int part = int(blockIdx.x % p.parts), tiles = p.tiles_wide * p.tiles_high;
   const int begin = int(int64_t(tiles) * part / p.parts), end = int(int64_t(tiles) * (part + 1) / p.parts);
   const Clip<X> x = clip_of<X>(p.x, s, b, p.vector_x);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, n = lane & 7, matrix = lane >> 3;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, n = lane & 7,
+            matrix = lane >> 3;
   if (p.through && warp == 5) {
     GatePrologue prologue;
     prologue.begin(s, o, p.layout, p.prepared, b);
     prologue.end(gates, means, s, o, p.layout, p.prepared, p.gate, b);
   }
-  const uint32_t* packed = reinterpret_cast<const uint32_t*>(p.prepared + p.layout.packed) + int64_t(to) * octets * 9 * Tile<CP>::LANE_WORDS * 32;
+  const uint32_t* packed = reinterpret_cast<const uint32_t*>(p.prepared + p.layout.packed) +
+                           int64_t(to) * octets * 9 * Tile<CP>::LANE_WORDS * 32;
   const int kernel_row = warp % 3, share = warp / 3, t = to * 8 + g;
   float dw[3][CP][4], bias_sum[CP + 1], gate_sum[CP];
 #pragma unroll
@@ -122,11 +138,13 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
     if (o.rows())
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
-        stage<X, MODE, CP, SWEEP_THREADS>(shared + from * S::OCTET, terms_apart, x, o, from, 0, w0, fresh ? h0 - 1 : h0 + 1, fresh ? 8 : 6, 7);
+        stage<X, MODE, CP, SWEEP_THREADS>(shared + from * S::OCTET, terms_apart, x, o, from, 0, w0,
+                                          fresh ? h0 - 1 : h0 + 1, fresh ? 8 : 6, 7);
     const int h = h0 + warp, w = w0 + 8 * q;
     if (p.grad_layout != SCALAR && t < s.frames && h < s.height && w < s.width) {  // read after the convolution
       const char* at = static_cast<const char*>(p.grad.data);
-      const int64_t size = p.grad.dtype == F32 ? 4 : 2, i = b * p.grad.clip + t * p.grad.frame + h * p.grad.row + w * p.grad.column;
+      const int64_t size = p.grad.dtype == F32 ? 4 : 2,
+                    i = b * p.grad.clip + t * p.grad.frame + h * p.grad.row + w * p.grad.column;
 #pragma unroll
       for (int c = 0; c < CP; ++c)
         if (c < s.channels) prefetch(at + (i + c * p.grad.channel) * size);
@@ -144,7 +162,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
     if (o.rows())
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
-        convolve<MODE, CP, 7>(acc, shared + from * S::OCTET, terms_apart, packed + from * 9 * Tile<CP>::LANE_WORDS * 32, p.layout.words, h - 1);
+        convolve<MODE, CP, 7>(acc, shared + from * S::OCTET, terms_apart, packed + from * 9 * Tile<CP>::LANE_WORDS * 32,
+                              p.layout.words, h - 1);
     {
       float v[CP][8], common[8] = {};
       load_gradient<CP>(v, p, b, t, h, w);
@@ -156,8 +175,10 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
           if (c >= s.channels) continue;
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
-            const float conv = logistic2(acc[c / 2][e / 2][c % 2 * 2 + (e & 1)]), stencil = logistic2(acc[CP / 2][e / 2][CP % 2 * 2 + (e & 1)]);
-            if (w + e < s.width) to_x[e] = v[c][e] * (gates[t * s.channels + c] + (o.conv() ? conv : 0.f) + (o.stencil ? stencil : 0.f));
+            const float conv = logistic2(acc[c / 2][e / 2][c % 2 * 2 + (e & 1)]),
+                        stencil = logistic2(acc[CP / 2][e / 2][CP % 2 * 2 + (e & 1)]);
+            if (w + e < s.width)
+              to_x[e] = v[c][e] * (gates[t * s.channels + c] + (o.conv() ? conv : 0.f) + (o.stencil ? stencil : 0.f));
           }
           to_x += int64_t(s.height) * s.width;
         }
@@ -167,7 +188,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
         for (int c = 0; c < CP; ++c) {
           if (c >= s.channels) continue;
           float u[8];
-          load8(u, x.x + t * x.frame + c * x.channel + h * x.row + w * x.column, x.column, s.width - w, x.vector, 1.f, 0.f);
+          load8(u, x.x + t * x.frame + c * x.channel + h * x.row + w * x.column, x.column, s.width - w, x.vector, 1.f,
+                0.f);
 #pragma unroll
           for (int e = 0; e < 8; ++e) v[c][e] *= u[e];
         }
@@ -190,10 +212,12 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
           bias_sum[j] += d[e];
         }
         uint4* at = dz + (warp * 4 + q) * ROWS + ((j * 8 + g) ^ (2 * q));
-        const uint32_t high[4] = {pack<false>(d[0], d[1]), pack<false>(d[2], d[3]), pack<false>(d[4], d[5]), pack<false>(d[6], d[7])};
+        const uint32_t high[4] = {pack<false>(d[0], d[1]), pack<false>(d[2], d[3]), pack<false>(d[4], d[5]),
+                                  pack<false>(d[6], d[7])};
         at[0] = make_uint4(high[0], high[1], high[2], high[3]);
         if constexpr (XT == 2)
-          at[S::DZ] = make_uint4(pack_rest(d[0], d[1], high[0]), pack_rest(d[2], d[3], high[1]), pack_rest(d[4], d[5], high[2]), pack_rest(d[6], d[7], high[3]));
+          at[S::DZ] = make_uint4(pack_rest(d[0], d[1], high[0]), pack_rest(d[2], d[3], high[1]),
+                                 pack_rest(d[4], d[5], high[2]), pack_rest(d[6], d[7], high[3]));
         if (p.dz && inside && only == 0 && (j < s.channels || j == CP)) {
           const int row = (j == CP ? s.channels : j) * s.frames + t;
           const float on = (j == CP ? o.stencil : o.conv()) ? 1.f : 0.f;
@@ -204,11 +228,14 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
         }
       }
     }
-    __syncthreads();
+    if (!planted<DZ_BARRIER>) __syncthreads();
     if (o.rows()) {
-      if (threadIdx.x < 8 * CP * SWEEP_ROWS && (tile + 1) % p.tiles_high != 0) {  // the next tile's rows, read after this
-        const int f = only * 8 + threadIdx.x % 8, c = threadIdx.x / 8 % CP, next = h0 + SWEEP_ROWS + 1 + threadIdx.x / 8 / CP;
-        if (f < s.frames && c < s.channels && next < s.height) prefetch(x.x + f * x.frame + c * x.channel + next * x.row + w0 * x.column);
+      if (threadIdx.x < 8 * CP * SWEEP_ROWS &&
+          (tile + 1) % p.tiles_high != 0) {  // the next tile's rows, read after this
+        const int f = only * 8 + threadIdx.x % 8, c = threadIdx.x / 8 % CP,
+                  next = h0 + SWEEP_ROWS + 1 + threadIdx.x / 8 / CP;
+        if (f < s.frames && c < s.channels && next < s.height)
+          prefetch(x.x + f * x.frame + c * x.channel + next * x.row + w0 * x.column);
       }
       // CP = 3: two m-tiles, each over all pixels; CP = 1: one, of which a warp takes the even or the odd rows.
       const int m = (CP == 3 ? share * 16 : 0) + (matrix & 1) * 8 + n, column = (matrix & 1) * 8 + n;
@@ -277,7 +304,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = (CP == 3 ? share * 16 : 0) + half * 8 + g;
-          *reinterpret_cast<float2*>(out + ((kernel_row * 3 + dc) * ROWS + row) * Tile<CP>::COLUMNS + c * 8 + 2 * q) = make_float2(dw[dc][c][2 * half], dw[dc][c][2 * half + 1]);
+          *reinterpret_cast<float2*>(out + ((kernel_row * 3 + dc) * ROWS + row) * Tile<CP>::COLUMNS + c * 8 + 2 * q) =
+              make_float2(dw[dc][c][2 * half], dw[dc][c][2 * half + 1]);
         }
   // Sums over pixels: the 4 lanes of a frame, then the 6 rows.
 #pragma unroll
@@ -300,8 +328,10 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS) sweep_kernel
 template <class X, int MODE, int CP> void launch_sweep(const SweepParams& p, void* stream) {
   const size_t shared = SweepShared<X, MODE, CP>::bytes(p.layout, p.shape.frames * p.shape.channels);
   allow_shared(sweep_kernel<X, MODE, CP>, shared);
-  SOAP_LAUNCH((sweep_kernel<X, MODE, CP>), dim3(unsigned(p.shape.clips * p.parts), unsigned(p.layout.octets * p.layout.octets)), SWEEP_THREADS, shared, stream, p);
+  SOAP_LAUNCH((sweep_kernel<X, MODE, CP>),
+              dim3(unsigned(p.shape.clips * p.parts), unsigned(p.layout.octets * p.layout.octets)), SWEEP_THREADS,
+              shared, stream, p);
   launched("sweep");
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

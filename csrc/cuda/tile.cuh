@@ -1,25 +1,54 @@
 // A tile of frames in shared memory, and the folded convolution over it on tensor cores. Shared by fuse and sweep.
 //
-// Pixel-major: a pixel holds CP chunks of 16 bytes, a chunk the 8 frames of an octet of one channel as 16-bit numbers, so
-// that a chunk is one row of an 8x8 matrix of `ldmatrix`. Chunk (row, column) sits at row * STRIDE + column * CP +
+// Pixel-major: a pixel holds CP chunks of 16 bytes, a chunk the 8 frames of an octet of one channel as 16-bit numbers,
+// so that a chunk is one row of an 8x8 matrix of `ldmatrix`. Chunk (row, column) sits at row * STRIDE + column * CP +
 // (column / 8) * 2: any 8 pixels that one `ldmatrix` reads lie in different banks, and so do the stores of 8 lanes.
 // An n-tile of the MMA takes columns 8a + 2i + {0, 1}, a = 0..3: a thread then ends up with 8 consecutive pixels.
 #pragma once
 #include "device.cuh"
 
-namespace soap {
+namespace soap::cuda {
 
 constexpr int TILE_WIDTH = 32, HALO_WIDTH = TILE_WIDTH + 2;
 
 template <int CP> struct Tile {
   static constexpr int STRIDE = HALO_WIDTH * CP + 9;  // odd
-  static constexpr int MT = (CP + 1) / 2;                // 16-row MMA tiles of an octet's rows
+  static constexpr int MT = (CP + 1) / 2;             // 16-row MMA tiles of an octet's rows
   static constexpr int LANE_WORDS = CP == 3 ? 12 : 2;
   static constexpr int ROWS = (CP + 1) * 8, COLUMNS = CP * 8;
   static __device__ __forceinline__ int chunk(int r, int c) { return r * STRIDE + c * CP + (c >> 3) * 2; }
 };
 
 template <int MODE> struct Terms { static constexpr int N = MODE == BF16X3 ? 2 : 1; };
+
+// Which instance of a kernel serves a call: the frames' type, how products are formed, channels rounded up.
+template <class X_, int MODE_, int CP_> struct Instance {
+  using X = X_;
+  static constexpr int MODE = MODE_, CP = CP_;
+};
+
+template <class X, int MODE, class Work> void by_channels(const Layout& l, const Work& work) {
+#ifndef SOAP_FEW  // the tests' quick build has the instances that most of them run
+  if (l.padded_channels == 1) return work(Instance<X, MODE, 1>{});
+#endif
+  work(Instance<X, MODE, 3>{});
+}
+
+// work(instance) for frames of this dtype; F16_MODE: of fp16, U8_MODE: of uint8 unless they go `split` in two bf16
+// terms.
+template <int F16_MODE, int U8_MODE, class Work>
+void dispatch(int dtype, bool split, const Layout& l, const Work& work) {
+  switch (dtype) {
+    case BF16: return by_channels<bf16, BF16X1>(l, work);
+#ifdef SOAP_FEW
+    default: return by_channels<float, BF16X3>(l, work);
+#else
+    case F32: return split ? by_channels<float, BF16X3>(l, work) : by_channels<float, BF16X1>(l, work);
+    case F16: return by_channels<f16, F16_MODE>(l, work);
+    default: return split ? by_channels<uint8_t, BF16X3>(l, work) : by_channels<uint8_t, U8_MODE>(l, work);
+#endif
+  }
+}
 
 // One clip's frames as the kernels see them.
 template <class X> struct Clip {
@@ -29,7 +58,9 @@ template <class X> struct Clip {
   bool vector;  // rows of whole aligned vectors
 };
 
-__device__ __forceinline__ float of_channel(const float* three, int c) { return c == 0 ? three[0] : c == 1 ? three[1] : three[2]; }
+__device__ __forceinline__ float of_channel(const float* three, int c) {
+  return c == 0 ? three[0] : c == 1 ? three[1] : three[2];
+}
 
 template <class X> __device__ __forceinline__ float load_one(const X* p, float scale, float shift) {
   const float v = to_float(*p);
@@ -37,7 +68,16 @@ template <class X> __device__ __forceinline__ float load_one(const X* p, float s
 }
 
 template <class X> __device__ __forceinline__ Clip<X> clip_of(const Frames& x, const Shape& s, int64_t b, bool vector) {
-  return {static_cast<const X*>(x.data) + b * x.clip, x.frame, x.channel, x.row, x.column, s.frames, s.channels, s.height, s.width, vector};
+  return {static_cast<const X*>(x.data) + b * x.clip,
+          x.frame,
+          x.channel,
+          x.row,
+          x.column,
+          s.frames,
+          s.channels,
+          s.height,
+          s.width,
+          vector};
 }
 
 // `bytes` consecutive pixels as 32-bit words.
@@ -46,10 +86,14 @@ template <int WORDS, class X> __device__ __forceinline__ Words<WORDS> load_words
   Words<WORDS> w;
   if constexpr (WORDS == 4) {
     const uint4 u = *reinterpret_cast<const uint4*>(p);
-    w.v[0] = u.x; w.v[1] = u.y; w.v[2] = u.z; w.v[3] = u.w;
+    w.v[0] = u.x;
+    w.v[1] = u.y;
+    w.v[2] = u.z;
+    w.v[3] = u.w;
   } else {
     const uint2 u = *reinterpret_cast<const uint2*>(p);
-    w.v[0] = u.x; w.v[1] = u.y;
+    w.v[0] = u.x;
+    w.v[1] = u.y;
   }
   return w;
 }
@@ -58,8 +102,11 @@ template <int WORDS, class X> __device__ __forceinline__ Words<WORDS> load_words
 template <class X, int WORDS> __device__ __forceinline__ float unpack(const Words<WORDS>& w, int e) {
   if constexpr (TypeOf<X>::dtype == F32) return __uint_as_float(w.v[e]);
   else if constexpr (TypeOf<X>::dtype == BF16) return e & 1 ? high_bf16(w.v[e / 2]) : low_bf16(w.v[e / 2]);
-  else if constexpr (TypeOf<X>::dtype == F16) return __half2float(__ushort_as_half(uint16_t(e & 1 ? w.v[e / 2] >> 16 : w.v[e / 2] & 0xffffu)));
-  else return __uint_as_float(__byte_perm(w.v[e / 4], 0x4b000000u, 0x7540 + e % 4)) - 8388608.f;  // 2^23 + byte, less 2^23: quicker than a conversion
+  else if constexpr (TypeOf<X>::dtype == F16)
+    return __half2float(__ushort_as_half(uint16_t(e & 1 ? w.v[e / 2] >> 16 : w.v[e / 2] & 0xffffu)));
+  else
+    return __uint_as_float(__byte_perm(w.v[e / 4], 0x4b000000u, 0x7540 + e % 4)) -
+           8388608.f;  // 2^23 + byte, less 2^23: quicker than a conversion
 }
 
 template <int MODE> __device__ __forceinline__ void put(uint4* s, int terms_apart, const float* v) {
@@ -69,13 +116,15 @@ template <int MODE> __device__ __forceinline__ void put(uint4* s, int terms_apar
   for (int k = 0; k < 4; ++k) h[k] = pack<HALF>(v[2 * k], v[2 * k + 1]);
   s[0] = make_uint4(h[0], h[1], h[2], h[3]);
   if constexpr (Terms<MODE>::N == 2)
-    s[terms_apart] = make_uint4(pack_rest(v[0], v[1], h[0]), pack_rest(v[2], v[3], h[1]), pack_rest(v[4], v[5], h[2]), pack_rest(v[6], v[7], h[3]));
+    s[terms_apart] = make_uint4(pack_rest(v[0], v[1], h[0]), pack_rest(v[2], v[3], h[1]), pack_rest(v[4], v[5], h[2]),
+                                pack_rest(v[6], v[7], h[3]));
 }
 
 // Rows [first, first + rows) of the tile's halo, whose row 0 is image row h0 and column 0 image column w0 - 1, of one
 // octet; row r goes to slot r & mask. Outside the image zeros. `terms_apart` chunks lie between hi and lo.
 template <class X, int MODE, int CP, int THREADS>
-__device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& x, const Options& o, int octet, int h0, int w0, int first, int rows, int mask) {
+__device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& x, const Options& o, int octet, int h0,
+                                      int w0, int first, int rows, int mask) {
   constexpr int V = TypeOf<X>::vector, GROUPS = TILE_WIDTH / V, WORDS = V * sizeof(X) / 4;
   constexpr bool RAW = (MODE == BF16X1 && TypeOf<X>::dtype == BF16) || (MODE == F16X1 && TypeOf<X>::dtype == F16);
   const int frames = min(8, x.frames - octet * 8);
@@ -85,7 +134,8 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
   float edges[8];
   if (edge) {
     const int h = h0 + edge_r, w = side ? w0 + TILE_WIDTH : w0 - 1;
-    const bool in = h >= 0 && h < x.height && w >= 0 && w < x.width && edge_c < x.channels;
+    const bool in = h >= 0 && h < x.height && w >= 0 && (w < x.width || planted<RIGHT_EDGE>) &&
+                    edge_c < x.channels;
     const X* p = x.x + int64_t(octet) * 8 * x.frame + edge_c * x.channel + h * x.row + w * x.column;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
@@ -99,7 +149,8 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
     const X* p = x.x + int64_t(octet) * 8 * x.frame + c * x.channel + h * x.row + w * x.column;
     const float scale = of_channel(o.scale, c), shift = of_channel(o.shift, c);
     uint4* out = s + Tile<CP>::chunk(r & mask, 1 + group * V) + c;
-    const int skip = V == 8 || group & 1 ? 2 : 0;  // the last column of the vector is a multiple of 8, where chunk() leaps
+    const int skip =
+        V == 8 || group & 1 ? 2 : 0;  // the last column of the vector is a multiple of 8, where chunk() leaps
     if (in && x.vector) {
       Words<WORDS> v[8];
 #pragma unroll
@@ -114,7 +165,8 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
         if constexpr (RAW) {
           uint32_t h2[4];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) h2[k] = __byte_perm(v[2 * k].v[e / 2], v[2 * k + 1].v[e / 2], e & 1 ? 0x7632 : 0x5410);
+          for (int k = 0; k < 4; ++k)
+            h2[k] = __byte_perm(v[2 * k].v[e / 2], v[2 * k + 1].v[e / 2], e & 1 ? 0x7632 : 0x5410);
           *at = make_uint4(h2[0], h2[1], h2[2], h2[3]);
         } else {
           float u[8];
@@ -131,7 +183,8 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
       for (int e = 0; e < V; ++e) {
         float u[8];
 #pragma unroll
-        for (int t = 0; t < 8; ++t) u[t] = in && t < frames && w + e < x.width ? load_one(p + t * x.frame + e * x.column, scale, shift) : 0.f;
+        for (int t = 0; t < 8; ++t)
+          u[t] = in && t < frames && w + e < x.width ? load_one(p + t * x.frame + e * x.column, scale, shift) : 0.f;
         put<MODE>(out + e * CP + (e == V - 1 ? skip : 0), terms_apart, u);
       }
     }
@@ -139,16 +192,17 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
   if (edge) put<MODE>(s + Tile<CP>::chunk(edge_r & mask, side ? HALO_WIDTH - 1 : 0) + edge_c, terms_apart, edges);
 }
 
-// acc[tile][n-tile][fragment] += folded convolution of one octet, for a row of 32 pixels. `row` is the halo row above it;
-// rows wrap at MASK. `packed`: the octet pair's fragments. One loop over the taps, not unrolled: ptxas would keep many
-// fragments in flight and spill.
+// acc[tile][n-tile][fragment] += folded convolution of one octet, for a row of 32 pixels. `row` is the halo row above
+// it; rows wrap at MASK. `packed`: the octet pair's fragments. One loop over the taps, not unrolled: ptxas would keep
+// many fragments in flight and spill.
 template <int MODE, int CP, int MASK>
-__device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const uint4* s, int terms_apart, const uint32_t* packed, int words, int row) {
+__device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const uint4* s, int terms_apart,
+                                         const uint32_t* packed, int words, int row) {
   constexpr int XT = Terms<MODE>::N, LW = Tile<CP>::LANE_WORDS;
   constexpr bool HALF = MODE == F16X1;
   const int lane = threadIdx.x & 31, n = lane & 7, matrix = lane >> 3, column = 8 * (n >> 1) + (n & 1);
-  // Which pixel this lane points ldmatrix at. A tap to the right crosses a multiple of 8, where chunk() leaps by 2, only
-  // from the last n-tile (of CP = 3: the second of a pair): from this kernel column on.
+  // Which pixel this lane points ldmatrix at. A tap to the right crosses a multiple of 8, where chunk() leaps by 2,
+  // only from the last n-tile (of CP = 3: the second of a pair): from this kernel column on.
   const int far4 = 2 * (CP == 3 ? matrix >> 1 : matrix), far2 = 2 * (matrix & 1);
   const int leap4_from = (CP == 3 ? 4 : 8) - (n & 1) - far4, leap2_from = 4 - (n & 1) - far2;
   const Address at4 = address_of(s + Tile<CP>::chunk(0, column + far4) + (CP == 3 ? matrix & 1 : 0));
@@ -165,11 +219,15 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
 #pragma unroll
         for (int e = 0; e < 3; ++e) {
           const uint4 v = *reinterpret_cast<const uint4*>(packed + k * words + e * 128);
-          a[k][4 * e] = v.x; a[k][4 * e + 1] = v.y; a[k][4 * e + 2] = v.z; a[k][4 * e + 3] = v.w;
+          a[k][4 * e] = v.x;
+          a[k][4 * e + 1] = v.y;
+          a[k][4 * e + 2] = v.z;
+          a[k][4 * e + 3] = v.w;
         }
       } else {
         const uint2 v = *reinterpret_cast<const uint2*>(packed + k * words);
-        a[k][0] = v.x; a[k][1] = v.y;
+        a[k][0] = v.x;
+        a[k][1] = v.y;
       }
     }
     if constexpr (CP == 3) {
@@ -206,7 +264,7 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
       }
     }
     packed += LW * 32;
-    line += CP * 16;
+    line += (planted<TAP> ? 2 : 1) * CP * 16;
     if (++dc == 3) {
       dc = 0;
       line = (++row & MASK) * Tile<CP>::STRIDE * 16;
@@ -214,13 +272,16 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
   }
 }
 
-// The gates of a clip's planes, (T, C), plus `offset`: the work of one warp, a lane a plane. What it needs from memory is
-// asked for first (`begin`), so that it arrives while the block loads frames; `end` leaves the gates in shared memory.
+// The gates of a clip's planes, (T, C), plus `offset`: the work of one warp, a lane a plane. What it needs from memory
+// is asked for first (`begin`), so that it arrives while the block loads frames; `end` leaves the gates in shared
+// memory.
 struct GatePrologue {
   float mean, tap[3 * MAX_CHANNELS], bias;
 
-  static __device__ __forceinline__ float mean_of(const Shape& s, const Options& o, const Layout& l, const float* prepared, int64_t b, int plane) {
-    const float4* part = reinterpret_cast<const float4*>(prepared + l.means + (b * s.frames * s.channels + plane) * SEGMENTS);
+  static __device__ __forceinline__ float mean_of(const Shape& s, const Options& o, const Layout& l,
+                                                  const float* prepared, int64_t b, int plane) {
+    const float4* part =
+        reinterpret_cast<const float4*>(prepared + l.means + (b * s.frames * s.channels + plane) * SEGMENTS);
     float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < SEGMENTS / 4; ++k) {
@@ -228,9 +289,11 @@ struct GatePrologue {
       sum += (v.x + v.y) + (v.z + v.w);
     }
     const int c = plane % s.channels;
-    return fmaf(sum * __fdividef(1.f, float(s.height) * float(s.width)), of_channel(o.scale, c), of_channel(o.shift, c));
+    return fmaf(sum * __fdividef(1.f, float(s.height) * float(s.width)), of_channel(o.scale, c),
+                of_channel(o.shift, c));
   }
-  __device__ __forceinline__ void begin(const Shape& s, const Options& o, const Layout& l, const float* prepared, int64_t b) {
+  __device__ __forceinline__ void begin(const Shape& s, const Options& o, const Layout& l, const float* prepared,
+                                        int64_t b) {
     const int lane = threadIdx.x & 31, C = s.channels, c = lane % C;
     if (!o.cwem) return;
     mean = lane < s.frames * C ? mean_of(s, o, l, prepared, b, lane) : 0.f;
@@ -241,12 +304,13 @@ struct GatePrologue {
       tap[i] = from < C ? prepared[l.taps + (c * 3 + dt) * C + from] : 0.f;
     }
   }
-  __device__ __forceinline__ void end(float* gates, float* means, const Shape& s, const Options& o, const Layout& l, const float* prepared,
-                                      const Array& given, int64_t b) const {
+  __device__ __forceinline__ void end(float* gates, float* means, const Shape& s, const Options& o, const Layout& l,
+                                      const float* prepared, const Array& given, int64_t b) const {
     const int C = s.channels, planes = s.frames * C, lane = threadIdx.x & 31;
     const float offset = o.multiplicative ? o.offset : 0.f;
     if (!o.cwem) {
-      for (int i = lane; i < planes; i += 32) gates[i] = offset + (o.given_gate ? load_any(given, b * planes + i) : 0.f);
+      for (int i = lane; i < planes; i += 32)
+        gates[i] = offset + (o.given_gate ? load_any(given, b * planes + i) : 0.f);
       return;
     }
     if (lane < planes) means[lane] = mean;
@@ -269,8 +333,8 @@ struct GatePrologue {
 
 inline bool vector_rows(const Frames& x, const Shape& s) {
   const int64_t v = x.dtype == F32 ? 4 : 8, bytes = x.dtype == F32 ? 16 : x.dtype == U8 ? 8 : 16;
-  return x.column == 1 && s.width % v == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.clip % v == 0 && x.frame % v == 0 &&
-         x.channel % v == 0 && x.row % v == 0;
+  return x.column == 1 && s.width % v == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.clip % v == 0 &&
+         x.frame % v == 0 && x.channel % v == 0 && x.row % v == 0;
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

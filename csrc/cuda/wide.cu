@@ -1,13 +1,13 @@
 // wide: planes too many for one tile (feature maps). The folded convolution is a library's; here is what surrounds it,
 // one pass each: forward from its output z to y, backward from the incoming gradient to the gradient of z.
 //
-// z: (B, R, H, W), contiguous, without the bias. Its rows are the planes' if HMEM is on, frame-major, then the frames' if
-// 3DEM is on. A block takes one frame and 32 * V pixels: a lane V pixels, a warp every 8th channel, so that 3DEM's prior is
-// computed once a pixel and sums over channels and pixels need no second pass. Bound by memory: forward reads x and z
-// and writes y.
+// z: (B, R, H, W), contiguous, without the bias. Its rows are the planes' if HMEM is on, frame-major, then the frames'
+// if 3DEM is on. A block takes one frame and 32 * V pixels: a lane V pixels, a warp every 8th channel, so that 3DEM's
+// prior is computed once a pixel and sums over channels and pixels need no second pass. Bound by memory: forward reads
+// x and z and writes y.
 #include "sweep.cuh"
 
-namespace soap {
+namespace soap::cuda {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
@@ -37,29 +37,36 @@ template <int V> struct Place {
   bool seen;
 
   __device__ __forceinline__ explicit Place(const WideParams& p) {
-    const unsigned f = blockIdx.x / p.chunks, b = f / unsigned(p.shape.frames), pixel = (blockIdx.x % p.chunks * 32 + (threadIdx.x & 31)) * V;
+    const unsigned f = blockIdx.x / p.chunks, b = f / unsigned(p.shape.frames),
+                   pixel = (blockIdx.x % p.chunks * 32 + (threadIdx.x & 31)) * V;
     frame = f;
     clip = b;
     t = int(f - b * p.shape.frames);
     i = pixel;
-    seen = i < p.area;
+    seen = i < p.area || planted<PLANE_END>;
     h = int(pixel / p.shape.width);
     w = int(pixel % p.shape.width);
   }
   // Where these pixels of channel 0 lie.
-  __device__ __forceinline__ int64_t in(const Frames& f) const { return clip * f.clip + t * f.frame + h * f.row + w * f.column; }
-  __device__ __forceinline__ int64_t row(const WideParams& p, int r) const { return (clip * p.wide.rows(p.shape) + r) * p.area + i; }
+  __device__ __forceinline__ int64_t in(const Frames& f) const {
+    return clip * f.clip + t * f.frame + h * f.row + w * f.column;
+  }
+  __device__ __forceinline__ int64_t row(const WideParams& p, int r) const {
+    return (clip * p.wide.rows(p.shape) + r) * p.area + i;
+  }
 };
 
 // The logistic function of z + bias.
-template <int V> __device__ __forceinline__ void prior(float (&s)[V], const WideParams& p, int64_t at, bool seen, float bias) {
+template <int V> __device__ __forceinline__ void prior(float (&s)[V], const WideParams& p, int64_t at, bool seen,
+                                                       float bias) {
   float z[V] = {};
   if (seen) load_pixels<V>(z, p.wide.z.data, p.wide.z.dtype, at);
 #pragma unroll
   for (int e = 0; e < V; ++e) s[e] = logistic2(-LOG2E * (z[e] + bias));
 }
 
-template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) join_kernel(const __grid_constant__ WideParams p) {
+template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
+    join_kernel(const __grid_constant__ WideParams p) {
   const Place<V> at(p);
   const Wide& o = p.wide;
   const int C = p.shape.channels;
@@ -82,11 +89,13 @@ template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) join
   }
 }
 
-template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) part_kernel(const __grid_constant__ WideParams p) {
+template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
+    part_kernel(const __grid_constant__ WideParams p) {
   SOAP_SHARED(float, gathered);  // (WARPS, 32 * V): each warp's sum over its channels of what reaches the frame's prior
   const Place<V> at(p);
   const Wide& o = p.wide;
-  const int C = p.shape.channels, lane = threadIdx.x & 31, warp = int(threadIdx.x >> 5), stencil_row = (o.planes ? p.shape.frames * C : 0) + at.t;
+  const int C = p.shape.channels, lane = threadIdx.x & 31, warp = int(threadIdx.x >> 5),
+            stencil_row = (o.planes ? p.shape.frames * C : 0) + at.t;
   const int64_t shares = p.shape.clips * p.shape.frames * C * int64_t(p.chunks);
   float shared[V] = {}, sum[V] = {};
   if (o.stencil) prior<V>(shared, p, at.row(p, stencil_row), at.seen, 0.f);
@@ -130,7 +139,7 @@ template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) part
   if (!o.stencil) return;
 #pragma unroll
   for (int e = 0; e < V; ++e) gathered[(warp * V + e) * 32 + lane] = sum[e];
-  __syncthreads();
+  if (!planted<SUMS_BARRIER>) __syncthreads();
   if (warp != 0 || !at.seen) return;
   float dz[V];
 #pragma unroll
@@ -144,7 +153,8 @@ template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) part
 
 // Planes without gaps, at 16-byte boundaries: pixels can be taken 8 at a time.
 bool whole_planes(const Frames& f, const Shape& s) {
-  return f.column == 1 && f.row == s.width && reinterpret_cast<uintptr_t>(f.data) % 16 == 0 && f.clip % 8 == 0 && f.frame % 8 == 0 && f.channel % 8 == 0;
+  return f.column == 1 && f.row == s.width && reinterpret_cast<uintptr_t>(f.data) % 16 == 0 && f.clip % 8 == 0 &&
+         f.frame % 8 == 0 && f.channel % 8 == 0;
 }
 
 // As few lanes as possible idle: short planes go pixel by pixel.
@@ -163,16 +173,16 @@ int wide_chunks(const Shape& shape, const Frames& x, const Frames& other) {
 void join(const Wide& wide, const Shape& shape, const Frames& x, const Frames& y, void* stream) {
   WideParams p{wide, shape, x, Frames{}, y, int64_t(shape.height) * shape.width, unsigned(wide_chunks(shape, x, y))};
   const int64_t blocks = shape.clips * shape.frames * p.chunks;
-  if (blocks == 0) return;
-  if (pixels_a_lane(shape, whole_planes(x, shape) && whole_planes(y, shape)) == 8) SOAP_LAUNCH((join_kernel<8>), unsigned(blocks), THREADS, 0, stream, p);
+  if (pixels_a_lane(shape, whole_planes(x, shape) && whole_planes(y, shape)) == 8)
+    SOAP_LAUNCH((join_kernel<8>), unsigned(blocks), THREADS, 0, stream, p);
   else SOAP_LAUNCH((join_kernel<1>), unsigned(blocks), THREADS, 0, stream, p);
   launched("join");
 }
 
 void part(const Wide& wide, const Shape& shape, const Frames& x, const Frames& grad, void* stream) {
-  WideParams p{wide, shape, x, grad, Frames{}, int64_t(shape.height) * shape.width, unsigned(wide_chunks(shape, x, grad))};
+  WideParams p{
+      wide, shape, x, grad, Frames{}, int64_t(shape.height) * shape.width, unsigned(wide_chunks(shape, x, grad))};
   const int64_t blocks = shape.clips * shape.frames * p.chunks;
-  if (blocks == 0) return;
   const int pixels = pixels_a_lane(shape, whole_planes(x, shape) && whole_planes(grad, shape));
   const size_t shared = sizeof(float) * THREADS * pixels;
   if (pixels == 8) SOAP_LAUNCH((part_kernel<8>), unsigned(blocks), THREADS, shared, stream, p);
@@ -180,4 +190,4 @@ void part(const Wide& wide, const Shape& shape, const Frames& x, const Frames& g
   launched("part");
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

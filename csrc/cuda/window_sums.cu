@@ -1,7 +1,7 @@
 // window_sums: per plane the nine sums that the taps of a zero-padded 3x3 convolution see, and the way back.
 #include "tile.cuh"
 
-namespace soap {
+namespace soap::cuda {
 namespace {
 
 constexpr int THREADS = 512;
@@ -28,7 +28,8 @@ template <class X> __device__ __forceinline__ void plane_sums(const WindowSums& 
       total += part;
     }
   } else {
-    for (int64_t i = threadIdx.x; i < area; i += THREADS) total += to_float(x[i / p.width * p.x.row + i % p.width * p.x.column]);
+    for (int64_t i = threadIdx.x; i < area; i += THREADS)
+      total += to_float(x[i / p.width * p.x.row + i % p.width * p.x.column]);
   }
   const X* bottom = x + (p.height - 1) * p.x.row;
   const X* right = x + (p.width - 1) * p.x.column;
@@ -47,7 +48,13 @@ template <class X> __device__ __forceinline__ void plane_sums(const WindowSums& 
   last_column = block_sum(last_column, scratch);
   if (threadIdx.x >= 9) return;
   const int i = threadIdx.x / 3, j = threadIdx.x % 3;  // tap (0, .) does not see the last row, (2, .) not the first
-  float v = total - (i == 0 ? last_row : i == 2 ? first_row : 0.f) - (j == 0 ? last_column : j == 2 ? first_column : 0.f);
+  float v = total -
+            (i == 0   ? last_row
+             : i == 2 ? first_row
+                      : 0.f) -
+            (j == 0   ? last_column
+             : j == 2 ? first_column
+                      : 0.f);
   if (i != 1 && j != 1) v += to_float((i == 0 ? bottom : x)[j == 0 ? (p.width - 1) * p.x.column : 0]);
   p.sums[plane * 9 + threadIdx.x] = v;
 }
@@ -60,7 +67,9 @@ __global__ void __launch_bounds__(THREADS, 2) window_sums_kernel(const __grid_co
 }
 
 // A pixel gets the gradient of every tap that sees it.
-__global__ void __launch_bounds__(THREADS) window_sums_backward_kernel(const float* __restrict__ grad, void* __restrict__ dx, int dtype, int height, int width) {
+__global__ void __launch_bounds__(THREADS)
+    window_sums_backward_kernel(const float* __restrict__ grad, void* __restrict__ dx, int dtype, int height,
+                                int width) {
   const int64_t plane = blockIdx.x, area = int64_t(height) * width;
   float d[9];
 #pragma unroll
@@ -70,7 +79,8 @@ __global__ void __launch_bounds__(THREADS) window_sums_backward_kernel(const flo
     float v = 0.f;
 #pragma unroll
     for (int k = 0; k < 9; ++k) {
-      const bool seen = !(k / 3 == 0 && h == height - 1) && !(k / 3 == 2 && h == 0) && !(k % 3 == 0 && w == width - 1) && !(k % 3 == 2 && w == 0);
+      const bool seen = !(k / 3 == 0 && h == height - 1) && !(k / 3 == 2 && h == 0) &&
+                        !(k % 3 == 0 && w == width - 1) && !(k % 3 == 2 && w == 0);
       v += seen ? d[k] : 0.f;
     }
     store_any(dx, dtype, plane * area + at, v);
@@ -80,19 +90,19 @@ __global__ void __launch_bounds__(THREADS) window_sums_backward_kernel(const flo
 }  // namespace
 
 void window_sums(int64_t images, int channels, int height, int width, const Frames& x, float* sums, void* stream) {
-  if (images * channels == 0) return;
   const int64_t v = x.dtype == F32 ? 4 : 8;
-  const bool linear = x.column == 1 && x.row == width && int64_t(height) * width % v == 0 && x.clip % v == 0 && x.channel % v == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  const bool linear = x.column == 1 && x.row == width && int64_t(height) * width % v == 0 && x.clip % v == 0 &&
+                      x.channel % v == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
   const WindowSums p{x, sums, channels, height, width, linear};
   SOAP_LAUNCH(window_sums_kernel, unsigned(images * channels), THREADS, 32 * sizeof(float), stream, p);
   launched("window_sums");
 }
 
 void window_sums_backward(int64_t planes, int height, int width, const float* grad, void* dx, int dtype, void* stream) {
-  if (planes == 0) return;
   const int64_t chunks = (int64_t(height) * width + THREADS * 8 - 1) / (THREADS * 8);
-  SOAP_LAUNCH(window_sums_backward_kernel, dim3(unsigned(planes), unsigned(chunks < 64 ? chunks : 64)), THREADS, 0, stream, grad, dx, dtype, height, width);
+  SOAP_LAUNCH(window_sums_backward_kernel, dim3(unsigned(planes), unsigned(chunks < 64 ? chunks : 64)), THREADS, 0,
+              stream, grad, dx, dtype, height, width);
   launched("window_sums_backward");
 }
 
-}  // namespace soap
+}  // namespace soap::cuda

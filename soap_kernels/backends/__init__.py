@@ -2,6 +2,7 @@
 
 A backend brings its own forward and backward for each op and has no autograd of its own: ``soap_kernels.op`` holds
 schemas, shapes and autograd once for all of them. Each lives in a module of its own, imported when first asked for.
+A new one is an object with the methods of :class:`Backend`, here or handed to :func:`register`: docs/backends.md.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from soap_kernels.weights import Weights
 
 PRECISIONS = ("default", "strict", "fast")
 
@@ -31,23 +34,44 @@ class Options:
     out_dtype: torch.dtype
     out_channels_last: bool
 
+    def unflatten(self, weights: Sequence[Tensor]) -> Weights:
+        """The weights by part and name."""
+        return Weights.unflatten(weights, self.parts, len(self.tuple_sizes))
+
+
+class Priors(NamedTuple):
+    """What ``fuse_priors`` joins to its input; None for a prior that is left out."""
+
+    stencil: Tensor | None = None  # (1, 1, 3, 3, 3), on the channel means (3DEM)
+    gate: Tensor | None = None  # (B, T, C), after its sigmoid
+    weight: Tensor | None = None  # (TC, TC, 3, 3) between frame-major planes t * C + c
+    bias: Tensor | None = None  # (TC,)
+
+    def contiguous(self) -> Priors:
+        return Priors(*(None if prior is None else prior.contiguous() for prior in self))
+
 
 @dataclass(frozen=True)
 class Fusion:
     """How ``fuse_priors`` joins the priors to its input, already checked."""
 
-    multiplicative: bool
-    offset: float
-    interleaved: bool
-    precision: str
+    multiplicative: bool = False
+    offset: float = 1.0  # matters to the multiplicative form alone
+    interleaved: bool = False
+    precision: str = "default"
 
 
 class Backend(Protocol):
-    """Forward and backward of every op, on arguments that the op has checked.
+    """Forward and backward of every op; what a new backend has to write.
 
-    Shapes are those of :mod:`soap_kernels.op`. ``weights`` are the tensors of the parts that are on, in state_dict
-    order. ``prepared`` is one float32 vector of ``prepared_numel`` numbers that forward leaves for backward; what it
-    holds is the backend's own business.
+    :mod:`soap_kernels.op` is the only caller, and ends every special case before it gets here. All arguments are
+    checked; x holds something (no empty batch, no empty plane); tensors are fp32, fp16 or bf16, x also uint8 with
+    ``options.mean``, and fp64 for the reference alone; weights, priors, ``prepared`` and the gradient of window sums
+    are contiguous, x and the gradient of frames have any strides; autocast is off, the tensors' device is current, and
+    convolutions by PyTorch are fp32 where asked (no TF32 unless ``precision`` is "fast").
+
+    Gradients may come back in any floating dtype and with any strides: the op casts them to those of what they are of.
+    None stands for one that nobody asked for. Shapes are those of :mod:`soap_kernels.op`.
     """
 
     name: str
@@ -55,10 +79,14 @@ class Backend(Protocol):
     def why_absent(self, device: torch.device) -> str | None:
         """None where tensors on ``device`` can be served, else one line: why not, and how to get it."""
 
-    def prepared_numel(self, x: Tensor, options: Options) -> int: ...
+    def prepared_numel(self, x: Tensor, options: Options) -> int:
+        """How many numbers forward leaves for backward. x lends its shape, dtype and device, and may be fake."""
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-        """``(y, prepared)``."""
+        """y as ``options`` say, and ``prepared``: one float32 vector, the backend's own business.
+
+        ``weights`` are the tensors of the parts that are on, in state_dict order (:meth:`Options.unflatten`).
+        """
 
     def soap_backward(
         self,
@@ -69,35 +97,22 @@ class Backend(Protocol):
         options: Options,
         needs_x: bool,
         needs_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """``(dx, dweights)``; dx is empty(0) unless needed, dweights ``[]`` unless needed."""
+    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        """The gradients of x and of the weights."""
 
-    def window_sums(self, x: Tensor) -> Tensor: ...
+    def window_sums(self, x: Tensor) -> Tensor:
+        """``(N, C, 3, 3)`` in fp32."""
 
-    def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor: ...
+    def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x."""
 
-    def fuse_priors(
-        self,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> Tensor: ...
+    def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
+        """Like x, contiguous."""
 
     def fuse_priors_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
-        """Gradients of x, stencil, gate, weight, bias; empty(0) where not needed or not given."""
+        self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """The gradients of x and of the priors, as far as they are needed and given."""
 
 
 # The best first: "auto" takes the first that is present for the tensor's device.
@@ -107,57 +122,68 @@ MODULES = {
     "cpp": "soap_kernels.backends.cpp",
     "reference": "soap_kernels.backends.reference",
 }
-NAMES = ("auto", *MODULES)
+_registered: dict[str, Backend] = {}
 
 
-@cache
+def names() -> tuple[str, ...]:
+    """What may be asked for: "auto", the backends of this package, and registered ones."""
+    return ("auto", *MODULES, *_registered)
+
+
+def register(backend: Backend) -> None:
+    """Makes a backend of your own available under its name (docs/backends.md). "auto" does not take it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if backend.name in (*names(), "equations"):
+        raise ValueError(f"there is a backend {backend.name!r} already")
+    _registered[backend.name] = backend
+
+
 def get(name: str) -> Backend:
     """The backend called ``name``, present or not.
 
     Raises:
         ValueError: no backend bears that name.
     """
+    if name in _registered:
+        return _registered[name]
     if name not in MODULES:
-        text = f"backend {name!r} is unknown; there are {', '.join(NAMES)}"
+        text = f"backend {name!r} is unknown; there are {', '.join(names())}"
         raise ValueError(text + ("; equations is for the modules (SOAP, HMEM, ...)" if name == "equations" else ""))
     backend: Backend = import_module(MODULES[name]).BACKEND
     return backend
 
 
 @cache
-def _choose(name: str, device_type: str, dtype: torch.dtype) -> Backend:
+def _choose(name: str, device_type: str) -> Backend:
     device = torch.device(device_type)
-    if name != "auto":
-        backend = get(name)
-        if (why := backend.why_absent(device)) is not None:
-            raise RuntimeError(f"backend {name!r} is absent for tensors on {device_type}: {why}")
-        # Native kernels accumulate in fp32; fp64 is asked for to get fp64.
-        return get("reference") if dtype == torch.float64 else backend
-    if dtype == torch.float64:
-        return get("reference")
-    best = next(get(n) for n in MODULES if get(n).why_absent(device) is None)
-    if best.name == "reference" and device_type == "cpu":
-        _warn_of_missing_kernels()
-    return best
+    if name == "auto":
+        best = next(get(n) for n in MODULES if get(n).why_absent(device) is None)
+        if best.name == "reference" and device_type == "cpu":
+            # Once a process, as the choice is kept: it would be made in silence, and pip hides what a build said.
+            why = get("cpp").why_absent(device)
+            warnings.warn(f"the C++ kernels are left out, SOAP runs on the slower PyTorch reference: {why}", stacklevel=3)
+        return best
+    backend = get(name)
+    if (why := backend.why_absent(device)) is not None:
+        raise RuntimeError(f"backend {name!r} is absent for tensors on {device_type}: {why}")
+    return backend
 
 
-@cache
-def _warn_of_missing_kernels() -> None:
-    """Once a process: "auto" would pass over them in silence, and pip hides what a build said of them."""
-    why = get("cpp").why_absent(torch.device("cpu"))
-    warnings.warn(f"the C++ kernels are left out, SOAP runs on the slower PyTorch reference: {why}", stacklevel=4)
-
-
-def choose(name: str, x: Tensor) -> Backend:
+def choose(name: str, x: Tensor, *dtypes: torch.dtype) -> Backend:
     """The backend that serves ``x``: the one called ``name``, or for ``"auto"`` the best that is present.
 
-    float64 goes to the reference whatever the name.
+    float64, be it x's or among ``dtypes`` (of the other tensors in and out), goes to the reference whatever the name:
+    native kernels accumulate in fp32.
 
     Raises:
         ValueError: no backend bears that name.
         RuntimeError: it is absent here; the text says why, and how to get it.
     """
-    return _choose(name, x.device.type, x.dtype)
+    chosen = _choose(name, x.device.type)
+    return get("reference") if torch.float64 in (x.dtype, *dtypes) else chosen
 
 
 def status(device: torch.device | str = "cpu") -> dict[str, str | None]:

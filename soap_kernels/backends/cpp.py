@@ -15,28 +15,24 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options
-from soap_kernels.backends.reference import BACKEND as REFERENCE
-from soap_kernels.weights import PARTS
+from soap_kernels.backends import Fusion, Options, Priors
+from soap_kernels.frames import empty_frames
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
+# The parts by name; HMEM is on where there are tuple sizes. What is to be filled comes last.
+_SOAP = "Tensor[] weights, bool three_dem, bool cwem, int[] tuple_sizes, bool strict, float[] mean, float[] std"
+_PRIORS = "Tensor? stencil, Tensor? gate, Tensor? weight, Tensor? bias"
+_FUSION = "bool multiplicative, float offset, bool interleaved, bool strict"
+_library.define(f"cpp_soap(Tensor x, {_SOAP}, Tensor(a!) y, Tensor(b!) prepared) -> ()")
 _library.define(
-    "cpp_soap(Tensor x, Tensor[] weights, int parts, int[] tuple_sizes, bool strict, float[] mean, float[] std,"
-    " ScalarType out_dtype, bool out_channels_last) -> (Tensor, Tensor)"
+    f"cpp_soap_backward(Tensor grad, Tensor x, Tensor prepared, {_SOAP}, Tensor(a!)? dx, Tensor(b!)[] dweights) -> ()"
 )
+_library.define("cpp_window_sums(Tensor x, Tensor(a!) sums) -> ()")
+_library.define("cpp_window_sums_backward(Tensor grad, Tensor(a!) dx) -> ()")
+_library.define(f"cpp_fuse_priors(Tensor x, {_PRIORS}, {_FUSION}, Tensor(a!) y) -> ()")
 _library.define(
-    "cpp_soap_backward(Tensor grad, Tensor x, Tensor prepared, Tensor[] weights, int parts, int[] tuple_sizes,"
-    " bool strict, float[] mean, float[] std, bool needs_x, bool needs_weights) -> (Tensor, Tensor[])"
-)
-_library.define("cpp_window_sums(Tensor x) -> Tensor")
-_library.define("cpp_window_sums_backward(Tensor grad, Tensor x) -> Tensor")
-_library.define(
-    "cpp_fuse_priors(Tensor x, Tensor? stencil, Tensor? gate, Tensor? weight, Tensor? bias, bool multiplicative,"
-    " float offset, bool interleaved, bool strict) -> Tensor"
-)
-_library.define(
-    "cpp_fuse_priors_backward(Tensor grad, Tensor x, Tensor? stencil, Tensor? gate, Tensor? weight, Tensor? bias,"
-    " bool multiplicative, float offset, bool interleaved, bool strict, bool needs_x) -> Tensor[]"
+    f"cpp_fuse_priors_backward(Tensor grad, Tensor x, {_PRIORS}, {_FUSION}, Tensor(a!)? dx, Tensor(b!)? dstencil,"
+    " Tensor(c!)? dgate, Tensor(d!)? dweight, Tensor(e!)? dbias) -> ()"
 )
 
 
@@ -91,8 +87,16 @@ def build_info() -> dict[str, str]:
     return dict(_module().build_info())
 
 
-def _parts(parts: Sequence[str]) -> int:
-    return sum(1 << k for k, p in enumerate(PARTS) if p in parts)
+def _soap(options: Options) -> tuple[bool, bool, Sequence[int], bool, Sequence[float], Sequence[float]]:
+    """What ``_SOAP`` names behind the weights."""
+    sizes = options.tuple_sizes if "hmem" in options.parts else ()
+    strict = options.precision == "strict"
+    return "3dem" in options.parts, "cwem" in options.parts, sizes, strict, options.mean or (), options.std or ()
+
+
+def _fusion(fusion: Fusion) -> tuple[bool, float, bool, bool]:
+    """What ``_FUSION`` names."""
+    return fusion.multiplicative, fusion.offset, fusion.interleaved, fusion.precision == "strict"
 
 
 class CppBackend:
@@ -109,20 +113,9 @@ class CppBackend:
         return 2 * x.shape[0] * x.shape[1] * x.shape[2] if "cwem" in options.parts else 0
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-        if options.out_dtype == torch.float64:
-            y, _ = REFERENCE.soap_forward(x, weights, options)
-            return y, x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
-        y, prepared = torch.ops.soap_kernels.cpp_soap(
-            x,
-            weights,
-            _parts(options.parts),
-            options.tuple_sizes,
-            options.precision == "strict",
-            options.mean or (),
-            options.std or (),
-            options.out_dtype,
-            options.out_channels_last,
-        )
+        y = empty_frames(x, options.out_dtype, options.out_channels_last)
+        prepared = x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
+        torch.ops.soap_kernels.cpp_soap(x, weights, *_soap(options), y, prepared)
         return y, prepared
 
     def soap_backward(
@@ -134,79 +127,37 @@ class CppBackend:
         options: Options,
         needs_x: bool,
         needs_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        if grad.dtype == torch.float64:
-            return REFERENCE.soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
-        dx, dweights = torch.ops.soap_kernels.cpp_soap_backward(
-            grad,
-            x,
-            prepared,
-            weights,
-            _parts(options.parts),
-            options.tuple_sizes,
-            options.precision == "strict",
-            options.mean or (),
-            options.std or (),
-            needs_x,
-            needs_weights,
-        )
+    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        dx = empty_frames(x, x.dtype) if needs_x else None
+        dweights = [torch.empty_like(w, dtype=torch.float32) for w in weights] if needs_weights else []
+        torch.ops.soap_kernels.cpp_soap_backward(grad, x, prepared, weights, *_soap(options), dx, dweights)
         return dx, dweights
 
     def window_sums(self, x: Tensor) -> Tensor:
-        sums: Tensor = torch.ops.soap_kernels.cpp_window_sums(x)
+        sums = x.new_empty((*x.shape[:2], 3, 3), dtype=torch.float32)
+        torch.ops.soap_kernels.cpp_window_sums(x, sums)
         return sums
 
     def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        dx: Tensor = torch.ops.soap_kernels.cpp_window_sums_backward(grad, x)
+        dx = empty_frames(x, x.dtype)
+        torch.ops.soap_kernels.cpp_window_sums_backward(grad, dx)
         return dx
 
-    def fuse_priors(
-        self,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> Tensor:
-        y: Tensor = torch.ops.soap_kernels.cpp_fuse_priors(
-            x,
-            stencil,
-            gate,
-            weight,
-            bias,
-            fusion.multiplicative,
-            fusion.offset,
-            fusion.interleaved,
-            fusion.precision == "strict",
-        )
+    def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
+        y = empty_frames(x, x.dtype)
+        torch.ops.soap_kernels.cpp_fuse_priors(x, *priors, *_fusion(fusion), y)
         return y
 
     def fuse_priors_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
-        found = torch.ops.soap_kernels.cpp_fuse_priors_backward(
-            grad,
-            x,
-            stencil,
-            gate,
-            weight,
-            bias,
-            fusion.multiplicative,
-            fusion.offset,
-            fusion.interleaved,
-            fusion.precision == "strict",
-            needs[0],
-        )
-        return [g if need else g.new_empty(0) for g, need in zip(found, needs, strict=True)]
+        self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        dx = empty_frames(x, x.dtype) if needs[0] else None
+        dpriors = [
+            None if prior is None or not need else torch.empty_like(prior, dtype=torch.float32)
+            for prior, need in zip(priors, needs[1:], strict=True)
+        ]
+        torch.ops.soap_kernels.cpp_fuse_priors_backward(grad, x, *priors, *_fusion(fusion), dx, *dpriors)
+        return [dx, *dpriors]
 
 
 BACKEND = CppBackend()

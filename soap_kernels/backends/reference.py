@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options
+from soap_kernels.backends import Fusion, Options, Priors
 from soap_kernels.fold import (
     fold_cwem,
     fold_hmem,
@@ -25,6 +25,8 @@ from soap_kernels.fold import (
 from soap_kernels.frames import as_float, as_output, compute_dtype
 from soap_kernels.weights import ThreeDEMWeights, Weights
 
+ADDITIVE = Fusion()
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -35,10 +37,6 @@ class Prepared:
     weight: Tensor | None  # HMEM folded, (TC, TC, 3, 3)
     bias: Tensor | None  # (TC,)
     means: Tensor | None = None  # of planes, (B, T, C), which the gate is from; None where it was given
-
-
-def cast(weights: Weights, dtype: torch.dtype, parts: Sequence[str], sizes: int) -> Weights:
-    return Weights.unflatten([w.to(dtype) for w in weights.flatten()], parts, sizes)
 
 
 def cwem_gate(means: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
@@ -67,17 +65,11 @@ def prepare(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> Prepared
     return Prepared(rows, gate, weight, bias, means)
 
 
-def given(
-    x: Tensor,
-    stencil: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Prepared:
+def given(x: Tensor, priors: Priors, dtype: torch.dtype) -> Prepared:
     """What ``fuse_priors`` is given, as ``prepare`` leaves it."""
-    rows = None if stencil is None else fold_three_dem(ThreeDEMWeights(stencil.to(dtype)), x.shape[1])
-    return Prepared(rows, *(None if v is None else v.to(dtype) for v in (gate, weight, bias)))
+    stencil, *rest = (None if v is None else v.to(dtype) for v in priors)
+    rows = None if stencil is None else fold_three_dem(ThreeDEMWeights(stencil), x.shape[1])
+    return Prepared(rows, *rest)
 
 
 def stencil_prior(x: Tensor, rows: Tensor, interleaved: bool = False) -> Tensor:
@@ -90,17 +82,15 @@ def conv_prior(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.sigmoid(F.conv2d(x.flatten(1, 2), weight, bias, padding=1)).view(x.shape)
 
 
-def fuse(
-    x: Tensor, p: Prepared, multiplicative: bool = False, offset: float = 1.0, interleaved: bool = False
-) -> Tensor:
+def fuse(x: Tensor, p: Prepared, fusion: Fusion = ADDITIVE) -> Tensor:
     total: Tensor | float = 0.0
     if p.weight is not None:
         total = conv_prior(x, p.weight, p.bias) + total
     if p.rows is not None:
-        total = stencil_prior(x, p.rows, interleaved)[:, :, None] + total
+        total = stencil_prior(x, p.rows, fusion.interleaved)[:, :, None] + total
     if p.gate is not None:
         total = p.gate[..., None, None] + total
-    return x * (offset + total) if multiplicative else x + total
+    return x * (fusion.offset + total) if fusion.multiplicative else x + total
 
 
 def priors(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> dict[str, Tensor]:
@@ -127,16 +117,15 @@ def _sweep(
     p: Prepared,
     needs_x: bool,
     needs_weights: bool,
-    multiplicative: bool = False,
-    offset: float = 1.0,
-    interleaved: bool = False,
+    fusion: Fusion = ADDITIVE,
 ) -> tuple[Tensor | None, Prepared]:
     """One pass over x and the incoming gradient: dx without CWEM's pool, and the gradients of all that is prepared."""
     b, t, c, height, width = x.shape
+    multiplicative, interleaved = fusion.multiplicative, fusion.interleaved
     upstream = grad * x if multiplicative else grad
     dx = None
     if needs_x:
-        dx = grad * offset if multiplicative else grad.clone()
+        dx = grad * fusion.offset if multiplicative else grad
     drows = dgate = dweight = dbias = None
 
     def through_conv(dz: Tensor, planes: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -217,11 +206,8 @@ class ReferenceBackend:
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
         frames = as_float(x, options.mean, options.std)
-        sizes = len(options.tuple_sizes)
-        folded = cast(Weights.unflatten(weights, options.parts, sizes), frames.dtype, options.parts, sizes)
-        y = as_output(soap(frames, folded, options.tuple_sizes), options.out_dtype, options.out_channels_last)
-        # An op may not return its own input, which is what y is when no part is on.
-        return y.clone() if y.data_ptr() == x.data_ptr() else y, x.new_empty(0, dtype=torch.float32)
+        y = soap(frames, options.unflatten(weights).to(frames.dtype), options.tuple_sizes)
+        return as_output(y, options.out_dtype, options.out_channels_last), x.new_empty(0, dtype=torch.float32)
 
     def soap_backward(
         self,
@@ -232,17 +218,12 @@ class ReferenceBackend:
         options: Options,
         needs_x: bool,
         needs_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
         frames = as_float(x, options.mean, options.std)
-        sizes = len(options.tuple_sizes)
-        w = cast(Weights.unflatten(weights, options.parts, sizes), frames.dtype, options.parts, sizes)
+        w = options.unflatten(weights).to(frames.dtype)
         p = prepare(frames, w, options.tuple_sizes)
         dx, d = _sweep(grad.to(frames.dtype), frames, p, needs_x, needs_weights)
-        dx, gradients = finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
-        dweights = (
-            [g.to(v.dtype).contiguous() for g, v in zip(gradients, weights, strict=True)] if needs_weights else []
-        )
-        return x.new_empty(0) if dx is None else dx.to(x.dtype).contiguous(), dweights
+        return finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
 
     def window_sums(self, x: Tensor) -> Tensor:
         v = x.to(compute_dtype(x))
@@ -261,51 +242,19 @@ class ReferenceBackend:
         for i, row in ((0, -1), (2, 0)):
             for j, column in ((0, -1), (2, 0)):
                 dx[:, :, row, column] += grad[:, :, i, j]
-        return dx.to(x.dtype)
+        return dx
 
-    def fuse_priors(
-        self,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> Tensor:
+    def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion) -> Tensor:
         frames = x.to(compute_dtype(x))
-        p = given(frames, stencil, gate, weight, bias, frames.dtype)
-        y = fuse(frames, p, fusion.multiplicative, fusion.offset, fusion.interleaved)
-        return y.to(x.dtype).contiguous() if y is not x else x.clone(memory_format=torch.contiguous_format)
+        return fuse(frames, given(frames, priors, frames.dtype), fusion).to(x.dtype)
 
     def fuse_priors_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
+        self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
         frames = x.to(compute_dtype(x))
-        p = given(frames, stencil, gate, weight, bias, frames.dtype)
-        dx, d = _sweep(
-            grad.to(frames.dtype),
-            frames,
-            p,
-            needs[0],
-            needs[1] or needs[3],
-            fusion.multiplicative,
-            fusion.offset,
-            fusion.interleaved,
-        )
-        dstencil = None if d.rows is None else unfold_three_dem(d.rows).conv
-        found = (dx, dstencil, d.gate, d.weight, d.bias)
-        return [
-            g.to(like.dtype).contiguous() if need and g is not None and like is not None else x.new_empty(0)
-            for g, like, need in zip(found, (x, stencil, gate, weight, bias), needs, strict=True)
-        ]
+        p = given(frames, priors, frames.dtype)
+        dx, d = _sweep(grad.to(frames.dtype), frames, p, needs[0], needs[1] or needs[3], fusion)
+        return dx, None if d.rows is None else unfold_three_dem(d.rows).conv, d.gate, d.weight, d.bias
 
 
 BACKEND = ReferenceBackend()

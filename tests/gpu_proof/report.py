@@ -27,7 +27,7 @@ from soap_kernels.modules import SOAP
 from soap_kernels.weights import PARTS, Weights
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / name) for name in ("soap_kernels", "cuda_shim")]
+sys.path.insert(0, str(Path(__file__).parent))
 import dispatched  # noqa: E402
 import static_gpu  # noqa: E402
 
@@ -66,19 +66,11 @@ def program(soap: Callable[..., Tensor]) -> dispatched.Program:
 
 
 def cuda_bytes(itemsize: int, processors: int) -> tuple[int, int]:
-    """Forward and backward by the launches' plan: tiles of 8 x 32 with a halo of one; runs of tiles of 6 x 32."""
+    """Forward and backward, by the launches' plan (see :func:`static_gpu.cuda_touched`)."""
     clips, frames, channels, height, width = SHAPE
-    planes = frames * channels
-    tile = {"BH": 8, "BW": 32, "HALO": 0}
-    fuse = static_gpu.Launch(None, (), tile, {})
-    seen = static_gpu._tiled(fuse, clips, height, width, 1, 1)
-    down, across = -(-height // 6), -(-width // 32)
-    parts = max(1, 2 * processors // clips)  # of a clip, two blocks a multiprocessor
-    walk = {"BH": 6, "BW": 32, "HALO": 0, "tiles_h": down, "tiles": down * across, "total_tiles": down * across}
-    sweep = static_gpu.Launch(None, (parts,), walk, {})
-    walked = clips * static_gpu._walked(sweep, 1, height, width, 1, 1)
-    one = clips * planes * height * width
-    return itemsize * (2 * one + planes * seen), itemsize * (planes * walked + one)
+    fuse, sweep = static_gpu.cuda_touched(clips, (height, width), processors)
+    one = clips * frames * channels * height * width
+    return itemsize * (2 * one + frames * channels * fuse), itemsize * (frames * channels * sweep + one)
 
 
 def launches_and_bytes(architecture: int) -> Iterator[str]:
@@ -105,7 +97,7 @@ def launches_and_bytes(architecture: int) -> Iterator[str]:
         first = [launch.name for launch in launches].index("sweep")
         moved = [static_gpu.triton_bytes(launch) for launch in launches]
         pixels = [sum(m.pixels for m in part) for part in (moved[:first], moved[first:])]
-        saved = x.nbytes + launches[0].arguments["folded"].untyped_storage().nbytes()
+        saved = x.nbytes + launches[0].arguments["pieces"].folded.untyped_storage().nbytes()
         rows.append(row("triton", (first, len(launches) - first), (pixels[0], pixels[1]), saved))
         forward, backward = cuda_bytes(x.element_size(), static_gpu.PROCESSORS[architecture])
         rows.append(row("cuda", (2, 3), (forward, backward), saved))
@@ -121,7 +113,7 @@ def per_pixel(launch: static_gpu.Launch, facts: static_gpu.Facts) -> float | Non
     a = launch.arguments
     if launch.name not in ("fuse", "sweep", "weigh", "fuse_dx"):
         return None
-    own = a["BH"] * (a["BW"] - 2 * a["HALO"])
+    own = a["block"].height * a["block"].step
     walks = launch.name in ("sweep", "weigh")
     executed = facts.executed(1, 3) - facts.depths[0] if walks else facts.executed(3)
     return executed * facts.threads / 32 / own
@@ -132,9 +124,9 @@ def products(launch: static_gpu.Launch) -> float:
     a = launch.arguments
     if launch.name not in ("fuse", "sweep", "weigh"):
         return 0.0
-    rows, columns = a["JP"] * a["TP"], a["KQ"] * a["TP"]
-    times = a["SPLIT"] + 1
-    wide = a["BW"] / (a["BW"] - 2 * a["HALO"])
+    rows, columns = a["layout"].rows, a["layout"].columns
+    times = a["numbers"].split + 1
+    wide = a["block"].width / a["block"].step
     if launch.name == "weigh":
         return 2.0 * PIXELS * 4 * rows * (3 * columns * times + 16 * min(times, 2))
     return 2.0 * PIXELS * 9 * rows * columns * times * wide
@@ -205,7 +197,7 @@ def cuda_facts(stage: str, architecture: int, folder: Path) -> Iterator[list[obj
     command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin), str(source)]
     subprocess.run(command, check=True)
     usage, sass = (
-        subprocess.run([static_gpu._tool("cuobjdump"), flag, str(cubin)], capture_output=True, text=True, check=True)
+        subprocess.run([static_gpu.tool("cuobjdump"), flag, str(cubin)], capture_output=True, text=True, check=True)
         for flag in ("-res-usage", "-sass")
     )
     used = dict(re.findall(r"Function (\S+):\s+(REG:.*)", usage.stdout))

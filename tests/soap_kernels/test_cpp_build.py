@@ -52,7 +52,7 @@ def test_no_function_of_an_instruction_set_can_replace_one_of_another(tmp_path: 
         assert re.findall(r" [VvWw] ", symbols) == []
         exported = re.findall(r" [TDBR] (.*)", symbols)
         assert exported
-        assert all(name.startswith("soap::avx2::") for name in exported)
+        assert all(name.startswith("soap::cpu::avx2::") for name in exported)
 
 
 @pytest.mark.slow

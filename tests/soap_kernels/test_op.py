@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import soap_kernels
-from soap_kernels import SOAP, backends
+from soap_kernels import CWEM, HMEM, SOAP, ThreeDEM, backends
 from soap_kernels.weights import PARTS
 
 OPS = torch.ops.soap_kernels
@@ -94,6 +95,20 @@ def test_half_frames_with_fp32_weights_give_half_frames_and_fp32_gradients(backe
     assert {p.grad.dtype for p in module.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_get_gradients_of_their_own_dtype(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 3, 8, 8)
+    flat = [w.detach().to(dtype).requires_grad_() for w in SOAP().weights().flatten()]
+    wide = [w.detach().float().requires_grad_() for w in flat]
+    y, expected = (soap_kernels.soap(x, weights, backend=backend) for weights in (flat, wide))
+    torch.testing.assert_close(y, expected)
+    pairs = zip(torch.autograd.grad(y.sum(), flat), torch.autograd.grad(expected.sum(), wide), strict=True)
+    for found, exact in pairs:
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), exact, rtol=1e-2, atol=1e-4)
+
+
 def saved_bytes(module: SOAP, x: Tensor) -> int:
     held = 0
 
@@ -121,6 +136,17 @@ def test_frames_that_need_no_gradient_get_none(backend: str) -> None:
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.parametrize("part", [ThreeDEM, CWEM, HMEM])
+def test_a_part_alone_has_the_gradients_of_its_equations(backend: str, part: type[nn.Module]) -> None:
+    """Without HMEM there is no tuple size: an empty list among the op's arguments."""
+    torch.manual_seed(0)
+    module, oracle = part(backend=backend), part(backend="equations")
+    oracle.load_state_dict(module.state_dict())
+    x, grad = torch.randn(2, 8, 3, 6, 6, requires_grad=True), torch.randn(2, 8, 3, 6, 6)
+    found = [torch.autograd.grad(m(x), [x, *m.parameters()], grad) for m in (module, oracle)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_frozen_weights_still_pass_a_gradient_to_x(backend: str) -> None:
     module = SOAP(backend=backend).requires_grad_(False)
     oracle = SOAP(backend="equations").requires_grad_(False)
@@ -138,12 +164,34 @@ def test_double_backward_is_refused_with_its_reason(backend: str) -> None:
         first.sum().backward()
 
 
-def test_empty_batch_gives_an_empty_batch_and_zero_gradients(backend: str) -> None:
-    module, x = SOAP(backend=backend), torch.randn(0, 8, 3, 6, 6, requires_grad=True)
-    y = module(x)
-    assert y.shape == x.shape
-    y.sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """What nobody wrote then shows at once."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 6, 5), (2, 4, 3, 0, 5), (2, 4, 3, 6, 0)], ids=str)
+def test_empty_batches_and_planes_sum_to_zero_and_give_zero_gradients(
+    backend: str, shape: tuple[int, ...], fresh_memory_is_nan: None
+) -> None:
+    x = torch.empty(shape, requires_grad=True)
+    module = SOAP(4, 3, backend=backend)
+    planes = shape[1] * shape[2]
+    priors = [
+        torch.ones(s, requires_grad=True) for s in ((1, 1, 3, 3, 3), shape[:3], (planes, planes, 3, 3), (planes,))
+    ]
+    sums = soap_kernels.window_sums(x.flatten(0, 1), backend)
+    results = (sums, soap_kernels.fuse_priors(x, *priors, backend=backend), module(x))
+    assert sums.shape == (shape[0] * 4, 3, 3, 3)
+    assert not sums.any()
+    for y in results[1:]:
+        assert y.shape == shape
+    inputs = [x, *priors, *module.parameters()]
+    for found, of in zip(torch.autograd.grad(sum(y.sum() for y in results), inputs), inputs, strict=True):
+        assert found.shape == of.shape
+        assert not found.any()
 
 
 @pytest.mark.parametrize("out_dtype", [None, torch.float16, torch.bfloat16])
@@ -212,6 +260,38 @@ def test_a_weight_on_another_device_is_named() -> None:
 
 def test_float64_goes_to_the_reference_whatever_the_name(backend: str) -> None:
     assert backends.choose(backend, torch.zeros(1, dtype=torch.float64)).name == "reference"
+    assert backends.choose(backend, torch.zeros(1), torch.float32, torch.float64).name == "reference"
+    assert backends.choose(backend, torch.zeros(1), torch.float16).name == backend
+
+
+@pytest.mark.parametrize("double", ["out_dtype", "weights", "priors"])
+def test_float64_out_or_in_a_weight_is_served_and_has_gradients_of_its_own(backend: str, double: str) -> None:
+    x = torch.randn(1, 8, 3, 6, 7, requires_grad=True)
+    if double == "priors":
+        gate = torch.rand(1, 8, 3, dtype=torch.float64, requires_grad=True)
+        leaves, y = [x, gate], soap_kernels.fuse_priors(x, gate=gate, backend=backend)
+    else:
+        dtype = torch.float64 if double == "weights" else torch.float32
+        leaves = [x, *(w.detach().to(dtype).requires_grad_() for w in SOAP().weights().flatten())]
+        out = torch.float64 if double == "out_dtype" else None
+        y = soap_kernels.soap(x, leaves[1:], out_dtype=out, backend=backend)
+        expected = SOAP(backend="equations")
+        expected.load_state_dict({k: w.float() for k, w in zip(expected.state_dict(), leaves[1:], strict=True)})
+        torch.testing.assert_close(y.float(), expected(x), rtol=1e-5, atol=1e-5)
+    assert y.dtype == (torch.float64 if double == "out_dtype" else torch.float32)
+    for found, leaf in zip(torch.autograd.grad(y.sum(), leaves), leaves, strict=True):
+        assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_an_op_returns_no_memory_of_its_own_input(backend: str) -> None:
+    x = torch.randn(1, 2, 3, 4, 5, requires_grad=True)
+    for y in (soap_kernels.soap(x, [], (), backend=backend), soap_kernels.fuse_priors(x, backend=backend)):
+        assert torch.equal(y, x)
+        assert y.data_ptr() != x.data_ptr()
+        grad = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, grad)
+        assert torch.equal(dx, grad)
+        assert dx.data_ptr() != grad.data_ptr()
 
 
 def test_fuse_priors_refuses_a_bias_without_its_weight() -> None:

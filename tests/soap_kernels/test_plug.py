@@ -306,6 +306,29 @@ def check_real_model(net: nn.Module, x: Tensor, name: str, layout: str, folder: 
         torch.testing.assert_close(scores(exported, x), expected, rtol=1e-3, atol=1e-4)
 
 
+class Nested(nn.Module):
+    """Has ``head.weight`` and ``model.head.weight``: the new name of one key is another's old one."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+        if depth:
+            self.model = Nested(depth - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_loads_the_state_of_a_model_that_holds_a_model(depth: int) -> None:
+    net, plugged = Nested(depth), plug(Nested(depth))
+    with pytest.warns(UserWarning, match="SOAP keeps its values"):
+        plugged.load_state_dict(net.state_dict())
+    torch.testing.assert_close(plugged.model.state_dict(), net.state_dict())
+    plugged.load_state_dict(plug(net).state_dict())  # its own, without a word
+    torch.testing.assert_close(plugged.model.state_dict(), net.state_dict())
+
+
 @pytest.mark.slow
 def test_enhances_a_timm_model(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")

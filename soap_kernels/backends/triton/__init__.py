@@ -7,19 +7,16 @@ A forward is two launches (``prepare``, ``fuse``), a backward to all weights fou
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
-
-from soap_kernels.backends import Fusion, Options
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Triton's interpreter runs the kernels, on CPU tensors. It gets bf16 and fp16 products wrong: use fp32 there."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -29,22 +26,11 @@ def _driver() -> str | None:
     try:
         import triton
 
-        if not _interpreted():
+        if not interpreted():
             triton.runtime.driver.active.get_current_target()
     except (ImportError, RuntimeError) as error:
         return f"Triton is installed but finds no GPU driver ({str(error).splitlines()[0][:100]})"
     return None
-
-
-def _ops() -> ModuleType:
-    from soap_kernels.backends.triton import ops
-
-    return ops
-
-
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever device its tensors are on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 class TritonBackend:
@@ -53,71 +39,15 @@ class TritonBackend:
     def why_absent(self, device: torch.device) -> str | None:
         if find_spec("triton") is None:
             return "Triton is not installed; `pip install triton` (it comes with PyTorch for CUDA on Linux)"
-        if device.type == "cpu" and not _interpreted():
+        if device.type == "cpu" and not interpreted():
             return "its kernels run on a GPU; move the tensors to one, or interpret them with TRITON_INTERPRET=1"
         if device.type not in ("cpu", "cuda", "xpu"):
             return f"Triton has no kernels for {device.type}"
         return _driver()
 
-    def prepared_numel(self, x: Tensor, options: Options) -> int:
-        return int(_ops().prepared_numel(x, options))
-
-    def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-        with _on(x):
-            y, prepared = _ops().soap_forward(x, weights, options)
-        return y, prepared
-
-    def soap_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        prepared: Tensor,
-        weights: Sequence[Tensor],
-        options: Options,
-        needs_x: bool,
-        needs_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        with _on(x):
-            dx, dweights = _ops().soap_backward(grad, x, prepared, weights, options, needs_x, needs_weights)
-        return dx, dweights
-
-    def window_sums(self, x: Tensor) -> Tensor:
-        with _on(x):
-            found: Tensor = _ops().window_sums(x)
-        return found
-
-    def window_sums_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        with _on(x):
-            dx: Tensor = _ops().window_sums_backward(grad, x)
-        return dx
-
-    def fuse_priors(
-        self,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-    ) -> Tensor:
-        with _on(x):
-            y: Tensor = _ops().fuse_priors(x, stencil, gate, weight, bias, fusion)
-        return y
-
-    def fuse_priors_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stencil: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        fusion: Fusion,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
-        with _on(x):
-            found: list[Tensor] = _ops().fuse_priors_backward(grad, x, stencil, gate, weight, bias, fusion, needs)
-        return found
+    def __getattr__(self, op: str) -> Any:
+        """The ops are :mod:`soap_kernels.backends.triton.ops`, which imports Triton: not before one is asked for."""
+        return getattr(import_module("soap_kernels.backends.triton.ops"), op)
 
 
 BACKEND = TritonBackend()

@@ -1,48 +1,125 @@
 # mypy: disable-error-code=no-untyped-def
 """Stage ``fuse``: the folded convolution, the sigmoids and the sum with x in one pass, and the same for x's gradient.
 
-A tile is BH rows of BW columns, HALO of which on either side are read but not written. The three column taps are not
-three shifted reads: each aligned row of pixels is multiplied with the weights of all three, and the *products* move by
-one column. Reads stay aligned and 128 bits wide, and an fp32 pixel is split into two bf16 numbers once per row tap.
+A tile is rows of columns, a halo of which on either side are read but not written. The three column taps are not three
+shifted reads: each aligned row of pixels is multiplied with the weights of all three, and the *products* move by one
+column. Reads stay aligned and 128 bits wide, and an fp32 pixel is split into two bf16 numbers once per row tap.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from soap_kernels.backends.triton.prepare import gate_rows, sigmoid
+from soap_kernels.backends import Fusion
+from soap_kernels.backends.reference import Prepared as Folded
+from soap_kernels.backends.triton import plan
+from soap_kernels.backends.triton.plan import Frames, Layout, Normalization, Numbers
+from soap_kernels.backends.triton.prepare import Prepared, gate_rows, is_plane, sigmoid
+
+JOIN_BLOCK = 1024  # pixels of a program of join and part
+
+
+def fuse(
+    x: Tensor, y: Tensor, pieces: Prepared, gate: Tensor | None, normalization: Normalization, offset: float,
+    layout: Layout, numbers: Numbers,
+) -> None:  # fmt: skip
+    """Writes y, of any strides."""
+    over = plan.cover("fuse", numbers, layout, x)
+    plan.launch(
+        fuse_kernel, (x.shape[0] * over.tiles,), Frames.of(x), Frames.of(y), pieces, gate, normalization, *x.shape[3:],
+        over.across, over.tiles, float(offset), layout=layout, numbers=numbers, block=over.block, **over.options,
+    )  # fmt: skip
+
+
+def fuse_dx(
+    x: Tensor, dz: Tensor | None, direct: Tensor, dgate: Tensor | None, pieces: Prepared, layout: Layout,
+    numbers: Numbers, gradient: Numbers,
+) -> Tensor:  # fmt: skip
+    """x's gradient from what sweep left: dz, its direct term and, before CWEM's sigmoid, the gate's gradient."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    over = plan.cover("fuse_dx", gradient, layout, x, dz)
+    plan.launch(
+        fuse_dx_kernel, (x.shape[0] * over.tiles,), None if dz is None else Frames.of(dz), Frames.of(direct),
+        Frames.of(dx), dgate, pieces, *x.shape[3:], over.across, over.tiles,
+        layout=layout, numbers=numbers, gradient=gradient, block=over.block, **over.options,
+    )  # fmt: skip
+    return dx
+
+
+def join(x: Tensor, z: Tensor | None, p: Folded, fusion: Fusion, y: Tensor) -> None:
+    """The epilogue alone, of feature maps: see :class:`soap_kernels.backends.wide.Wide`."""
+    clips, frames, channels, height, width = x.shape
+    plan.launch(
+        join_kernel, (-(-height * width // JOIN_BLOCK), clips * frames), Frames.of(x), z, p.bias, p.gate, Frames.of(y),
+        height, width, float(fusion.offset), T=frames, C=channels, HMEM=p.weight is not None,
+        STENCIL=p.rows is not None, MULTIPLICATIVE=fusion.multiplicative, BLOCK=JOIN_BLOCK, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit
-def multiply(w, low_w, v, low_v, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + w v``; SPLIT 1: w has a low part, 2: v has one too. Small terms first."""
-    if SPLIT == 2:
-        acc = tl.dot(w, low_v, acc, input_precision=PRECISION)
-    if SPLIT >= 1:
-        acc = tl.dot(low_w, v, acc, input_precision=PRECISION)
-    return tl.dot(w, v, acc, input_precision=PRECISION)
+def multiply(w, low_w, v, low_v, acc, numbers: tl.constexpr):
+    """``acc + w v``, each split as ``numbers`` say. Small terms first."""
+    if numbers.split == 2:
+        acc = tl.dot(w, low_v, acc, input_precision=numbers.precision)
+    if numbers.split >= 1:
+        acc = tl.dot(low_w, v, acc, input_precision=numbers.precision)
+    return tl.dot(w, v, acc, input_precision=numbers.precision)
 
 
 @triton.jit
-def split(v, SPLIT: tl.constexpr, DT: tl.constexpr):
-    """``v`` as ``DT`` and what that leaves over (SPLIT 2), also as ``DT``."""
-    high = v.to(DT)
-    if SPLIT == 2:
-        return high, (v - high.to(tl.float32)).to(DT)
+def split(v, least: tl.constexpr, numbers: tl.constexpr):
+    """``v`` as an operand and, of numbers split so often at least, what that leaves over, also as one."""
+    high = v.to(numbers.operand)
+    if numbers.split >= least:
+        return high, (v - high.to(tl.float32)).to(numbers.operand)
     return high, high
 
 
 @triton.jit
-def load_row(
-    plane, live, h, w, H, W, sH, sW, ONE: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
+def load_weights(tap, low: tl.constexpr, numbers: tl.constexpr, stored: tl.constexpr):
+    """A tap's weights and their low part, which lies ``low`` behind them, or else is split off here."""
+    w = tl.load(tap)
+    low_w = w
+    if stored.split > 0:
+        low_w = tl.load(tap + low)
+    elif numbers.split > 0:
+        w, low_w = split(w.to(tl.float32), 1, numbers)
+    return w, low_w
+
+
+@triton.jit
+def pixel(frames, h, w, layout: tl.constexpr):
+    """Where pixel (h, w) lies in a plane."""
+    if layout.wide:
+        h = h.to(tl.int64)
+        w = w.to(tl.int64)
+    return h * frames.row + w * frames.column
+
+
+@triton.jit
+def planes(frames, b, layout: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers to clip b's planes in the order of the rows, or columns, of the folded convolution."""
+    m = tl.arange(0, ROWS)
+    t = (m % layout.padded_frames).to(tl.int64)
+    c = (m // layout.padded_frames).to(tl.int64)
+    return frames.data + b.to(tl.int64) * frames.clip + t * frames.frame + c * frames.channel
+
+
+@triton.jit
+def dz_rows(dz, b, m, layout: tl.constexpr):
+    """Pointers to clip b's rows m of dz, which lie one behind the other."""
+    return dz.data + (b.to(tl.int64) * layout.rows + m) * dz.frame
+
+
+@triton.jit
+def load_row(frames, plane, live, h, w, H, W, ONE: tl.constexpr, layout: tl.constexpr):
     """Pixels (h, w) of each plane ``[K, N]``, zero outside the image; column ONE, if any, tells inside from outside."""
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    offset = h * sH + w * sW
-    if WIDE:
-        offset = h.to(tl.int64) * sH + w.to(tl.int64) * sW
-    v = tl.load(plane[:, None] + offset[None, :], mask=live[:, None] & inside[None, :], other=0)
+    at = pixel(frames, h, w, layout)
+    v = tl.load(plane[:, None] + at[None, :], mask=live[:, None] & inside[None, :], other=0)
     if ONE >= 0:
         k = tl.arange(0, plane.shape[0])
         v = tl.where((k == ONE)[:, None], inside[None, :].to(tl.float32), v.to(tl.float32))
@@ -51,29 +128,42 @@ def load_row(
 
 @triton.jit
 def convolve(
-    plane, live, weights, h, w, H, W, sH, sW,
-    ROWS: tl.constexpr, COLS: tl.constexpr, N: tl.constexpr, ROW_STEP: tl.constexpr, COL_STEP: tl.constexpr,
-    FLIP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr, ONE: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    frames, b, weights, h, w, H, W, layout: tl.constexpr, numbers: tl.constexpr, stored: tl.constexpr,
+    block: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """3x3 convolution of the pixels (h, w), ``[ROWS, N]``; right where the columns beside a pixel are in the tile."""
+    """3x3 convolution of clip b's pixels (h, w), ``[rows, N]``; right where the columns beside a pixel are in the tile.
+
+    ``stored``: how the weights are. FLIP: transposed, from the rows of dz to columns.
+    """
+    ROWS: tl.constexpr = layout.columns if FLIP else layout.rows
+    COLS: tl.constexpr = layout.rows if FLIP else layout.columns
+    N: tl.constexpr = block.pixels
     left = tl.zeros((ROWS, N), tl.float32)
     here = tl.zeros((ROWS, N), tl.float32)
     right = tl.zeros((ROWS, N), tl.float32)
     r = tl.arange(0, ROWS)
     q = tl.arange(0, COLS)
     TAP: tl.constexpr = ROWS * COLS
-    LOW: tl.constexpr = 9 * TAP if SPLIT >= 1 else 0
+    LOW: tl.constexpr = 9 * TAP
     STEP: tl.constexpr = -TAP if FLIP else TAP
-    at = weights + r[:, None] * ROW_STEP + q[None, :] * COL_STEP
+    ONE: tl.constexpr = -1 if FLIP else layout.one
     if FLIP:
-        at += 8 * TAP
-    for i in tl.range(0, 3, num_stages=STAGES):
-        v, low = split(load_row(plane, live, h + (i - 1), w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
+        plane = dz_rows(frames, b, q, layout)
+        at = weights + 8 * TAP + r[:, None] + q[None, :] * ROWS
+        live = q < COLS
+    else:
+        plane = planes(frames, b, layout, COLS)
+        at = weights + r[:, None] * COLS + q[None, :]
+        live = is_plane(q, layout)
+    for i in tl.range(0, 3, num_stages=block.stages):
+        v, low = split(load_row(frames, plane, live, h + (i - 1), w, H, W, ONE, layout), 2, numbers)
         tap = at + i * (3 * STEP)
-        left = multiply(tl.load(tap), tl.load(tap + LOW), v, low, left, SPLIT, PRECISION)
-        here = multiply(tl.load(tap + STEP), tl.load(tap + STEP + LOW), v, low, here, SPLIT, PRECISION)
-        right = multiply(tl.load(tap + 2 * STEP), tl.load(tap + 2 * STEP + LOW), v, low, right, SPLIT, PRECISION)
+        first, first_low = load_weights(tap, LOW, numbers, stored)
+        left = multiply(first, first_low, v, low, left, numbers)
+        second, second_low = load_weights(tap + STEP, LOW, numbers, stored)
+        here = multiply(second, second_low, v, low, here, numbers)
+        third, third_low = load_weights(tap + 2 * STEP, LOW, numbers, stored)
+        right = multiply(third, third_low, v, low, right, numbers)
     return here + move(left, -1, ROWS, N) + move(right, 1, ROWS, N)
 
 
@@ -86,207 +176,165 @@ def move(v, by: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def tile_pixels(
-    row, column, H, W, BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr
-):  # fmt: skip
+def tile_pixels(row, column, H, W, block: tl.constexpr):
     """Row and column of each pixel of the tile (row, column) of a clip, and which of them the tile writes."""
-    n = tl.arange(0, BH * BW)
-    h = row * BH + n // BW
-    w = column * (BW - 2 * HALO) - HALO + n % BW
-    own = (h < H) & (w < W) & (n % BW >= HALO) & (n % BW < BW - HALO)
+    n = tl.arange(0, block.pixels)
+    h = row * block.height + n // block.width
+    w = column * block.step - block.halo + n % block.width
+    own = (h < H) & (w < W) & (n % block.width >= block.halo) & (n % block.width < block.width - block.halo)
     return h, w, own
 
 
 @triton.jit
-def row_planes(
-    x, b, sB, sT, sC, T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Pointers to clip b's planes in the order of the rows, and which rows are planes."""
-    m = tl.arange(0, ROWS)
-    t = (m % TP).to(tl.int64)
-    c = (m // TP).to(tl.int64)
-    return x + b.to(tl.int64) * sB + t * sT + c * sC, (m // TP < C) & (m % TP < T)
-
-
-@triton.jit
-def normalized(v, scale, shift, ROWS: tl.constexpr, TP: tl.constexpr, C: tl.constexpr):
-    c = tl.arange(0, ROWS) // TP
-    factor = tl.zeros((ROWS,), tl.float32)
-    term = tl.zeros((ROWS,), tl.float32)
+def normalized(v, normalization, layout: tl.constexpr):
+    C: tl.constexpr = layout.channels
+    c = tl.arange(0, layout.rows) // layout.padded_frames
+    factor = tl.zeros((v.shape[0],), tl.float32)
+    term = tl.zeros((v.shape[0],), tl.float32)
     for i in tl.static_range(C):
-        factor = tl.where(c == i, scale[i], factor)
-        term = tl.where(c == i, shift[i], term)
+        factor = tl.where(c == i, normalization.scale[i], factor)
+        term = tl.where(c == i, normalization.shift[i], term)
     return v * factor[:, None] + term[:, None]
 
 
 @triton.jit
-def priors(
-    z, gate, has_gate: tl.constexpr, CONV: tl.constexpr, HMEM: tl.constexpr,
-    JP: tl.constexpr, TP: tl.constexpr, N: tl.constexpr, STENCIL_GROUP: tl.constexpr,
-):  # fmt: skip
-    """From the convolution's sigmoids, ``[JP * TP, N]``, to the sum of the priors of each plane, in the same rows."""
+def priors(z, gate, layout: tl.constexpr, N: tl.constexpr):
+    """From the convolution's sigmoids, ``[rows, N]``, to the sum of the priors of each plane, in the same rows."""
+    JP: tl.constexpr = layout.groups
+    TP: tl.constexpr = layout.padded_frames
+    M: tl.constexpr = layout.rows
     total = z
-    if CONV and STENCIL_GROUP >= 0:
+    if layout.stencil:
         group = tl.arange(0, JP)[:, None, None]
         s = tl.reshape(z, (JP, TP, N))
-        shared = tl.sum(tl.where(group == STENCIL_GROUP, s, 0.0), axis=0)
-        if HMEM:
-            total = tl.reshape(s + shared[None, :, :], (JP * TP, N))
+        shared = tl.sum(tl.where(group == layout.stencil_group, s, 0.0), axis=0)
+        if layout.hmem:
+            total = tl.reshape(s + shared[None, :, :], (M, N))
         else:
-            total = tl.reshape(tl.broadcast_to(shared[None, :, :], (JP, TP, N)), (JP * TP, N))
-    if has_gate:
+            total = tl.reshape(tl.broadcast_to(shared[None, :, :], (JP, TP, N)), (M, N))
+    if layout.gated:
         total += gate[:, None]
     return total
 
 
 @triton.jit
-def clip_gate(
-    gate, means, cwem, b, pixels, T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr,
-    JP: tl.constexpr, CHUNKS: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """Clip b's gate in the order of the rows. GATE 1: from CWEM's means and taps, 2: given ``(B, T, C)``, 0: none."""
-    found = tl.zeros((JP * TP,), tl.float32)
-    if GATE == 1:
-        found, _ = gate_rows(means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS)
-    if GATE == 2:
-        m = tl.arange(0, JP * TP)
-        at = gate + (b.to(tl.int64) * T + m % TP) * C + m // TP
-        found = tl.load(at, mask=(m // TP < C) & (m % TP < T), other=0.0).to(tl.float32)
+def clip_gate(gate, pieces, b, pixels, layout: tl.constexpr):
+    """Clip b's gate in the order of the rows: from CWEM's means and taps, as given ``(B, T, C)``, or 0."""
+    m = tl.arange(0, layout.rows)
+    found = m.to(tl.float32) * 0.0
+    if layout.hidden > 0:
+        found, _ = gate_rows(pieces, b, pixels, layout)
+    if layout.gate:
+        t = m % layout.padded_frames
+        at = gate + (b.to(tl.int64) * layout.frames + t) * layout.channels + m // layout.padded_frames
+        found = tl.load(at, mask=is_plane(m, layout), other=0.0).to(tl.float32)
     return found
 
 
 @triton.jit(do_not_specialize=["H"])
-def fuse(
-    x, folded, folded_bias, gate, means, cwem, scale, shift, y,
-    sB, sT, sC, sH, sW, H, W, tiles_w, tiles, offset,
-    T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    CONV: tl.constexpr, HMEM: tl.constexpr, GATE: tl.constexpr, STENCIL_GROUP: tl.constexpr,
-    MULTIPLICATIVE: tl.constexpr, NORMALIZE: tl.constexpr, ONE: tl.constexpr, CHUNKS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr, STAGES: tl.constexpr,
+def fuse_kernel(
+    x, y, pieces, gate, normalization, H, W, across, tiles, offset,
+    layout: tl.constexpr, numbers: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A program writes one tile of y: ``x + sum of priors``, or ``x * (offset + sum)``."""
-    M: tl.constexpr = JP * TP
-    K: tl.constexpr = KQ * TP
-    N: tl.constexpr = BH * BW
+    M: tl.constexpr = layout.rows
+    N: tl.constexpr = block.pixels
     pid = tl.program_id(0)
     b = pid // tiles
-    h, w, own = tile_pixels(pid % tiles // tiles_w, pid % tiles % tiles_w, H, W, BH, BW, HALO)
-    pixels = H.to(tl.float32) * W
-    row, real = row_planes(x, b, sB, sT, sC, T, C, TP, M)
+    h, w, own = tile_pixels(pid % tiles // across, pid % tiles % across, H, W, block)
     z = tl.zeros((M, N), tl.float32)
-    if CONV:
-        bias = tl.load(folded_bias + tl.arange(0, M))
-        plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
-        z = convolve(
-            plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
-        )  # fmt: skip
+    if layout.conv:
+        bias = tl.load(pieces.bias + tl.arange(0, M))
+        z = convolve(x, b, pieces.folded, h, w, H, W, layout, numbers, numbers, block, False)
         z = sigmoid(z + bias[:, None])
-    g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
-    total = priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP)
-    seen = real[:, None] & own[None, :]
-    at = h * sH + w * sW
-    to = h * W + w
-    if WIDE:
-        at = h.to(tl.int64) * sH + w.to(tl.int64) * sW
-        to = h.to(tl.int64) * W + w
-    v = tl.load(row[:, None] + at[None, :], mask=seen, other=0).to(tl.float32)
-    if NORMALIZE:
-        v = normalized(v, scale, shift, M, TP, C)
-    v = v * (offset + total) if MULTIPLICATIVE else v + total
-    area = H.to(tl.int64) * W
-    if CHANNELS_LAST:
-        m = tl.arange(0, M)
-        first = y + (b.to(tl.int64) * T + m % TP) * (C * area) + m // TP
-        tl.store(first[:, None] + (to * C)[None, :], v.to(y.dtype.element_ty), mask=seen)
-    else:
-        m = tl.arange(0, M)
-        first = y + ((b.to(tl.int64) * T + m % TP) * C + m // TP) * area
-        tl.store(first[:, None] + to[None, :], v.to(y.dtype.element_ty), mask=seen)
+    g = clip_gate(gate, pieces, b, H.to(tl.float32) * W, layout)
+    total = priors(z, g, layout, N)
+    seen = is_plane(tl.arange(0, M), layout)[:, None] & own[None, :]
+    v = tl.load(planes(x, b, layout, M)[:, None] + pixel(x, h, w, layout)[None, :], mask=seen, other=0).to(tl.float32)
+    if layout.normalize:
+        v = normalized(v, normalization, layout)
+    v = v * (offset + total) if layout.multiplicative else v + total
+    to = planes(y, b, layout, M)[:, None] + pixel(y, h, w, layout)[None, :]
+    tl.store(to, v.to(y.data.dtype.element_ty), mask=seen)
 
 
 @triton.jit
-def mean_gradient(
-    dz, cwem, b, pixels, T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """What reaches a plane's pixels through CWEM's pool, ``[ROWS]``, from ``dz[b, JP * TP]`` before its sigmoid."""
-    m = tl.arange(0, ROWS)
+def mean_gradient(dgate, cwem, b, pixels, layout: tl.constexpr):
+    """What reaches a plane's pixels through CWEM's pool, ``[columns]``, from ``dgate[b, rows]`` before its sigmoid."""
+    T: tl.constexpr = layout.frames
+    C: tl.constexpr = layout.channels
+    TP: tl.constexpr = layout.padded_frames
+    CP: tl.constexpr = layout.padded_channels
+    m = tl.arange(0, layout.columns)
     e = tl.arange(0, 4 * CP)
     t = (m % TP)[:, None] - (e // CP)[None, :] + 1
     c = (e % CP)[None, :]
-    ok = ((m // TP < C) & (m % TP < T))[:, None] & (e // CP < 3)[None, :] & (c < C) & (t >= 0) & (t < T)
-    up = tl.load(dz + b.to(tl.int64) * (JP * TP) + c * TP + t, mask=ok, other=0.0)
+    ok = is_plane(m, layout)[:, None] & (e // CP < 3)[None, :] & (c < C) & (t >= 0) & (t < T)
+    up = tl.load(dgate + b.to(tl.int64) * layout.rows + c * TP + t, mask=ok, other=0.0)
     taps = tl.load(cwem + c * (3 * C) + (e // CP)[None, :] * C + (m // TP)[:, None], mask=ok, other=0.0)
     return tl.sum(up * taps, axis=1) / pixels
 
 
 @triton.jit(do_not_specialize=["H"])
-def fuse_dx(
-    dz, folded, direct, dgate, cwem, dx, gB, gT, gC, gH, gW, H, W, pitch, tiles_w, tiles,
-    T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    CONV: tl.constexpr, POOL: tl.constexpr, PAD: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, DT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr,
-    STAGES: tl.constexpr,
+def fuse_dx_kernel(
+    dz, direct, dx, dgate, pieces, H, W, across, tiles,
+    layout: tl.constexpr, numbers: tl.constexpr, gradient: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """x's gradient: ``direct`` plus the transposed convolution of dz plus what comes through CWEM's pool."""
-    M: tl.constexpr = JP * TP
-    K: tl.constexpr = KQ * TP
-    N: tl.constexpr = BH * BW
+    K: tl.constexpr = layout.columns
+    N: tl.constexpr = block.pixels
     pid = tl.program_id(0)
     b = pid // tiles
-    h, w, own = tile_pixels(pid % tiles // tiles_w, pid % tiles % tiles_w, H, W, BH, BW, HALO)
-    area = H.to(tl.int64) * W
+    h, w, own = tile_pixels(pid % tiles // across, pid % tiles % across, H, W, block)
     total = tl.zeros((K, N), tl.float32)
-    if CONV:
-        m = tl.arange(0, M)
-        plane = dz + (b.to(tl.int64) * M + m) * (H.to(tl.int64) * pitch) + PAD
-        total = convolve(
-            plane, m < M, folded, h, w, H, W, pitch, 1, K, M, N, 1, K, True, SPLIT, PRECISION, DT, -1, WIDE, STAGES
-        )  # fmt: skip
-    if POOL:
-        total += mean_gradient(dgate, cwem, b, H.to(tl.float32) * W, T, C, TP, CP, JP, K)[:, None]
-    row, real = row_planes(direct, b, gB, gT, gC, T, C, TP, K)
-    seen = real[:, None] & own[None, :]
-    at = h * gH + w * gW
-    to = h * W + w
-    if WIDE:
-        at = h.to(tl.int64) * gH + w.to(tl.int64) * gW
-        to = h.to(tl.int64) * W + w
-    total += tl.load(row[:, None] + at[None, :], mask=seen, other=0.0).to(tl.float32)
-    k = tl.arange(0, K)
-    first = dx + ((b.to(tl.int64) * T + k % TP) * C + k // TP) * area
-    tl.store(first[:, None] + to[None, :], total.to(dx.dtype.element_ty), mask=seen)
+    if layout.conv:
+        total = convolve(dz, b, pieces.folded, h, w, H, W, layout, gradient, numbers, block, True)
+    if layout.hidden > 0:
+        total += mean_gradient(dgate, pieces.cwem, b, H.to(tl.float32) * W, layout)[:, None]
+    seen = is_plane(tl.arange(0, K), layout)[:, None] & own[None, :]
+    near = planes(direct, b, layout, K)[:, None] + pixel(direct, h, w, layout)[None, :]
+    total += tl.load(near, mask=seen, other=0.0).to(tl.float32)
+    to = planes(dx, b, layout, K)[:, None] + pixel(dx, h, w, layout)[None, :]
+    tl.store(to, total.to(dx.data.dtype.element_ty), mask=seen)
 
 
 @triton.jit(do_not_specialize=["H"])
-def join(
-    x, z, gate, y, sB, sT, sC, sH, sW, H, W, offset,
-    T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, GATE: tl.constexpr,
-    MULTIPLICATIVE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+def join_kernel(
+    x, z, bias, gate, y, H, W, offset,
+    T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue alone, for planes too many for one tile: z is the folded convolution, planes then stencil rows."""
+    """A program takes pixels of one frame. z: the convolution without its bias, planes' rows, then the stencil's."""
     frame = tl.program_id(1).to(tl.int64)
-    b = frame // T
     t = frame % T
     area = H.to(tl.int64) * W
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     seen = i < area
-    rows = (T * C if HMEM else 0) + (T if STENCIL else 0)
-    base = z + b * rows * area + i
+    PLANES: tl.constexpr = T * C if HMEM else 0
+    ROWS: tl.constexpr = PLANES + (T if STENCIL else 0)
+    rows = z if ROWS == 0 else z + frame // T * ROWS * area + i
     shared = tl.zeros((BLOCK,), tl.float32)
     if STENCIL:
-        at = base + ((T * C if HMEM else 0) + t) * area
-        shared = sigmoid(tl.load(at, mask=seen, other=0.0).to(tl.float32))
-    source = x + b * sB + t * sT + i // W * sH + i % W * sW
+        shared = conv_prior(rows, None, PLANES + t, area, seen)
+    source = x.data + frame // T * x.clip + t * x.frame + i // W * x.row + i % W * x.column
+    to = y.data + frame // T * y.clip + t * y.frame + i // W * y.row + i % W * y.column
     for c in tl.range(0, C):
         total = shared
         if HMEM:
-            total += sigmoid(tl.load(base + (t * C + c) * area, mask=seen, other=0.0).to(tl.float32))
-        if GATE:
+            total += conv_prior(rows, bias, t * C + c, area, seen)
+        if gate is not None:
             total += tl.load(gate + frame * C + c).to(tl.float32)
         v = tl.load(source, mask=seen, other=0.0).to(tl.float32)
         v = v * (offset + total) if MULTIPLICATIVE else v + total
-        to = (frame * area + i) * C + c if CHANNELS_LAST else (frame * C + c) * area + i
-        tl.store(y + to, v.to(y.dtype.element_ty), mask=seen)
-        source += sC
+        tl.store(to, v.to(y.data.dtype.element_ty), mask=seen)
+        source += x.channel
+        to += y.channel
+
+
+@triton.jit
+def conv_prior(rows, bias, plane, area, seen):
+    """The convolution's prior of one of its rows."""
+    v = tl.load(rows + plane * area, mask=seen, other=0.0).to(tl.float32)
+    if bias is not None:
+        v += tl.load(bias + plane).to(tl.float32)
+    return sigmoid(v)

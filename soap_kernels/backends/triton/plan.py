@@ -1,22 +1,28 @@
-"""What the kernels are compiled for: layout, number formats, tiles, and the launcher that counts.
+"""What the kernels are compiled for: layout, number formats, tiles; what they are handed; and the launcher that counts.
+
+A kernel takes :class:`Layout`, :class:`Numbers` and :class:`Block` whole, as ``tl.constexpr``, and reads their fields
+and properties. Triton 3.6, the oldest served, lets a number into a tuple, such as a shape, only by a name that is bound
+as ``tl.constexpr``, and hands no string or tuple on to a function: those are read where they are used. ``static_range``
+wants a bound name too.
 
 Nothing here touches a device, so that tests can compile for an architecture that is not at hand.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-LAUNCHES: Counter[str] = Counter()  # kernels launched so far, by name
+from soap_kernels.backends import Fusion, Options, Priors
+from soap_kernels.backends.triton import interpreted
+
+LAUNCHES: Counter[str] = Counter()  # stages launched so far, by name
 
 # Rows and columns of the folded convolution that one tile holds, and what the folds unroll; beyond it cuDNN convolves.
 MAX_ROWS = 64
@@ -27,36 +33,97 @@ MAX_HIDDEN = 64
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def interpreted() -> bool:
-    """Triton's interpreter runs the kernels, on CPU tensors. It gets bf16 and fp16 products wrong: use fp32 there."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def compiled(options: dict[str, Any]) -> dict[str, Any]:
-    """A launch's options with what all kernels are compiled with: multiply-adds fused, whatever Triton's default."""
-    return options if interpreted() else {"enable_fp_fusion": True, **options}
+def stage_of(kernel: Any) -> str:
+    return str(kernel.__name__).removesuffix("_kernel")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    LAUNCHES[kernel.__name__] += 1
-    kernel[grid](*args, **compiled(options))
+    """Multiply-adds are fused, whatever Triton's default."""
+    LAUNCHES[stage_of(kernel)] += 1
+    kernel[grid](*args, **({} if interpreted() else {"enable_fp_fusion": True}), **options)
 
 
 def ceil_power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+class Frames(NamedTuple):
+    """Planes as a kernel takes them: where they begin and, in elements, how far apart neighbours are."""
+
+    data: Any  # the tensor; in a kernel a pointer
+    clip: int
+    frame: int
+    channel: int
+    row: int
+    column: int
+
+    @classmethod
+    def of(cls, t: Tensor) -> Frames:
+        return cls(t, *t.stride())
+
+
+class Normalization(NamedTuple):
+    """``x * scale + shift`` by channel, from uint8 to normalised frames."""
+
+    scale: tuple[float, ...] | None = None
+    shift: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, options: Options) -> Normalization:
+        if options.mean is None or options.std is None:
+            return cls()
+        pairs = list(zip(options.mean, options.std, strict=True))
+        return cls(tuple(1 / (255 * s) for _, s in pairs), tuple(-m / s for m, s in pairs))
+
+
+class Constants:
+    """Base of what kernels read as constants."""
+
+    @property
+    def cache_key(self) -> str:
+        """Tells Triton's cache on disk what the properties say too: it outlives a change of theirs."""
+        properties = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        return f"{self} {[(name, getattr(self, name)) for name in properties]}"
+
+
 @dataclass(frozen=True)
-class Layout:
-    """How planes become rows and columns of the folded convolution; see :mod:`soap_kernels.backends.triton.prepare`."""
+class Layout(Constants):
+    """How planes become rows and columns of the folded convolution, and what is joined to them; see ``prepare``."""
 
     frames: int
     channels: int
-    sizes: tuple[int, ...]  # HMEM's tuple sizes, () when it is off or given folded
-    hidden: int  # CWEM's, 0 when it is off
-    direct: bool  # the convolution's weight is given as it is
-    stencil: bool
-    normalize: bool
+    chunks: int  # programs that share a plane's sum
+    wide: bool  # offsets within a plane need 64 bits
+    sizes: tuple[int, ...] = ()  # HMEM's tuple sizes, () when it is off or given folded
+    hidden: int = 0  # CWEM's, 0 when it is off
+    stencil: bool = False
+    normalize: bool = False
+    direct: bool = False  # the convolution's weight is given as it is
+    gate: bool = False  # given as it is
+    multiplicative: bool = False
+    interleaved: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor, options: Options, hidden: int, *others: Tensor) -> Layout:
+        """For ``soap``; ``others``: what the kernels read of x's shape besides."""
+        return cls(
+            *_extent(x, *others),
+            sizes=options.tuple_sizes if "hmem" in options.parts else (),
+            hidden=hidden if "cwem" in options.parts else 0,
+            stencil="3dem" in options.parts,
+            normalize=options.mean is not None,
+        )
+
+    @classmethod
+    def of_priors(cls, x: Tensor, priors: Priors, fusion: Fusion, *others: Tensor) -> Layout:
+        return cls(
+            *_extent(x, *others),
+            stencil=priors.stencil is not None,
+            direct=priors.weight is not None,
+            gate=priors.gate is not None,
+            multiplicative=fusion.multiplicative,
+            interleaved=fusion.interleaved,
+        )
 
     @property
     def hmem(self) -> bool:
@@ -65,6 +132,10 @@ class Layout:
     @property
     def conv(self) -> bool:
         return self.hmem or self.stencil
+
+    @property
+    def gated(self) -> bool:
+        return self.gate or self.hidden > 0
 
     @property
     def maps(self) -> int:
@@ -76,12 +147,12 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """JP: channels and stencil, padded."""
+        """Channels and stencil, padded."""
         return ceil_power(self.channels + (1 if self.stencil and self.hmem else 0))
 
     @property
     def padded_frames(self) -> int:
-        """TP: tl.dot wants 16 rows at least."""
+        """tl.dot wants 16 rows at least."""
         return max(ceil_power(self.frames), 16 // self.groups)
 
     @property
@@ -89,8 +160,17 @@ class Layout:
         return ceil_power(self.channels)
 
     @property
+    def padded_planes(self) -> int:
+        """Of the largest tuple."""
+        return ceil_power(max(self.sizes, default=1) * self.channels)
+
+    @property
+    def padded_hidden(self) -> int:
+        return ceil_power(max(self.hidden, 1))
+
+    @property
     def column_groups(self) -> int:
-        """KQ: channels padded, with a column to spare when frames are normalised on the fly."""
+        """Channels padded, with a column to spare when frames are normalised on the fly."""
         groups = max(self.padded_channels, 16 // self.padded_frames)
         full = groups == self.channels and self.padded_frames == self.frames
         return 2 * groups if full and self.normalize else groups
@@ -125,64 +205,64 @@ class Layout:
             and sum(o + 1 for o in self.sizes) <= MAX_PLACES
         )
 
-    def grid(self) -> dict[str, int]:
-        """The layout as constants of a kernel."""
-        return {
-            "T": self.frames,
-            "C": self.channels,
-            "TP": self.padded_frames,
-            "CP": self.padded_channels,
-            "JP": self.groups,
-            "KQ": self.column_groups,
-        }
 
-    def folds(self) -> dict[str, Any]:
-        return {
-            "SIZES": self.sizes,
-            "MAPS": self.maps,
-            "QP": ceil_power(max(self.sizes, default=1) * self.channels),
-            "R": self.hidden,
-            "RP": ceil_power(max(self.hidden, 1)),
-        }
-
-    def finish_programs(self) -> int:
-        return 3 + sum((o + 1) * self.channels + self.frames - o + 1 for o in self.sizes)
+def _extent(x: Tensor, *others: Tensor) -> tuple[int, int, int, bool]:
+    """The first fields of a layout."""
+    frames, channels, height, width = x.shape[1:]
+    return frames, channels, 4 if height * width >= 16384 else 1, wide(x, *others)
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """How the products are formed. ``split`` 0: one product, 1: the weights' (dz's) low part too, 2: x's as well."""
+class Numbers(Constants):
+    """How products are formed. ``split`` 0: one product, 1: the weights' (dz's) low part too, 2: x's as well."""
 
     split: int
     precision: str  # tl.dot's input_precision
-    weights: torch.dtype  # the folded weights', and x's in the products with them
-    dz: torch.dtype  # dz's, and x's in the products with it
+    dtype: torch.dtype
 
     @classmethod
-    def choose(cls, x: torch.dtype, out: torch.dtype, precision: str) -> Numbers:
+    def of_frames(cls, x: torch.dtype, out: torch.dtype, precision: str) -> Numbers:
         """fp32 by three bf16 products, half precision by one; uint8 is exact in either, so fp32 out needs two."""
-        full, bf16 = torch.float32, torch.bfloat16
         if precision == "strict":
-            return cls(0, "ieee", full, full)
+            return cls(0, "ieee", torch.float32)
         if x == torch.uint8:
-            if out in (torch.float32, torch.float64):
-                return cls(1, "ieee", bf16, bf16)
-            return cls(0, "ieee", torch.float16, out)
-        if x in (torch.float16, bf16):
-            return cls(0, "ieee", x, x)
-        return cls(0, "tf32", full, full) if precision == "fast" else cls(2, "ieee", bf16, bf16)
+            return cls(1, "ieee", torch.bfloat16) if out == torch.float32 else cls(0, "ieee", torch.float16)
+        if x in (torch.float16, torch.bfloat16):
+            return cls(0, "ieee", x)
+        return cls(0, "tf32", torch.float32) if precision == "fast" else cls(2, "ieee", torch.bfloat16)
 
+    @classmethod
+    def of_gradient(cls, x: torch.dtype, out: torch.dtype, precision: str, multiplicative: bool) -> Numbers:
+        """Of products with dz, whose range is fp16's only where fp16 gradients are not multiplied by anything large.
+
+        There dz sums at most ``MAX_CHANNELS`` of them times s (1 - s), which is 1/4 at most.
+        """
+        if precision == "strict" or x in (torch.float32, torch.bfloat16):
+            return cls.of_frames(x, out, precision)
+        if out == torch.float16 and not multiplicative:
+            return cls(0, "ieee", torch.float16)
+        if x == torch.float16:
+            return cls(2, "ieee", torch.bfloat16)
+        return cls(0, "ieee", out) if out == torch.bfloat16 else cls.of_frames(x, out, precision)
+
+    @property
     def stored(self) -> torch.dtype:
-        """The dtype the folded weights are kept in."""
-        return torch.float32 if interpreted() else self.weights
+        """The dtype that folded weights are kept in."""
+        return torch.float32 if interpreted() else self.dtype
 
-    def constants(self, dz: bool = False) -> dict[str, Any]:
-        kept = torch.float32 if interpreted() else self.dz if dz else self.weights
-        return {"SPLIT": self.split, "PRECISION": self.precision, "DT": _TL[kept]}
+    @property
+    def stored_gradient(self) -> torch.dtype:
+        """The dtype that dz is kept in."""
+        return torch.float32 if self.split else self.dtype
+
+    @property
+    def operand(self) -> tl.dtype:
+        """What tl.dot multiplies."""
+        return _TL[self.stored]
 
     @property
     def kind(self) -> str:
-        return "ieee" if self.precision == "ieee" and self.weights == torch.float32 else f"{self.precision}{self.split}"
+        return "ieee" if self.precision == "ieee" and self.dtype == torch.float32 else f"{self.precision}{self.split}"
 
 
 @dataclass(frozen=True)
@@ -258,45 +338,68 @@ def tile(kernel: str, numbers: Numbers, layout: Layout, arch: int) -> Tile:
 
 
 @dataclass(frozen=True)
-class Cover:
-    """How tiles cover a clip's pixels."""
+class Block(Constants):
+    """The pixels of a tile: rows of columns, ``halo`` of which on either side are read but not written."""
 
-    bh: int
-    bw: int
+    height: int
+    width: int
     halo: int
-    tiles_h: int
-    tiles_w: int
+    stages: int  # loads in flight
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def step(self) -> int:
+        """Columns from one tile to the next."""
+        return self.width - 2 * self.halo
+
+
+@dataclass(frozen=True)
+class Cover:
+    """How tiles cover a clip's pixels, and how a kernel is launched on them."""
+
+    block: Block
+    down: int
+    across: int
+    programs: int  # how many share all clips' tiles when each walks a run of them
+    options: dict[str, int]
 
     @property
     def tiles(self) -> int:
-        return self.tiles_h * self.tiles_w
-
-    def constants(self) -> dict[str, int]:
-        return {"BH": self.bh, "BW": self.bw, "HALO": self.halo}
+        return self.down * self.across
 
 
 @cache
-def cover(height: int, width: int, tile: Tile, aligned: bool, itemsize: int, conv: bool) -> Cover:
-    """The tiles that waste least, of those the tallest, whose rows are read again least.
-
-    ``aligned``: rows start at 16 bytes, which a halo of 16 bytes keeps.
-    """
-    halo = 0
-    if conv:
-        halo = (tile.halo or max(4, 8 // max(1, itemsize // 2))) if aligned else 1
-    pixels = tile.pixels
-    found: tuple[int, Cover] | None = None
-    bw = pixels
-    while bw >= min(32, pixels):
-        bh = pixels // bw
-        tiles_w = -(-width // (bw - 2 * halo))
-        tiles_h = -(-height // bh)
-        cost = tiles_w * tiles_h
-        if found is None or cost <= found[0]:
-            found = cost, Cover(bh, bw, halo, tiles_h, tiles_w)
+def blocks(height: int, width: int, tile: Tile, halo: int) -> tuple[Block, int, int]:
+    """The tiles that waste least, of those the tallest, whose rows are read again least; how many down and across."""
+    found: tuple[Block, int, int] | None = None
+    bw = tile.pixels
+    while bw >= min(32, tile.pixels):
+        block = Block(tile.pixels // bw, bw, halo, tile.stages)
+        down, across = -(-height // block.height), -(-width // block.step)
+        if found is None or down * across <= found[1] * found[2]:
+            found = block, down, across
         bw //= 2
     assert found is not None
-    return found[1]
+    return found
+
+
+def cover(kernel: str, numbers: Numbers, layout: Layout, x: Tensor, of: Tensor | None = None) -> Cover:
+    """For the frames x; ``of``: what the kernel reads with a halo, x unless given.
+
+    Rows that start at 16 bytes get a halo of 16 bytes, which keeps them so.
+    """
+    seen = x if of is None else of
+    count, arch = processors(x)
+    chosen = tile(kernel, numbers, layout, arch)
+    halo = 0
+    if layout.conv and kernel != "weigh":
+        halo = (chosen.halo or max(4, 8 // max(1, seen.element_size() // 2))) if aligned(seen) else 1
+    block, down, across = blocks(x.shape[3], x.shape[4], chosen, halo)
+    programs = min(x.shape[0] * down * across, (chosen.programs or PROGRAMS.get(kernel, 1)) * count)
+    return Cover(block, down, across, programs, chosen.options())
 
 
 @cache
@@ -310,15 +413,11 @@ def processors(x: Tensor) -> tuple[int, int]:
     return _processors(x.device.index or 0) if x.is_cuda else (1, 0)
 
 
-def chunks(height: int, width: int) -> int:
-    """Programs that share a plane's sum."""
-    return 4 if height * width >= 16384 else 1
-
-
-def wide(height: int, width: int, *strides: Sequence[int]) -> bool:
+def wide(*frames: Tensor) -> bool:
     """Offsets within a plane need 64 bits."""
-    spans = [height * width * MAX_CHANNELS, *((height - 1) * abs(s[-2]) + (width - 1) * abs(s[-1]) for s in strides)]
-    return max(spans) >= 2**31 - 2**20
+    height, width = frames[0].shape[-2:]
+    spans = [(height - 1) * abs(t.stride(-2)) + (width - 1) * abs(t.stride(-1)) for t in frames]
+    return max(height * width * MAX_CHANNELS, *spans) >= 2**31 - 2**20
 
 
 def aligned(t: Tensor) -> bool:

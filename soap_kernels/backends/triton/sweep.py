@@ -1,36 +1,106 @@
 # mypy: disable-error-code=no-untyped-def
 """Stage ``sweep``: from x and the incoming gradient to partial sums of the folded weights' gradients, in two launches.
 
-``sweep`` computes the convolution again from x (nothing of it was saved) and leaves dz; ``weigh`` multiplies dz with x.
-In one kernel the nine sums and the convolution's would spill.
+``sweep`` computes the convolution again from x (nothing of it was saved) and leaves dz, the gradient before its
+sigmoids; ``weigh`` multiplies dz with x. In one kernel the nine sums and the convolution's would spill.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from soap_kernels.backends.triton.fuse import clip_gate, convolve, load_row, priors, row_planes, split, tile_pixels
-from soap_kernels.backends.triton.prepare import is_column, sigmoid
+from soap_kernels.backends import Fusion
+from soap_kernels.backends.reference import Prepared as Folded
+from soap_kernels.backends.triton import plan
+from soap_kernels.backends.triton.fuse import (
+    JOIN_BLOCK,
+    clip_gate,
+    conv_prior,
+    convolve,
+    dz_rows,
+    load_row,
+    pixel,
+    planes,
+    priors,
+    split,
+    tile_pixels,
+)
+from soap_kernels.backends.triton.plan import Frames, Layout, Numbers
+from soap_kernels.backends.triton.prepare import Prepared, is_column, is_plane, sigmoid
+
+ROWS_AT_ONCE = 1024  # entries of a tap up to which a program of weigh has room for all nine
+
+
+def _new_dz(x: Tensor, layout: Layout, gradient: Numbers) -> tuple[Tensor, int]:
+    """dz for every row, ``(B, padded frames, groups, H, W)``, and how many columns on either side of its rows are free.
+
+    At least one, for zeros; rows are aligned as x's are.
+    """
+    clips, height, width = x.shape[0], *x.shape[3:]
+    pad = 8 if width % 16 == 0 else 1
+    shape = (clips, layout.groups, layout.padded_frames, height, width + 2 * pad)
+    dz = torch.empty(shape, dtype=gradient.stored_gradient, device=x.device)
+    return dz.transpose(1, 2)[..., pad : pad + width], pad
+
+
+def sweep(
+    grad: Tensor, x: Tensor, pieces: Prepared, gate: Tensor | None, offset: float, needs_x: bool,
+    layout: Layout, numbers: Numbers, gradient: Numbers,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """dz, the gate's gradient by tile ``(B, tiles, rows)`` before its sigmoid, and dx beside the convolution."""
+    over = plan.cover("sweep", numbers, layout, x)
+    dz, pad = _new_dz(x, layout, gradient) if layout.conv else (None, 0)
+    partial_gate = torch.empty(x.shape[0], over.tiles, layout.rows, device=x.device) if layout.gated else None
+    direct = torch.empty(x.shape, device=x.device) if needs_x and layout.multiplicative else None
+    plan.launch(
+        sweep_kernel, (over.programs,), Frames.of(x), Frames.of(grad), pieces, gate,
+        None if dz is None else Frames.of(dz), partial_gate, None if direct is None else Frames.of(direct),
+        *x.shape[3:], over.down, over.tiles, x.shape[0] * over.tiles, float(offset),
+        layout=layout, numbers=numbers, block=over.block, PAD=pad, **over.options,
+    )  # fmt: skip
+    return dz, partial_gate, grad if direct is None else direct
+
+
+def weigh(x: Tensor, dz: Tensor, layout: Layout, gradient: Numbers) -> tuple[Tensor, Tensor]:
+    """Partial sums for the folded weights ``(programs, 9, rows, columns)`` and for their bias ``(programs, rows)``."""
+    over = plan.cover("weigh", gradient, layout, x)
+    at_once = 3 if layout.rows * layout.columns <= ROWS_AT_ONCE else 1
+    partial = torch.empty(over.programs, 9, layout.rows, layout.columns, device=x.device)
+    partial_bias = torch.empty(over.programs, layout.rows, device=x.device)
+    plan.launch(
+        weigh_kernel, (over.programs, 3 // at_once), Frames.of(x), Frames.of(dz), partial, partial_bias, *x.shape[3:],
+        over.down, over.tiles, x.shape[0] * over.tiles,
+        layout=layout, numbers=gradient, block=over.block, ROWS_AT_ONCE=at_once, **over.options,
+    )  # fmt: skip
+    return partial, partial_bias
+
+
+def part(
+    grad: Tensor, x: Tensor, z: Tensor | None, p: Folded, fusion: Fusion, dz: Tensor | None, direct: Tensor | None
+) -> Tensor:
+    """The sweep's pixelwise half alone, of feature maps: see :class:`soap_kernels.backends.wide.Wide`."""
+    clips, frames, channels, height, width = x.shape
+    blocks = -(-height * width // JOIN_BLOCK)
+    shares = torch.empty(2, clips, frames, channels, blocks, device=x.device)
+    plan.launch(
+        part_kernel, (blocks, clips * frames), Frames.of(x), Frames.of(grad), z, p.bias, p.gate, dz, direct, shares,
+        shares[0].numel(), height, width, float(fusion.offset), T=frames, C=channels, HMEM=p.weight is not None,
+        STENCIL=p.rows is not None, MULTIPLICATIVE=fusion.multiplicative, BLOCK=JOIN_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return shares
 
 
 @triton.jit
-def outer(dz, low_dz, v, low_v, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + dz v'`` over the tile's pixels; SPLIT 1: dz has a low part, 2: v has one too."""
-    if SPLIT == 2:
-        acc = tl.dot(dz, tl.trans(low_v), acc, input_precision=PRECISION)
-    if SPLIT >= 1:
-        acc = tl.dot(low_dz, tl.trans(v), acc, input_precision=PRECISION)
-    return tl.dot(dz, tl.trans(v), acc, input_precision=PRECISION)
-
-
-@triton.jit
-def halves(v, SPLIT: tl.constexpr, DT: tl.constexpr):
-    """dz as ``DT`` and, if it is to be split, what that leaves over."""
-    high = v.to(DT)
-    if SPLIT >= 1:
-        return high, (v - high.to(tl.float32)).to(DT)
-    return high, high
+def outer(dz, low_dz, v, low_v, acc, numbers: tl.constexpr):
+    """``acc + dz v'`` over the tile's pixels, each split as ``numbers`` say."""
+    if numbers.split == 2:
+        acc = tl.dot(dz, tl.trans(low_v), acc, input_precision=numbers.precision)
+    if numbers.split >= 1:
+        acc = tl.dot(low_dz, tl.trans(v), acc, input_precision=numbers.precision)
+    return tl.dot(dz, tl.trans(v), acc, input_precision=numbers.precision)
 
 
 @triton.jit
@@ -42,124 +112,99 @@ def run_of_tiles(total):
 
 
 @triton.jit(do_not_specialize=["H"])
-def sweep(
-    x, grad, folded, folded_bias, gate, means, cwem, dz_out, partial_gate, direct,
-    sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, pitch, tiles_h, tiles, total_tiles, offset,
-    T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    CONV: tl.constexpr, HMEM: tl.constexpr, GATE: tl.constexpr, STENCIL_GROUP: tl.constexpr,
-    MULTIPLICATIVE: tl.constexpr, ONE: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr,
-    STORE_DIRECT: tl.constexpr, PAD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr, STAGES: tl.constexpr,
+def sweep_kernel(
+    x, grad, pieces, gate, dz_out, partial_gate, direct, H, W, down, tiles, total_tiles, offset,
+    layout: tl.constexpr, numbers: tl.constexpr, block: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """From x and the incoming gradient to dz, the gradient before the convolution's sigmoids; a program takes a run."""
-    M: tl.constexpr = JP * TP
-    K: tl.constexpr = KQ * TP
-    N: tl.constexpr = BH * BW
+    """A program walks a run of tiles."""
+    JP: tl.constexpr = layout.groups
+    TP: tl.constexpr = layout.padded_frames
+    M: tl.constexpr = layout.rows
+    N: tl.constexpr = block.pixels
     pixels = H.to(tl.float32) * W
-    area = H.to(tl.int64) * W
     m = tl.arange(0, M)
     first, last = run_of_tiles(total_tiles)
     # What does not depend on the tile is computed again in each: kept, it would fill registers.
     for step in tl.range(0, last - first, num_stages=1, disable_licm=True):
         tile = first + step
         b = tile // tiles
-        h, w, own = tile_pixels(tile % tiles % tiles_h, tile % tiles // tiles_h, H, W, BH, BW, HALO)
+        h, w, own = tile_pixels(tile % tiles % down, tile % tiles // down, H, W, block)
         z = tl.zeros((M, N), tl.float32)
-        if CONV:
-            bias = tl.load(folded_bias + m)
-            plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
-            z = convolve(
-                plane, live, folded, h, w, H, W, sH, sW, M, K, N, K, 1, False, SPLIT, PRECISION, DT, ONE, WIDE, STAGES
-            )  # fmt: skip
+        if layout.conv:
+            bias = tl.load(pieces.bias + m)
+            z = convolve(x, b, pieces.folded, h, w, H, W, layout, numbers, numbers, block, False)
             z = sigmoid(z + bias[:, None])
-        row, real = row_planes(grad, b, gB, gT, gC, T, C, TP, M)
-        seen = real[:, None] & own[None, :]
-        at = h * gH + w * gW
-        to = h * W + w
-        if WIDE:
-            at = h.to(tl.int64) * gH + w.to(tl.int64) * gW
-            to = h.to(tl.int64) * W + w
-        up = tl.load(row[:, None] + at[None, :], mask=seen, other=0.0).to(tl.float32)
-        if STORE_DIRECT:
-            g = clip_gate(gate, means, cwem, b, pixels, T, C, TP, CP, JP, CHUNKS, GATE)
-            near = up * (offset + priors(z, g, GATE > 0, CONV, HMEM, JP, TP, N, STENCIL_GROUP))
-            into = direct + ((b.to(tl.int64) * T + m % TP) * C + m // TP) * area
-            tl.store(into[:, None] + to[None, :], near, mask=seen)
-        if MULTIPLICATIVE:
-            own_row, _ = row_planes(x, b, sB, sT, sC, T, C, TP, M)
-            here = h * sH + w * sW
-            if WIDE:
-                here = h.to(tl.int64) * sH + w.to(tl.int64) * sW
-            up *= tl.load(own_row[:, None] + here[None, :], mask=seen, other=0.0).to(tl.float32)
-        if GATE > 0:
+        seen = is_plane(m, layout)[:, None] & own[None, :]
+        at = planes(grad, b, layout, M)[:, None] + pixel(grad, h, w, layout)[None, :]
+        up = tl.load(at, mask=seen, other=0.0).to(tl.float32)
+        if direct is not None:
+            g = clip_gate(gate, pieces, b, pixels, layout)
+            near = up * (offset + priors(z, g, layout, N))
+            tl.store(planes(direct, b, layout, M)[:, None] + pixel(direct, h, w, layout)[None, :], near, mask=seen)
+        if layout.multiplicative:
+            here = planes(x, b, layout, M)[:, None] + pixel(x, h, w, layout)[None, :]
+            up *= tl.load(here, mask=seen, other=0.0).to(tl.float32)
+        if layout.gated:
             tl.store(partial_gate + tile.to(tl.int64) * M + m, tl.sum(up, axis=1))
-        if CONV:
-            if STENCIL_GROUP >= 0:
+        if layout.conv:
+            if layout.stencil:
                 group = tl.arange(0, JP)[:, None, None]
                 by_group = tl.reshape(up, (JP, TP, N))
                 shared = tl.sum(by_group, axis=0)
-                up = tl.reshape(tl.where(group == STENCIL_GROUP, shared[None, :, :], by_group), (M, N))
+                up = tl.reshape(tl.where(group == layout.stencil_group, shared[None, :, :], by_group), (M, N))
             dz = up * (z * (1.0 - z))
             # Zeros go beside the image, so that weigh need not ask where a row ends.
             beside = (h < H) & (w >= -PAD) & (w < W + PAD) & ((w < 0) | (w >= W))
-            into = dz_out + (b.to(tl.int64) * M + m) * (H.to(tl.int64) * pitch) + PAD
-            to = h * pitch + w
-            if WIDE:
-                to = h.to(tl.int64) * pitch + w
-            tl.store(into[:, None] + to[None, :], dz.to(dz_out.dtype.element_ty), mask=(own | beside)[None, :])
+            to = dz_rows(dz_out, b, m, layout)[:, None] + pixel(dz_out, h, w, layout)[None, :]
+            tl.store(to, dz.to(dz_out.data.dtype.element_ty), mask=(own | beside)[None, :])
 
 
 @triton.jit(do_not_specialize=["H"])
-def weigh(
-    x, dz, partial, partial_bias, sB, sT, sC, sH, sW, H, W, pitch, tiles_h, tiles, total_tiles,
-    T: tl.constexpr, C: tl.constexpr, TP: tl.constexpr, JP: tl.constexpr, KQ: tl.constexpr,
-    ONE: tl.constexpr, PAD: tl.constexpr, WIDE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, HALO: tl.constexpr,
+def weigh_kernel(
+    x, dz, partial, partial_bias, H, W, down, tiles, total_tiles,
+    layout: tl.constexpr, numbers: tl.constexpr, block: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The folded weights' gradient: a program adds up a run of tiles; ROWS_AT_ONCE 1: the grid's axis 1 is the row.
 
     dz's rows come three times, one column to the right, in place and to the left, as one operand of 3 (padded: 4) times
     the rows: the three column taps are one product, and warps share its rows out evenly.
     """
-    M: tl.constexpr = JP * TP
-    K: tl.constexpr = KQ * TP
-    N: tl.constexpr = BH * BW
+    M: tl.constexpr = layout.rows
+    K: tl.constexpr = layout.columns
+    ONE: tl.constexpr = layout.one
     pid = tl.program_id(0)
     first_row = tl.program_id(1)
     r = tl.arange(0, 4 * M)
     by = 1 - r // M % 3
+    k = tl.arange(0, K)
+    live = is_plane(k, layout)
     d0 = tl.zeros((4 * M, K), tl.float32)
     d1 = tl.zeros((4 * M, K), tl.float32)
     d2 = tl.zeros((4 * M, K), tl.float32)
     dbias = tl.zeros((4 * M, 16), tl.float32)
-    ones = tl.full((N, 16), 1.0, DT)
+    ones = tl.full((block.pixels, 16), 1.0, numbers.operand)
     first, last = run_of_tiles(total_tiles)
     for step in tl.range(0, last - first, num_stages=1):
         tile = first + step
         b = tile // tiles
-        h, w, own = tile_pixels(tile % tiles % tiles_h, tile % tiles // tiles_h, H, W, BH, BW, HALO)
-        plane, live = row_planes(x, b, sB, sT, sC, T, C, TP, K)
-        at = dz + (b.to(tl.int64) * M + r % M) * (H.to(tl.int64) * pitch) + (PAD + by)
-        to = h * pitch + w
-        if WIDE:
-            to = h.to(tl.int64) * pitch + w
-        z = tl.load(at[:, None] + to[None, :], mask=own[None, :], other=0.0)
-        z, z_low = halves(z, SPLIT, DT)
-        if SPLIT >= 1:
-            dbias = tl.dot(z_low, ones, dbias, input_precision=PRECISION)
-        dbias = tl.dot(z, ones, dbias, input_precision=PRECISION)
-        v, low = split(load_row(plane, live, h + (first_row - 1), w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
-        d0 = outer(z, z_low, v, low, d0, SPLIT, PRECISION)
+        h, w, own = tile_pixels(tile % tiles % down, tile % tiles // down, H, W, block)
+        plane = planes(x, b, layout, K)
+        at = dz_rows(dz, b, r % M, layout) + by
+        z = tl.load(at[:, None] + pixel(dz, h, w, layout)[None, :], mask=own[None, :], other=0.0)
+        z, z_low = split(z, 1, numbers)
+        if numbers.split >= 1:
+            dbias = tl.dot(z_low, ones, dbias, input_precision=numbers.precision)
+        dbias = tl.dot(z, ones, dbias, input_precision=numbers.precision)
+        v, low = split(load_row(x, plane, live, h + (first_row - 1), w, H, W, ONE, layout), 2, numbers)
+        d0 = outer(z, z_low, v, low, d0, numbers)
         if ROWS_AT_ONCE == 3:
-            v, low = split(load_row(plane, live, h, w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
-            d1 = outer(z, z_low, v, low, d1, SPLIT, PRECISION)
-            v, low = split(load_row(plane, live, h + 1, w, H, W, sH, sW, ONE, WIDE), SPLIT, DT)
-            d2 = outer(z, z_low, v, low, d2, SPLIT, PRECISION)
+            v, low = split(load_row(x, plane, live, h, w, H, W, ONE, layout), 2, numbers)
+            d1 = outer(z, z_low, v, low, d1, numbers)
+            v, low = split(load_row(x, plane, live, h + 1, w, H, W, ONE, layout), 2, numbers)
+            d2 = outer(z, z_low, v, low, d2, numbers)
     TAPS: tl.constexpr = 3 * M * K
-    k = tl.arange(0, K)
     to = partial + pid.to(tl.int64) * (3 * TAPS) + first_row * TAPS + r[:, None] * K + k[None, :]
-    kept = (r < 3 * M)[:, None] & is_column(k, T, C, TP, ONE)[None, :]
+    kept = (r < 3 * M)[:, None] & is_column(k, layout)[None, :]
     tl.store(to, d0, mask=kept)
     if ROWS_AT_ONCE == 3:
         tl.store(to + TAPS, d1, mask=kept)
@@ -171,47 +216,50 @@ def weigh(
 
 
 @triton.jit(do_not_specialize=["H"])
-def part(
-    x, grad, z, gate, dz, direct, partial_gate, sB, sT, sC, sH, sW, gB, gT, gC, gH, gW, H, W, offset,
-    T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, GATE: tl.constexpr,
-    MULTIPLICATIVE: tl.constexpr, STORE_DIRECT: tl.constexpr, BLOCK: tl.constexpr,
+def part_kernel(
+    x, grad, z, bias, gate, dz, direct, shares, shares_numel, H, W, offset,
+    T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sweep's pixelwise half alone, for planes too many for one tile: from z to dz, in z's rows."""
+    """A program takes pixels of one frame, from z to dz, in z's rows."""
     frame = tl.program_id(1).to(tl.int64)
-    b = frame // T
     t = frame % T
     area = H.to(tl.int64) * W
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     seen = i < area
-    base = b * ((T * C if HMEM else 0) + (T if STENCIL else 0)) * area + i
-    stencil_row = base + ((T * C if HMEM else 0) + t) * area
+    PLANES: tl.constexpr = T * C if HMEM else 0
+    ROWS: tl.constexpr = PLANES + (T if STENCIL else 0)
+    base = frame // T * ROWS * area + i
     shared = tl.zeros((BLOCK,), tl.float32)
     gathered = tl.zeros((BLOCK,), tl.float32)
     if STENCIL:
-        shared = sigmoid(tl.load(z + stencil_row, mask=seen, other=0.0).to(tl.float32))
-    source = x + b * sB + t * sT + i // W * sH + i % W * sW
-    incoming = grad + b * gB + t * gT + i // W * gH + i % W * gW
+        shared = conv_prior(z + base, None, PLANES + t, area, seen)
+    source = x.data + frame // T * x.clip + t * x.frame + i // W * x.row + i % W * x.column
+    incoming = grad.data + frame // T * grad.clip + t * grad.frame + i // W * grad.row + i % W * grad.column
     for c in tl.range(0, C):
         up = tl.load(incoming, mask=seen, other=0.0).to(tl.float32)
         near = up
         total = shared
         s = shared
         if HMEM:
-            s = sigmoid(tl.load(z + base + (t * C + c) * area, mask=seen, other=0.0).to(tl.float32))
+            s = conv_prior(z + base, bias, t * C + c, area, seen)
             total = shared + s
         if MULTIPLICATIVE:
-            if GATE:
+            if gate is not None:
                 total += tl.load(gate + frame * C + c).to(tl.float32)
             near = up * (offset + total)
             up *= tl.load(source, mask=seen, other=0.0).to(tl.float32)
-        if STORE_DIRECT:
+        if direct is not None:
             tl.store(direct + (frame * C + c) * area + i, near, mask=seen)
+        share = shares + (frame * C + c) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(share, tl.sum(up, axis=0))
         if HMEM:
-            tl.store(dz + base + (t * C + c) * area, (up * (s * (1.0 - s))).to(dz.dtype.element_ty), mask=seen)
-        if GATE:
-            tl.store(partial_gate + (frame * C + c) * tl.num_programs(0) + tl.program_id(0), tl.sum(up, axis=0))
+            d = up * (s * (1.0 - s))
+            tl.store(dz + base + (t * C + c) * area, d.to(dz.dtype.element_ty), mask=seen)
+            tl.store(share + shares_numel, tl.sum(d, axis=0))
         gathered += up
-        source += sC
-        incoming += gC
+        source += x.channel
+        incoming += grad.channel
     if STENCIL:
-        tl.store(dz + stencil_row, (gathered * (shared * (1.0 - shared))).to(dz.dtype.element_ty), mask=seen)
+        d = gathered * (shared * (1.0 - shared))
+        tl.store(dz + base + (PLANES + t) * area, d.to(dz.dtype.element_ty), mask=seen)

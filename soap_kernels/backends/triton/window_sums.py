@@ -3,12 +3,37 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from soap_kernels.backends.triton import plan
+from soap_kernels.backends.triton.plan import wide
+
+PLANE_BLOCK, COPY_BLOCK = 2048, 1024  # pixels that a program takes at once
+
+
+def window_sums(x: Tensor) -> Tensor:
+    n, channels, height, width = x.shape
+    out = torch.empty((n, channels, 3, 3), device=x.device)
+    plan.launch(
+        window_sums_kernel, (n * channels,), x, out, channels, *x.stride(), height, width, WIDE=wide(x),
+        BLOCK=PLANE_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def window_sums_backward(grad: Tensor, x: Tensor) -> Tensor:
+    n, channels, height, width = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grid = (-(-height * width // COPY_BLOCK), n * channels)
+    plan.launch(window_sums_backward_kernel, grid, grad, dx, height, width, BLOCK=COPY_BLOCK, num_warps=4)
+    return dx
 
 
 @triton.jit(do_not_specialize=["H"])
-def window_sums(
+def window_sums_kernel(
     x, out, C, sN, sC, sH, sW, H, W, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A program takes a plane: its total, its border rows and columns and their corners, then out ``[3, 3]``."""
@@ -49,7 +74,7 @@ def window_sums(
 
 
 @triton.jit(do_not_specialize=["H"])
-def window_sums_backward(grad, dx, H, W, BLOCK: tl.constexpr):
+def window_sums_backward_kernel(grad, dx, H, W, BLOCK: tl.constexpr):
     """Each pixel's gradient is the sum over the taps that see it; dx is contiguous."""
     plane = tl.program_id(1).to(tl.int64)
     area = H.to(tl.int64) * W

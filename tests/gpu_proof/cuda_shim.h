@@ -7,17 +7,15 @@
 // AddressSanitizer sees an access past it, and a read of what nobody wrote poisons the result. A barrier that not all
 // threads reach, a warp-wide instruction that not all lanes reach, and a misaligned ldmatrix row are errors.
 //
-// CUDA_SHIM_RECORD=FILE: kernels are not run; a line for each launch tells its symbol, grid, block, shared memory and the
-// bytes of its arguments, for whoever runs the compiled kernel elsewhere. CUDA_SHIM_PROCESSORS: multiprocessors, default 2.
+// CUDA_SHIM_PROCESSORS: multiprocessors, default 2.
 //
 // Of the tensor core instructions it models m16n8k16, m16n8k8 (bf16, fp16) and ldmatrix x2, x4, plain and transposed, by
 // the lane layouts of the PTX manual. Kernels and shim share that reading; Triton's compiler is asked for the layouts of
-// mma too (test_cuda_layouts.py), and the same cases come out right on a GPU (test_gpu_cuda.py).
+// mma too (test_mma_layouts.py), and the same cases come out right on a GPU (test_gpu_cuda.py).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -51,6 +49,13 @@
 
 namespace cuda_shim {
 
+constexpr int LANES = 32, ALIGNMENT = 128;
+// Limits of a launch: threads of a block, blocks along y and z, bytes of shared memory (on sm_90).
+constexpr int MAX_THREADS = 1024;
+constexpr unsigned MAX_GRID_YZ = 65535;
+constexpr size_t MAX_SHARED = 227 * 1024;
+constexpr int UNWRITTEN = 0xff;  // of each byte of fresh shared memory: every float is NaN
+
 enum class State { ready, at_block, at_warp, done };
 
 struct Block;
@@ -68,7 +73,7 @@ struct Fiber {
 struct Warp {
   unsigned generation = 0, arrived = 0;
   int site = 0;
-  alignas(16) char deposits[2][32][16];
+  alignas(16) char deposits[2][LANES][16];
 };
 struct Block {
   uint3 bid;
@@ -169,7 +174,7 @@ inline void run_block(Block& b, Order how) {
   for (;;) {
     const unsigned turn = how == Order::random ? (random = random * 1664525u + 1013904223u) >> 16 : 0;
     for (int i = 0; i < warps; ++i) {
-      const int wi = how == Order::reverse ? warps - 1 - i : int((i + turn) % unsigned(warps)), low = wi * 32, count = std::min(threads, low + 32) - low;
+      const int wi = how == Order::reverse ? warps - 1 - i : int((i + turn) % unsigned(warps)), low = wi * LANES, count = std::min(threads, low + LANES) - low;
       for (;;) {
         bool progress = false, waiting = false;
         const unsigned shift = how == Order::random ? (random = random * 1664525u + 1013904223u) >> 16 : 0;
@@ -205,11 +210,17 @@ inline std::vector<char*>& stacks() {
   return all;
 }
 
-inline void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body) {
+// For counting.cpp: what was launched last, how many launches, and mma instructions of warps, there have been.
+inline const char* kernel_name = "";
+inline int64_t launches = 0, products = 0;
+
+inline void launch(const char* name, dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body) {
+  kernel_name = name;
+  ++launches;
   const int threads = int(block.x * block.y * block.z);
-  if (threads > 1024) throw std::runtime_error("cuda_shim: more than 1024 threads a block");
-  if (bytes > 227 * 1024) throw std::runtime_error("cuda_shim: more than 227 KiB of shared memory");
-  if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("cuda_shim: the grid is too large");
+  if (threads > MAX_THREADS) throw std::runtime_error("cuda_shim: more than 1024 threads a block");
+  if (bytes > MAX_SHARED) throw std::runtime_error("cuda_shim: more than 227 KiB of shared memory");
+  if (grid.y > MAX_GRID_YZ || grid.z > MAX_GRID_YZ) throw std::runtime_error("cuda_shim: the grid is too large");
   while (int(stacks().size()) < threads)
     stacks().push_back(static_cast<char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)));
   const Order how = order();
@@ -218,19 +229,19 @@ inline void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void
   b.gdim = grid;
   b.body = &body;
   b.fibers.resize(threads);
-  b.warps.resize((threads + 31) / 32);
+  b.warps.resize((threads + LANES - 1) / LANES);
   for (int i = 0; i < threads; ++i) {
     Fiber& f = b.fibers[i];
     f.index = i;
-    f.lane = i & 31;
-    f.warp = i >> 5;
+    f.lane = i % LANES;
+    f.warp = i / LANES;
     f.block = &b;
     f.stack = stacks()[i];
     f.tid = make_uint3(i % block.x, i / block.x % block.y, i / block.x / block.y);
   }
   struct Shared {
     void* p = nullptr;
-    explicit Shared(size_t n) { if (posix_memalign(&p, 128, n)) throw std::bad_alloc(); }
+    explicit Shared(size_t n) { if (posix_memalign(&p, ALIGNMENT, n)) throw std::bad_alloc(); }
     ~Shared() { std::free(p); }
   } shared(bytes ? bytes : 1);
   b.shared = static_cast<unsigned char*>(shared.p);
@@ -238,7 +249,7 @@ inline void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void
   for (int64_t k = 0; k < blocks; ++k) {
     const int64_t i = how == Order::reverse ? blocks - 1 - k : k;
     b.bid = make_uint3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y));
-    std::memset(b.shared, 0xff, bytes);
+    std::memset(b.shared, UNWRITTEN, bytes);
     run_block(b, how);
   }
 }
@@ -246,22 +257,6 @@ inline void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void
 inline int processors() {
   const char* e = std::getenv("CUDA_SHIM_PROCESSORS");
   return e && *e ? std::atoi(e) : 2;
-}
-
-// True if launches are only to be written down.
-template <class... Args> inline bool record(void* kernel, const char* text, dim3 grid, dim3 block, size_t shared, const Args&... args) {
-  const char* path = std::getenv("CUDA_SHIM_RECORD");
-  if (!path || !*path) return false;
-  std::FILE* file = std::fopen(path, "a");
-  if (!file) throw std::runtime_error("cuda_shim: cannot write the launches");
-  Dl_info info{};
-  const bool named = dladdr(kernel, &info) && info.dli_sname;
-  std::fprintf(file, "%s %u %u %u %u %u %u %zu ", named ? info.dli_sname : text, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
-  const auto bytes = [file](const unsigned char* p, size_t n) { for (size_t i = 0; i < n; ++i) std::fprintf(file, "%02x", p[i]); };
-  (bytes(reinterpret_cast<const unsigned char*>(&args), sizeof(args)), ...);
-  std::fputc('\n', file);
-  std::fclose(file);
-  return true;
 }
 
 inline void sync_block(int line) {
@@ -272,10 +267,10 @@ inline void sync_block(int line) {
 inline void sync_warp(int line) {
   Fiber* f = current;
   Warp& w = f->block->warps[f->warp];
-  const int live = std::min(32, int(f->block->fibers.size()) - f->warp * 32);
+  const int live = std::min(LANES, int(f->block->fibers.size()) - f->warp * LANES);
   w.arrived |= 1u << f->lane;
   w.site = line;
-  if (w.arrived == (live == 32 ? 0xffffffffu : (1u << live) - 1)) {
+  if (w.arrived == (live == LANES ? 0xffffffffu : (1u << live) - 1)) {
     w.arrived = 0;
     ++w.generation;
     return;
@@ -312,6 +307,7 @@ inline float half_of(uint32_t pair, int high, bool is_fp16) {
 // n * 4 + k % 8 / 2; C: registers of lane (row % 8) * 4 + n / 2: 2 * (row / 8) + n % 2.
 template <int KR> inline void mma(float* c, const uint32_t* a, const uint32_t* b, bool is_fp16, int line) {
   const int lane = current->lane, g = lane / 4, q = lane % 4;
+  if (lane == 0) ++products;
   uint32_t all_a[32][2 * KR], all_b[32][KR];
   auto pa = exchange(a, 8 * KR, line);
   for (int i = 0; i < 32; ++i) std::memcpy(all_a[i], pa[i], 8 * KR);
@@ -352,16 +348,11 @@ template <int N, bool TRANS> inline void ldmatrix(uint32_t* out, const void* row
 #define blockIdx (cuda_shim::current->block->bid)
 #define blockDim (cuda_shim::current->block->bdim)
 #define gridDim (cuda_shim::current->block->gdim)
-#ifndef CUDA_SHIM_DROP_BARRIER  // a line whose __syncthreads is taken out, to see that the tests notice
-#define CUDA_SHIM_DROP_BARRIER -1
-#endif
-#define __syncthreads() ((__LINE__) == (CUDA_SHIM_DROP_BARRIER) ? void() : cuda_shim::sync_block(__LINE__))
+#define __syncthreads() cuda_shim::sync_block(__LINE__)
 #define __syncwarp() cuda_shim::sync_warp(__LINE__)
 #define __shfl_xor_sync(mask, v, x) cuda_shim::shuffle_xor(v, x, __LINE__)
-#define SOAP_LAUNCH(kernel, grid, block, smem, stream, ...)                                        \
-  (cuda_shim::record(reinterpret_cast<void*>(kernel), #kernel, grid, block, smem, __VA_ARGS__) \
-       ? void()                                                                                    \
-       : cuda_shim::launch(grid, block, smem, [&] { kernel(__VA_ARGS__); }))
+#define SOAP_LAUNCH(kernel, grid, block, smem, stream, ...) \
+  cuda_shim::launch(#kernel, grid, block, smem, [&] { kernel(__VA_ARGS__); })
 #define SOAP_SHARED(T, name) T* name = reinterpret_cast<T*>(cuda_shim::current->block->shared)
 
 #define cudaGetLastError() cudaSuccess
@@ -382,7 +373,7 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   return r;
 }
 
-namespace soap {
+namespace soap::cuda {
 using Address = const char*;  // a 32-bit number on a GPU
 inline Address address_of(const void* p) { return static_cast<Address>(p); }
 struct Fragment { uint32_t v[4]; };
@@ -392,4 +383,4 @@ inline void ldmatrix_x2(uint32_t& a, uint32_t& b, Address row) { uint32_t v[2]; 
 inline void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, Address row) { uint32_t v[2]; cuda_shim::ldmatrix<2, true>(v, row, __LINE__); a = v[0]; b = v[1]; }
 template <bool HALF> inline void mma_k16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) { const uint32_t b[2] = {b0, b1}; cuda_shim::mma<2>(c, a, b, HALF, __LINE__); }
 template <bool HALF> inline void mma_k8(float* c, const uint32_t* a, uint32_t b0) { cuda_shim::mma<1>(c, a, &b0, HALF, __LINE__); }
-}  // namespace soap
+}  // namespace soap::cuda

@@ -16,7 +16,7 @@ from test_cuda_static import NVCC
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-OPS = ("cuda_forward", "cuda_prepare", "cuda_backward", "cuda_window_sums", "cuda_window_sums_backward")
+OPS = ("cuda_soap", "cuda_soap_backward", "cuda_fuse_priors", "cuda_fuse_priors_backward", "cuda_window_sums")
 
 # The package works on the CPU; then what of the CUDA library has come into the process.
 SERVE = """
@@ -111,5 +111,5 @@ def test_a_library_that_cannot_be_loaded_is_not_touched_without_cuda(tmp_path: P
 
 def test_a_library_that_cannot_be_loaded_is_a_reason_and_no_crash(tmp_path: Path) -> None:
     folder = package(tmp_path, None)
-    (said,) = run(sys.executable, folder, "from soap_kernels import cuda; print(cuda._load())")
+    (said,) = run(sys.executable, folder, "from soap_kernels.backends import cuda; print(cuda._load())")
     assert said.startswith("the CUDA library does not load (")

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Builds csrc/cuda with g++ and the shim into a library whose ops serve CPU tensors."""
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda"
 SHIM = Path(__file__).resolve().parent / "cuda_shim.h"
+COUNTING = SHIM.with_name("counting.cpp")
 KERNELS = ("prepare", "fuse", "sweep", "reduce", "finish", "exact", "wide", "window_sums")
 
 
@@ -39,21 +39,8 @@ def _torch_flags() -> list[str]:
     ]
 
 
-Replacement = tuple[str, str, str]  # file, text, other text
-# Leaves out all tensor core kernels but those of 2 or 3 channels, fp32 in three bf16 products and bf16: quick to compile.
-_GREY = "if (p.layout.padded_channels == 1) launch_{0}<X, MODE, 1>(p, stream);\n  else launch"
-FEW: tuple[Replacement, ...] = (
-    ("fuse.cu", _GREY.format("fuse"), "launch"),
-    ("sweep.cu", _GREY.format("sweep"), "launch"),
-    ("fuse.cu", "mode == BF16X3 ? launch_channels<float, BF16X3>(p, stream) : launch_channels<float, BF16X1>(p, stream)",
-     "launch_channels<float, BF16X3>(p, stream)"),
-    ("sweep.cu", "split ? launch_channels<float, BF16X3>(p, stream) : launch_channels<float, BF16X1>(p, stream)",
-     "launch_channels<float, BF16X3>(p, stream)"),
-    ("fuse.cu", "else if (x.dtype == F16) launch_channels<f16, F16X1>(p, stream);", ""),
-    ("sweep.cu", "else if (x.dtype == F16) launch_channels<f16, BF16X3>(p, stream);", ""),
-    ("fuse.cu", "else mode == BF16X3 ? launch_channels<uint8_t, BF16X3>(p, stream) : launch_channels<uint8_t, F16X1>(p, stream);", ""),
-    ("sweep.cu", "else split ? launch_channels<uint8_t, BF16X3>(p, stream) : launch_channels<uint8_t, BF16X1>(p, stream);", ""),
-)  # fmt: skip
+# Leaves out most instances of the tensor core kernels (csrc/cuda/tile.cuh): quick to compile.
+FEW = ("-DSOAP_FEW",)
 
 
 def _included(name: str, sources: Mapping[str, str]) -> dict[str, str]:
@@ -68,13 +55,18 @@ def _included(name: str, sources: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement, ...] = ()) -> Path:
+def _plants(sources: Mapping[str, str], plant: str) -> bool:
+    return any(f"planted<{plant}>" in text for text in sources.values())
+
+
+def build(folder: Path, flags: tuple[str, ...] = (), plant: str | None = None, counting: bool = False) -> Path:
     """The library, built once a set of sources and flags; an object that no change reaches is not compiled again.
 
     Args:
         folder: where products go.
-        flags: for g++, e.g. ``-fsanitize=address``.
-        replace: changes of the sources: ``FEW``, or a mutation, to see that the tests notice it.
+        flags: for g++: ``FEW``, ``-fsanitize=address``.
+        plant: a mistake of ``csrc/cuda/device.cuh`` to compile in, to see that the tests notice it.
+        counting: with counting.cpp, which counts what kernels access.
 
     Raises:
         subprocess.CalledProcessError: it does not compile; the compiler's messages are in ``stderr``.
@@ -84,15 +76,13 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement,
     assert include is not None
     assert compiler is not None
     sources = {p.name: p.read_text() for p in sorted(SOURCE.iterdir()) if p.suffix in (".cu", ".cuh", ".h", ".cpp")}
-    for name, text, other in replace:
-        assert text in sources[name], f"{name} holds no {text!r}"
-        sources[name] = sources[name].replace(text, other)
-    shim = SHIM.read_text()
+    assert plant is None or _plants(sources, plant), f"nothing in csrc/cuda is planted<{plant}>"
+    own_sources = [SHIM.read_text(), COUNTING.read_text() if counting else ""]
 
-    def key_of(texts: Mapping[str, str]) -> str:
-        return hashlib.sha256(repr((texts, shim, flags, torch.__version__)).encode()).hexdigest()[:16]
+    def key_of(texts: Mapping[str, str], flags: Sequence[str]) -> str:
+        return hashlib.sha256(repr((texts, own_sources, flags, torch.__version__)).encode()).hexdigest()[:16]
 
-    key = key_of(sources)
+    key = key_of(sources, [*flags, str(plant)])
     library = folder / f"libsoap_shim_{key}.so"
     if library.exists():
         return library
@@ -113,21 +103,27 @@ def build(folder: Path, flags: tuple[str, ...] = (), replace: tuple[Replacement,
     ]
 
     def compile_one(name: str) -> Path:
-        source = "ops.cpp" if name == "ops" else f"{name}.cu"
-        product = folder / f"{name}-{key_of(_included(source, sources))}.o"
+        source = work / ("ops.cpp" if name == "ops" else "counting.cpp" if name == "counting" else f"{name}.cu")
+        own = _torch_flags() if name == "ops" else ["-x", "c++", "-include", str(SHIM)]
+        included = _included(source.name, sources)
+        if plant and _plants(included, plant):
+            own.append(f"-DSOAP_PLANT={plant}")
+        if name == "counting":
+            source = COUNTING
+        elif counting and name != "ops":
+            own.append("-fsanitize=thread")  # a call before each access, which counting.cpp takes
+        product = folder / f"{name}-{key_of(included, [*flags, *own])}.o"
         if product.exists():
             return product
-        own = _torch_flags() if name == "ops" else ["-x", "c++", "-include", str(SHIM)]
         part = work / f"{name}.o"
-        command = [*common, *own, "-c", str(work / source), "-o", str(part)]
+        command = [*common, *own, "-c", str(source), "-o", str(part)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         part.replace(product)
         return product
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        products = list(
-            pool.map(compile_one, ("ops", "sweep", "fuse", *(k for k in KERNELS if k not in ("sweep", "fuse"))))
-        )
+        names = ["ops", "sweep", "fuse", *(k for k in KERNELS if k not in ("sweep", "fuse"))]  # the longest first
+        products = list(pool.map(compile_one, [*names, "counting"] if counting else names))
     torch_lib = Path(torch.__file__).parent / "lib"
     part = work / "library.so"
     subprocess.run(

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soap_kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cuda_cases import FUSIONS, SOAPS, WIDE_FUSIONS, WIDES, check_fusion, check_soap, check_window_sums
 from soap_kernels.backends import cuda
 
+SHARED_MEMORY = 227 * 1024  # that a block of sm_90 can have, which the shim checks
+
 
 def use(library: Path | str) -> None:
     """Makes the cuda backend serve CPU tensors through a shim library."""
     torch.ops.load_library(str(library))
-    cuda.shared_memory_limit = lambda device: 227 * 1024  # type: ignore[assignment]
+    cuda.shared_memory_limit = lambda device: SHARED_MEMORY  # type: ignore[assignment]
 
 
 def main(library: str, names: list[str]) -> int:

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 KINDS = {
     "fp32": (torch.float32, torch.float32, "default"),
     "bf16": (torch.bfloat16, torch.bfloat16, "default"),
+    "fp16-fp32": (torch.float16, torch.float32, "default"),
     "fast": (torch.float32, torch.float32, "fast"),
     "strict": (torch.float32, torch.float32, "strict"),
     "uint8": (torch.uint8, torch.bfloat16, "default"),
@@ -69,6 +70,17 @@ def test_forward_takes_two_launches_and_backward_four() -> None:
     assert names == ["prepare", "fuse", "sweep", "weigh", "reduce", "finish"]
 
 
+def test_kernels_compiled_with_an_older_layout_are_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's cache on disk knows a kernel's text and its constants' key, not what their properties compute."""
+    from soap_kernels.backends.triton.plan import Layout
+
+    layout = Layout(8, 3, 4, False)
+    before = layout.cache_key
+    assert layout.cache_key == before != Layout(8, 3, 1, False).cache_key
+    monkeypatch.setattr(Layout, "padded_frames", property(lambda self: 16))
+    assert layout.cache_key != before
+
+
 def test_forward_leaves_little_for_backward() -> None:
     from soap_kernels.backends.triton import BACKEND
 
@@ -84,7 +96,7 @@ def test_forward_leaves_little_for_backward() -> None:
 def test_bytes_moved_backward(kind: str, architecture: int) -> None:
     """At most three times what the CUDA kernels may: 1.2 x (1 read of x + 1 of the gradient), and partial sums."""
     found = {launch.name: launch for launch in launches(kind, architecture=architecture)}
-    x, grad = (found["sweep"].arguments[name] for name in ("x", "grad"))
+    x, grad = (found["sweep"].arguments[name].data for name in ("x", "grad"))
     once = x.numel() * x.element_size() + grad.numel() * grad.element_size()
     moved = [static_gpu.triton_bytes(found[name]) for name in ("sweep", "weigh", "reduce", "finish")]
     assert sum(m.pixels for m in moved) <= 3 * 1.2 * once
@@ -97,7 +109,7 @@ def test_bytes_moved_backward(kind: str, architecture: int) -> None:
 def test_bytes_moved_forward(kind: str, most: float) -> None:
     """In units of x, whose bytes are y's too."""
     found = {launch.name: launch for launch in launches(kind)}
-    x = found["fuse"].arguments["x"]
+    x = found["fuse"].arguments["x"].data
     moved = [static_gpu.triton_bytes(found[name]).pixels for name in ("prepare", "fuse")]
     assert sum(moved) <= most * x.numel() * x.element_size()
 
@@ -105,31 +117,31 @@ def test_bytes_moved_forward(kind: str, most: float) -> None:
 def test_bytes_are_counted_once_a_program() -> None:
     """The count by intervals, against each program's own set of addresses."""
     for launch in launches("fp32"):
-        a = launch.arguments
         if launch.name not in ("sweep", "weigh"):
             continue
-        x = a["x"]
-        around = a["HALO"] if launch.name == "sweep" else 0
-        total, step, pixels = a["total_tiles"], a["BW"] - 2 * a["HALO"], 0
+        a = launch.arguments
+        x, block = a["x"].data, a["block"]
+        around = block.halo if launch.name == "sweep" else 0
+        total, step, pixels = a["total_tiles"], block.step, 0
         for p in range(launch.grid[0]):
             seen = torch.zeros(2 * total // a["tiles"], 224, 224, dtype=torch.bool)
             for tile in range(p * total // launch.grid[0], (p + 1) * total // launch.grid[0]):
                 clip, within = divmod(tile, a["tiles"])
-                column, row = divmod(within, a["tiles_h"])
-                h, w = row * a["BH"], column * step
-                seen[clip, max(h - 1, 0) : h + a["BH"] + 1, max(w - around, 0) : w + step + around] = True
+                column, row = divmod(within, a["down"])
+                h, w = row * block.height, column * step
+                seen[clip, max(h - 1, 0) : h + block.height + 1, max(w - around, 0) : w + step + around] = True
             pixels += int(seen.sum())
         counted = static_gpu.triton_bytes(launch).pixels
         if launch.name == "sweep":
-            others = sum(a[name].numel() * a[name].element_size() for name in ("grad", "dz_out"))
+            others = sum(a[name].data.numel() * a[name].data.element_size() for name in ("grad", "dz_out"))
         else:
-            others = int(32 * 4 * static_gpu._walked(launch, 6, 224, 224, 0, 1, beside=1))
+            others = int(32 * 4 * static_gpu.tiling(launch, 0, 1, beside=1).walked(launch.grid[0]))
         assert 0 <= counted - others - pixels * 24 * x.element_size() < 0.003 * counted, launch.name
 
 
 def check_compiled(kinds: list[str], architecture: int) -> None:
     for kind in kinds:
-        for launch in launches(kind, kind in ("fp32", "bf16"), architecture):
+        for launch in launches(kind, kind in ("fp32", "bf16", "fp16-fp32"), architecture):
             if kind != kinds[0] and launch.name in ("prepare", "reduce", "finish"):
                 continue
             facts = static_gpu.compile_launch(launch, architecture)
@@ -153,7 +165,12 @@ def test_kernels_compile_for_hopper_without_a_spill() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 @pytest.mark.parametrize(
     ("architecture", "kinds"),
-    [(80, ["fp32", "fast", "uint8-fp32"]), (90, ["fp32", "strict"]), (100, ["fp32", "bf16"]), (120, ["fp32", "uint8"])],
+    [
+        (80, ["fp32", "fast", "uint8-fp32"]),
+        (90, ["fp32", "strict", "fp16-fp32"]),
+        (100, ["fp32", "bf16"]),
+        (120, ["fp32", "uint8"]),
+    ],
 )
 def test_kernels_compile_without_a_spill(architecture: int, kinds: list[str]) -> None:
     """A share of the kinds on each architecture; compiling takes seconds a kernel."""

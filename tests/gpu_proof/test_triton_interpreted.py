@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from soap_kernels import equations
-from soap_kernels.backends import Fusion, reference
+from soap_kernels import equations, op
+from soap_kernels.backends import Fusion, Priors, reference
 from soap_kernels.compat import TriplePrior
 from soap_kernels.frames import as_float
 from soap_kernels.modules import SOAP
@@ -97,6 +97,48 @@ def test_frames_need_a_gradient() -> None:
     check((1, 2, 1, 2, 5), sizes=(1,))
 
 
+def check_like_the_reference(run: Callable[[list[Tensor], str], Tensor], inputs: Sequence[Tensor], size: float) -> None:
+    """Gradients of a loss as large as ``size``: finite where the reference's are, and equal to them."""
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [v.detach().clone().requires_grad_() for v in inputs]
+        y = run(leaves, backend)
+        found.append(torch.autograd.grad(y, leaves, torch.full_like(y, size)))
+    for gradient, expected in zip(*found, strict=True):
+        finite = expected.isfinite()
+        assert torch.equal(gradient.isfinite(), finite)
+        if finite.any():
+            assert worst(gradient[finite], expected[finite].double()) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "size"),
+    [((1, 4, 3, 5, 6), torch.float32, 6e5), ((1, 4, 3, 5, 6), torch.float16, 6e4), ((1, 3, 64, 4, 4), None, 6e3)],
+    ids=["frames, fp16 to fp32", "frames, fp16", "features, fp16"],
+)
+def test_gradients_of_fp16_frames_overflow_no_sooner_than_the_reference(
+    shape: tuple[int, int, int, int, int], out: torch.dtype | None, size: float
+) -> None:
+    """A loss scaler's gradients: what lies between them and those of the weights is not kept in fp16."""
+    torch.manual_seed(0)
+    weights = SOAP(*shape[1:3], (1, 2)).weights().flatten()
+
+    def run(leaves: list[Tensor], backend: str) -> Tensor:
+        return op.soap(leaves[0], leaves[1:], tuple_sizes=(1, 2), out_dtype=out, backend=backend)
+
+    check_like_the_reference(run, [torch.randn(shape).half(), *weights], size)
+
+
+def test_gradients_of_fp16_frames_that_are_multiplied_overflow_no_sooner_than_the_reference() -> None:
+    torch.manual_seed(0)
+    stencil, x = torch.randn(1, 1, 3, 3, 3) / 50, 30 * torch.randn(1, 4, 3, 5, 6).half()
+
+    def run(leaves: list[Tensor], backend: str) -> Tensor:
+        return op.fuse_priors(leaves[0], leaves[1], multiplicative=True, backend=backend)
+
+    check_like_the_reference(run, [x, stencil], 6e4)
+
+
 @pytest.mark.parametrize("channels", [3, 8])
 def test_fuse_priors_multiplied_and_interleaved(channels: int) -> None:
     torch.manual_seed(0)
@@ -106,12 +148,12 @@ def test_fuse_priors_multiplied_and_interleaved(channels: int) -> None:
     inputs = (torch.randn(1, 1, 3, 3, 3), torch.rand(shape[:3]), torch.randn(planes, planes, 3, 3), torch.randn(planes))
     settings = (True, 4.0, True, "default", "triton")
     y = torch.ops.soap_kernels.fuse_priors(x, *inputs, *settings)
-    exact = [v.double() for v in inputs]
+    exact = Priors(*(v.double() for v in inputs))
     fusion = Fusion(True, 4.0, True, "default")
-    assert worst(y, reference.BACKEND.fuse_priors(x.double(), *exact, fusion)) < 1e-5
+    assert worst(y, reference.BACKEND.fuse_priors(x.double(), exact, fusion)) < 1e-5
     needs = [True] * 5
     found = torch.ops.soap_kernels.fuse_priors_backward(grad, x, *inputs, *settings[:4], needs, "triton")
-    wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), *exact, fusion, needs)
+    wanted = reference.BACKEND.fuse_priors_backward(grad.double(), x.double(), exact, fusion, needs)
     assert max(worst(a, b) for a, b in zip(found, wanted, strict=True)) < 1e-5
 
 

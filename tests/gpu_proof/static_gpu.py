@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,6 +29,8 @@ PROCESSOR = {
     120: (65536, 1536, 100 * 1024),
 }
 PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}  # of an A100, an H100, a B200 and an RTX 5090
+# Of csrc/cuda: rows and columns of a tile, and how many blocks of sweep a multiprocessor gets.
+CUDA_FUSE_TILE, CUDA_SWEEP_TILE, CUDA_SWEEP_BLOCKS = (8, 32), (6, 32), 2
 # 128-bit, 64-bit, ... in a SASS mnemonic; without one the access is 32 bits wide.
 _WIDTH = re.compile(r"\.(?:U|S)?(128|64|16|8)\b")
 
@@ -39,12 +41,21 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # every parameter's value
-    options: dict[str, int]  # num_warps, ...
+    positional: tuple[Any, ...]
+    options: dict[str, Any]  # constants by name, num_warps, ...
 
     @property
     def name(self) -> str:
-        return str(self.kernel.__name__)
+        """The stage."""
+        return str(self.kernel.__name__).removesuffix("_kernel")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every parameter's value."""
+        names = list(self.kernel.arg_names)
+        found = {**dict(zip(names, self.positional, strict=False)), **self.options}
+        assert set(names) <= set(found), set(names) - set(found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -84,31 +95,41 @@ class Facts:
         return found
 
 
+class _Device:
+    """Stands in for a GPU that is not here: Triton's launcher asks it what to compile for."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.architecture = architecture
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # what is compiled is kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
 @contextmanager
 def recorded(architecture: int = 90) -> Iterator[list[Launch]]:
     """Records what the Triton backend would launch on an architecture instead of launching it; feed it meta tensors."""
-    from soap_kernels.backends.triton import ops, wide
+    from soap_kernels.backends.triton import plan
 
     found: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        names = list(kernel.arg_names)
-        arguments = dict(zip(names, args, strict=False))
-        arguments.update({k: v for k, v in options.items() if k in names})
-        assert set(names) == set(arguments), set(names) ^ set(arguments)
-        found.append(Launch(kernel, grid, arguments, {k: v for k, v in options.items() if k not in names}))
+        found.append(Launch(kernel, grid, args, options))
 
-    before: list[tuple[Any, Callable[..., None]]] = [(m, m.launch) for m in (ops, wide)]
-    processors = ops.processors
-    ops.processors = lambda x: (PROCESSORS[architecture], architecture)
+    before = plan.launch, plan.processors
+    plan.launch, plan.processors = record, lambda x: (PROCESSORS[architecture], architecture)
     try:
-        for module, _ in before:
-            module.launch = record
         yield found
     finally:
-        for module, launch in before:
-            module.launch = launch
-        ops.processors = processors
+        plan.launch, plan.processors = before
 
 
 def soap_launches(
@@ -132,58 +153,24 @@ def soap_launches(
     return list(found)
 
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
-    torch.float64: "*fp64",
-}
-
-
-def _specialize(path: tuple[int, ...], value: Any, constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    """A parameter's type as Triton's launcher would specialise it: pointers aligned, 1 constant, 16 divides or not."""
-    if isinstance(value, tuple):
-        return tuple(_specialize((*path, i), v, constants, attributes) for i, v in enumerate(value))
-    if isinstance(value, torch.Tensor):
-        attributes[path] = [["tt.divisibility", 16]]
-        return _POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if value is None or value == 1:
-        constants[path] = value
-        return "constexpr"
-    if value % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
 def compile_launch(launch: Launch, architecture: int) -> Facts:
+    """By Triton's own launcher, which stops before it would need the device."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        else:
-            fixed = parameter.do_not_specialize and isinstance(value, int)
-            signature[parameter.name] = "i32" if fixed else _specialize((i,), value, constants, attributes)
-    from soap_kernels.backends.triton.plan import compiled as options_of
-
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options_of(launch.options))
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Device(architecture))
+    try:
+        options = {"enable_fp_fusion": True, **launch.options}
+        compiled = launch.kernel.warmup(*launch.positional, grid=launch.grid, **options)
+    finally:
+        driver.set_active(before)
     threads = 32 * launch.options.get("num_warps", 4)
     return facts_of_cubin(launch.name, compiled.asm["cubin"], architecture, threads, compiled.metadata.shared)
 
 
 @cache
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -196,7 +183,7 @@ def facts_of_cubin(name: str, cubin: bytes, architecture: int, threads: int, sha
         binary.write_bytes(cubin)
         usage, sass = (
             subprocess.run([*command, str(binary)], capture_output=True, text=True, check=True).stdout
-            for command in ([_tool("cuobjdump"), "-res-usage"], [_tool("nvdisasm"), "-c"])
+            for command in ([tool("cuobjdump"), "-res-usage"], [tool("nvdisasm"), "-c"])
         )
     resources = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert resources is not None, usage
@@ -232,37 +219,67 @@ class Moved:
     partial: int  # of partial sums, which grow with the programs
 
 
-def _seen(tiles: range, size: int, step: int, around: int, limits: tuple[int, int]) -> int:
-    """Rows or columns that consecutive tiles of so many touch with what they read around them, inside the limits."""
-    first, last = tiles.start * step - around, (tiles.stop - 1) * step + size + around
-    return max(min(last, limits[1]) - max(first, limits[0]), 0)
+@dataclass(frozen=True)
+class Tiling:
+    """How tiles of ``height`` x ``width`` pixels cover clips of one size, and how much around them they read."""
+
+    clips: int
+    image: tuple[int, int]
+    height: int
+    width: int
+    rows: int = 0  # read above and below
+    columns: int = 0  # read left and right
+    beside: int = 0  # columns beside the image that can be read
+
+    @property
+    def down(self) -> int:
+        return -(-self.image[0] // self.height)
+
+    @property
+    def tiles(self) -> int:
+        return self.down * -(-self.image[1] // self.width)
+
+    def _high(self, first: int, last: int) -> int:
+        """Rows that tiles first .. last - 1 of a column touch."""
+        return min(last * self.height + self.rows, self.image[0]) - max(first * self.height - self.rows, 0)
+
+    def _across(self, column: int) -> int:
+        left, right = column * self.width - self.columns, (column + 1) * self.width + self.columns
+        return min(right, self.image[1] + self.beside) - max(left, -self.beside)
+
+    def touched(self) -> int:
+        """Pixels of a plane that programs touch which take a tile each."""
+        columns = range(self.tiles // self.down)
+        return self.clips * sum(self._high(t, t + 1) for t in range(self.down)) * sum(map(self._across, columns))
+
+    def walked(self, programs: int) -> int:
+        """The same of programs that share all clips' tiles and walk a run of them each, downwards."""
+        total, touched = self.clips * self.tiles, 0
+        for p in range(programs):
+            tile, last = p * total // programs, (p + 1) * total // programs
+            while tile < last:
+                end = min(last, (tile // self.down + 1) * self.down)
+                row, column = tile % self.down, tile % self.tiles // self.down
+                touched += self._high(row, row + end - tile) * self._across(column)
+                tile = end
+        return touched
 
 
-def _walked(launch: Launch, clips: int, height: int, width: int, rows: int, columns: int, beside: int = 0) -> int:
-    """Pixels of a plane that programs touch which walk runs of tiles, with so many rows and columns around."""
+def cuda_touched(clips: int, image: tuple[int, int], processors: int) -> tuple[int, int]:
+    """Pixels of a plane that the CUDA backend's fuse and sweep touch of x: csrc/cuda/sweep.cu, ``plan_sweep``."""
+    fuse = Tiling(clips, image, *CUDA_FUSE_TILE, rows=1, columns=1)
+    sweep = Tiling(1, image, *CUDA_SWEEP_TILE, rows=1, columns=1)
+    wanted = -(-CUDA_SWEEP_BLOCKS * processors // clips)
+    each = -(-sweep.tiles // wanted)
+    return fuse.touched(), clips * sweep.walked(-(-sweep.tiles // each))
+
+
+def tiling(launch: Launch, rows: int, columns: int, beside: int = 0) -> Tiling:
+    """Of a launch of the Triton backend on frames."""
     a = launch.arguments
-    down, total, programs = a["tiles_h"], a["total_tiles"], launch.grid[0]
-    assert total == clips * a["tiles"]
-    step = a["BW"] - 2 * a["HALO"]
-    touched = 0
-    for p in range(programs):
-        tile, last = p * total // programs, (p + 1) * total // programs
-        while tile < last:
-            end = min(last, (tile // down + 1) * down)
-            column = tile % a["tiles"] // down
-            high = _seen(range(tile % down, tile % down + end - tile), a["BH"], a["BH"], rows, (0, height))
-            touched += high * _seen(range(column, column + 1), step, step, columns, (-beside, width + beside))
-            tile = end
-    return touched
-
-
-def _tiled(launch: Launch, clips: int, height: int, width: int, rows: int, columns: int) -> int:
-    """The same of programs that take a tile each."""
-    a = launch.arguments
-    step = a["BW"] - 2 * a["HALO"]
-    down = sum(_seen(range(t, t + 1), a["BH"], a["BH"], rows, (0, height)) for t in range(-(-height // a["BH"])))
-    across = sum(_seen(range(t, t + 1), step, step, columns, (0, width)) for t in range(-(-width // step)))
-    return clips * down * across
+    frames = a["dx" if launch.name == "fuse_dx" else "x"].data
+    image = (frames.shape[3], frames.shape[4])
+    return Tiling(frames.shape[0], image, a["block"].height, a["block"].step, rows, columns, beside)
 
 
 def triton_bytes(launch: Launch) -> Moved:
@@ -270,29 +287,29 @@ def triton_bytes(launch: Launch) -> Moved:
     a = launch.arguments
 
     def size(name: str, numel: int | None = None) -> int:
-        return int(a[name].element_size() * (a[name].numel() if numel is None else numel))
+        tensor = a[name] if isinstance(a[name], torch.Tensor) else a[name].data
+        return int(tensor.element_size() * (tensor.numel() if numel is None else numel))
 
-    if launch.name == "reduce":
-        real = a["T"] * a["C"] + (a["ONE"] >= 0)
-        sums = 9 * a["JP"] * a["TP"] * real * a["programs"] if a["WEIGHTS"] else 0
-        return Moved(0, 4 * sums + sum(size(n) for n in ("partial_bias", "partial_gate") if a[n] is not None))
     if launch.name == "finish":
         return Moved(0, 0)
-    frames = a["dx" if launch.name == "fuse_dx" else "x"]
-    clips, planes, (height, width) = frames.shape[0], frames.shape[1] * frames.shape[2], frames.shape[3:]
-    image = (clips, height, width)
+    layout = a["layout"]
+    planes = layout.frames * layout.channels
+    sums = 4 * 9 * layout.rows * (planes + (layout.one >= 0))  # bytes of a program of weigh
+    if launch.name == "reduce":
+        given = [n for n in ("partial_bias", "partial_gate") if a[n] is not None]
+        return Moved(0, (sums * a["programs"] if a["partial"] is not None else 0) + sum(map(size, given)))
     if launch.name == "prepare":
-        return Moved(frames.numel() * frames.element_size(), 0)
+        return Moved(size("x"), 0)
+    halo = a["block"].halo
     if launch.name == "fuse":
-        return Moved(size("x", planes * _tiled(launch, *image, 1, a["HALO"])) + size("y"), 0)
-    row_count = a["JP"] * a["TP"]
+        return Moved(size("x", planes * tiling(launch, 1, halo).touched()) + size("y"), 0)
     if launch.name == "sweep":
-        x = size("x", planes * _walked(launch, *image, 1, a["HALO"]))
+        x = size("x", planes * tiling(launch, 1, halo).walked(launch.grid[0]))
         return Moved(x + size("grad") + size("dz_out"), size("partial_gate"))
     if launch.name == "weigh":
-        x = size("x", planes * _walked(launch, *image, 1, 0))
-        dz = size("dz", row_count * _walked(launch, *image, 0, 1, beside=1))
-        real = a["T"] * a["C"] + (a["ONE"] >= 0)
-        return Moved(launch.grid[1] * (x + dz), 4 * 9 * row_count * real * launch.grid[0] + size("partial_bias"))
+        x = size("x", planes * tiling(launch, 1, 0).walked(launch.grid[0]))
+        dz = size("dz", layout.rows * tiling(launch, 0, 1, beside=1).walked(launch.grid[0]))
+        return Moved(launch.grid[1] * (x + dz), sums * launch.grid[0] + size("partial_bias"))
     assert launch.name == "fuse_dx", launch.name
-    return Moved(size("dz", row_count * _tiled(launch, *image, 1, a["HALO"])) + size("direct") + size("dx"), 0)
+    dz = size("dz", layout.rows * tiling(launch, 1, halo).touched())
+    return Moved(dz + size("direct") + size("dx"), 0)
