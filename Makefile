@@ -74,14 +74,14 @@ benchmark: $(INSTALLED)
 	@echo "==> Timing SOAP's kernels"
 	$(BIN)/python -m benchmarks
 
-# The sdist, from it the wheel, then the wheel as auditwheel names it: every library that it does not bring is PyTorch's or
-# the system's. Unpacked beside nothing else, it has to pass the audit of its binary interface and the self-check.
 benchmark-check: $(INSTALLED)
 	@echo "==> Running every benchmark once on the smallest shapes, timing nothing"
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest benchmarks --benchmark-disable -q
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks --smallest --out build/benchmarks
 	$(BIN)/python -m benchmarks.autotune_triton --help > /dev/null
 
+# The sdist, from it the wheel, then the wheel as auditwheel names it: every library that it does not bring is PyTorch's or
+# the system's. Unpacked beside nothing else, it has to pass the audit of its binary interface and the self-check.
 wheel: $(INSTALLED)
 	@echo "==> Building the sdist, and from it the wheel"
 	rm -rf build/wheel dist && mkdir -p build/wheel

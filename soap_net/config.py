@@ -79,11 +79,11 @@ class ModelConfig:
     """SOAP, backbone and few-shot head."""
 
     backbone: str = "resnet50"
-    """tiny, resnet18, resnet34, resnet50, vit_b_16, efficientnet_lite0 or timm:<name>."""
+    """tiny, tiny3d, resnet18, resnet34, resnet50, vit_b_16, r3d_18, efficientnet_lite0 or timm:<name>."""
     weights: str | None = "imagenet"
     """imagenet, random (or null), or a .pth / .safetensors file."""
     head: str = "soap"
-    """Few-shot head."""
+    """Few-shot head: soap, prototype, tsn, otam, trx, bimhm or hyrsm."""
     head_options: dict[str, Any] = field(default_factory=dict)
     """The head's own options."""
     soap: SoapConfig = field(default_factory=SoapConfig)

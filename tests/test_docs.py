@@ -20,6 +20,7 @@ import pytest
 
 from soap_net.cli import main
 from soap_net.data.motion import MotionConfig, write_motion
+from soap_net.experiments.command import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Recorded results (docs/results/*/table.md) name the commands of their day, and stay as they are.
@@ -257,3 +258,13 @@ def test_snippets_are_found_in_every_form(tmp_path: Path) -> None:
         (12, "command", "soap-net eval --x '{\"a b\": 1}'"),
         (18, "yaml", "# a.yaml\n"),
     ]
+
+
+def test_every_experiment_has_a_page_and_stands_in_the_tables() -> None:
+    folder = ROOT / "docs" / "experiments"
+    listed = (folder / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in EXPERIMENTS:
+        assert (folder / f"{name}.md").is_file()
+        assert f"{name}.md" in listed
+        assert re.search(rf"\b{name}\b", readme)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from soap_net.config import (
     Config,
     EvalConfig,
+    ModelConfig,
     SoapConfig,
     flatten,
     from_dict,
@@ -21,6 +23,9 @@ from soap_net.config import (
     to_dict,
 )
 from soap_net.errors import UserError
+from soap_net.models.backbones import BACKBONES
+from soap_net.models.heads import HEADS
+from soap_net.settings import field_docs
 
 FIELD = {"kinetics": 10_000, "ucf101": 10_000, "hmdb51": 10_000, "ssv2_cmn": 75_000, "ssv2_otam": 75_000}
 
@@ -197,3 +202,9 @@ def test_keys_are_dotted() -> None:
 def test_help_and_configs_need_no_torch() -> None:
     code = "import sys, soap_net.config, soap_net.cli; soap_net.cli.main(['--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+
+
+def test_help_names_every_head_and_backbone() -> None:
+    docs = field_docs(ModelConfig)
+    assert all(re.search(rf"\b{name}\b", docs["head"]) for name in HEADS)
+    assert all(re.search(rf"\b{name}\b", docs["backbone"]) for name in BACKBONES)
