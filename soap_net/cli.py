@@ -54,7 +54,7 @@ class _Options(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 130 when stopped, 2 for what the user can mend, 1 for anything else."""
+    """Runs a command and returns its exit code: 0, 130 if stopped, 2 for what the user can mend, 1 otherwise."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]

@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM: the first asks a command that has work to save to do so and end, the second ends it at once.
 
-Such a command (train, experiment, demo) enters `StopSignals` and asks it now and then whether to stop; what it calls takes that question as a
-callable, and raises `Interrupted`. Its processes don't hear the signals (`leave_signals_to_main`, and
-`ignoring_interrupts` while they start): readers of data are ended by the main process, and those that have work to save
-ask an event that it sets.
+Such a command (train, experiment, demo) enters `StopSignals` and asks it now and then whether to stop; what it calls
+takes that question as a callable, and raises `Interrupted`. Its processes don't hear the signals
+(`leave_signals_to_main`, and `ignoring_interrupts` while they start): readers of data are ended by the main process,
+and those that have work to save ask an event that it sets.
 """
 
 from __future__ import annotations

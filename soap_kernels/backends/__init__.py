@@ -164,9 +164,8 @@ def _choose(name: str, device_type: str) -> Backend:
         if best.name == "reference" and device_type == "cpu":
             # Once a process, as the choice is kept: it would be made in silence, and pip hides what a build said.
             why = get("cpp").why_absent(device)
-            warnings.warn(
-                f"the C++ kernels are left out, SOAP runs on the slower PyTorch reference: {why}", stacklevel=3
-            )
+            text = f"the C++ kernels are left out, SOAP runs on the slower PyTorch reference: {why}"
+            warnings.warn(text, stacklevel=3)
         return best
     backend = get(name)
     if (why := backend.why_absent(device)) is not None:
