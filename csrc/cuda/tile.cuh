@@ -134,8 +134,7 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
   float edges[8];
   if (edge) {
     const int h = h0 + edge_r, w = side ? w0 + TILE_WIDTH : w0 - 1;
-    const bool in = h >= 0 && h < x.height && w >= 0 && (w < x.width || planted<RIGHT_EDGE>) &&
-                    edge_c < x.channels;
+    const bool in = h >= 0 && h < x.height && w >= 0 && (w < x.width || planted<RIGHT_EDGE>) && edge_c < x.channels;
     const X* p = x.x + int64_t(octet) * 8 * x.frame + edge_c * x.channel + h * x.row + w * x.column;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
