@@ -65,7 +65,7 @@ def install(python: str, folder: Path, lowest: bool) -> Path:
     inside = folder / "bin" / "python"
     if not inside.exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    pip = [str(inside), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip = [str(inside), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
     chosen = [] if lowest else ["--upgrade", "--upgrade-strategy", "eager"]
     if lowest:
         constraints = folder / "lowest.txt"
