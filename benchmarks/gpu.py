@@ -1,7 +1,7 @@
 """SOAP on a GPU: every backend against plain PyTorch, its compiled forms, a copy, and the backbone it feeds.
 
-    python benchmarks/gpu.py --device cuda                     everything, into benchmarks/results/
-    python benchmarks/gpu.py --device cuda --only cuda,copy    some variants
+    python -m benchmarks --device cuda                     everything, into benchmarks/results/
+    python -m benchmarks --device cuda --only cuda,copy    some variants
 
 Times are medians over CUDA-graph replays that rotate through several inputs, more than the L2 cache holds: time on the
 device. `eager` is the same call from Python, launch overhead included. What can be known without a GPU (launches,
@@ -11,22 +11,23 @@ bytes, registers, machine code, rooflines) is printed by tests/gpu_proof/report.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import providers
+from benchmarks.providers import Forward, Work
 from soap_kernels import backends
-from soap_kernels.backends.reference import soap as folded_soap
-from soap_kernels.equations import soap as equations_soap
 from soap_kernels.op import soap
-from soap_kernels.weights import PARTS, Weights
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = (1, 2, 3)
@@ -49,15 +50,11 @@ class Row:
     note: str = ""
 
 
-def make_weights(frames: int, channels: int, device: torch.device) -> list[Tensor]:
-    from soap_kernels import SOAP
-
-    torch.manual_seed(0)
-    module = SOAP(frames=frames, channels=channels, tuple_sizes=SIZES).to(device)
-    return [v.detach().clone() for v in module.state_dict().values()]
+def make_weights(shape: Sequence[int], device: torch.device) -> list[Tensor]:
+    return Work.make(1, shape[1], shape[2], 8, str(device)).weights
 
 
-def median_us(call: Callable[[], None], repeats: int) -> float:
+def median_us(call: Callable[[], object], repeats: int) -> float:
     start = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
     stop = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
     for a, b in zip(start, stop, strict=True):
@@ -89,24 +86,23 @@ def graphed_us(call: Callable[[int], object], repeats: int = 30) -> float:
 def measure(
     variant: str,
     frames: str,
-    shape: Sequence[int],
-    run: Callable[[Tensor, list[Tensor]], Tensor],
+    clips: str,
+    run: Forward,
     xs: list[Tensor],
     weights: list[Tensor],
 ) -> Row:
-    row = Row(variant, frames, "x".join(map(str, shape)))
+    row = Row(variant, frames, clips)
     try:
         with torch.no_grad():
             row.forward_us = graphed_us(lambda i: run(xs[i], weights))
             for i in range(INPUTS):
                 run(xs[i], weights)
-            counter = iter(range(10**9))
-            row.eager_forward_us = median_us(lambda: void(run(xs[next(counter) % INPUTS], weights)), 30)
-        leaves = [w.clone().requires_grad_() for w in weights]
+            inputs = itertools.cycle(xs)
+            row.eager_forward_us = median_us(lambda: run(next(inputs), weights), 30)
         grad = torch.randn_like(run(xs[0], weights))
 
         def both(i: int) -> object:
-            return torch.autograd.grad(run(xs[i], leaves), leaves, grad)
+            return torch.autograd.grad(run(xs[i], weights), weights, grad)
 
         both(0)
         torch.cuda.synchronize()
@@ -122,26 +118,16 @@ def measure(
     return row
 
 
-def void(_: object) -> None:
-    pass
+def kernels_here(device: torch.device) -> list[str]:
+    return [n for n in ("cuda", "triton") if n in backends.MODULES and backends.get(n).why_absent(device) is None]
 
 
-def variants(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    def plain(x: Tensor, w: list[Tensor]) -> Tensor:
-        return equations_soap(x, Weights.unflatten([v.to(x.dtype) for v in w], PARTS, len(SIZES)), SIZES)
-
-    def folded(x: Tensor, w: list[Tensor]) -> Tensor:
-        return folded_soap(x, Weights.unflatten([v.to(x.dtype) for v in w], PARTS, len(SIZES)), SIZES)
-
-    found: dict[str, Callable[..., Tensor]] = {"plain": plain, "folded": folded}
-    found["plain compiled"] = torch.compile(plain, dynamic=False)
-    found["folded compiled"] = torch.compile(folded, dynamic=False)
-    for name in ("cuda", "triton"):
-        if name in backends.MODULES and backends.get(name).why_absent(device) is None:
-            found[name] = lambda x, w, name=name: soap(x, w, backend=name)
+def variants(device: torch.device) -> dict[str, Forward]:
+    found = {"plain": providers.plain(SIZES), "folded": providers.folded(SIZES)}
+    found |= {f"{name} compiled": torch.compile(run, dynamic=False) for name, run in found.items()}
+    found |= {name: providers.kernels(SIZES, name) for name in kernels_here(device)}
     if "cuda" in found:
-        found["cuda strict"] = lambda x, w: soap(x, w, precision="strict", backend="cuda")
-        found["cuda fast"] = lambda x, w: soap(x, w, precision="fast", backend="cuda")
+        found |= {f"cuda {precision}": providers.kernels(SIZES, "cuda", precision) for precision in ("strict", "fast")}
     return found
 
 
@@ -159,51 +145,36 @@ def backbone_us(name: str, images: int, dtype: torch.dtype, device: torch.device
 
 def run_all(only: set[str], shape: tuple[int, ...], device: torch.device, with_backbone: bool) -> list[Row]:
     rows: list[Row] = []
-    wanted = lambda name: not only or name in only  # noqa: E731
-    weights = make_weights(shape[1], shape[2], device)
+
+    def wanted(name: str) -> bool:
+        return not only or name in only
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(row, flush=True)
+
+    weights, clips = make_weights(shape, device), "x".join(map(str, shape))
     for frames in ("float32", "bfloat16", "float16"):
         dtype = getattr(torch, frames)
         xs = [torch.randn(shape, device=device).to(dtype) for _ in range(INPUTS)]
         if wanted("copy"):
             ys = [torch.empty_like(x) for x in xs]
             time = graphed_us(lambda i, ys=ys, xs=xs: ys[i].copy_(xs[i]))
-            rows.append(
-                Row(
-                    "copy",
-                    frames,
-                    "x".join(map(str, shape)),
-                    time,
-                    gb_per_s=2 * xs[0].numel() * xs[0].element_size() / time / 1e3,
-                )
-            )
+            add(Row("copy", frames, clips, time, gb_per_s=2 * xs[0].nbytes / time / 1e3))
         for name, run in variants(device).items():
             if wanted(name) and not (frames != "float32" and name == "cuda fast"):
-                rows.append(measure(name, frames, shape, run, xs, weights))
-                print(rows[-1], flush=True)
+                add(measure(name, frames, clips, run, xs, weights))
         if wanted("backbone") and with_backbone and frames != "float16":
             for name in ("resnet50", "resnet18"):
-                time = backbone_us(name, shape[0] * shape[1], dtype, device)
-                rows.append(Row(f"{name} forward", frames, "x".join(map(str, shape)), time))
-                print(rows[-1], flush=True)
-    for backend in ("cuda", "triton"):
-        if (
-            backend not in backends.MODULES
-            or backends.get(backend).why_absent(device)
-            or not wanted(f"{backend} uint8")
-        ):
+                add(Row(f"{name} forward", frames, clips, backbone_us(name, shape[0] * shape[1], dtype, device)))
+    for backend in kernels_here(device):
+        if not wanted(f"{backend} uint8"):
             continue
         xs = [torch.randint(0, 256, shape, device=device, dtype=torch.uint8) for _ in range(INPUTS)]
         for out in (torch.bfloat16, torch.float32):
-
-            def run(x: Tensor, w: list[Tensor], out: torch.dtype = out, backend: str = backend) -> Tensor:
-                return soap(x, w, normalize=NORMALIZE, out_dtype=out, out_channels_last=True, backend=backend)
-
-            rows.append(
-                measure(
-                    f"{backend} uint8", f"uint8 to {out} channels_last".replace("torch.", ""), shape, run, xs, weights
-                )
-            )
-            print(rows[-1], flush=True)
+            run = partial(soap, normalize=NORMALIZE, out_dtype=out, out_channels_last=True, backend=backend)
+            frames = f"uint8 to {out} channels_last".replace("torch.", "")
+            add(measure(f"{backend} uint8", frames, clips, run, xs, weights))
     return rows
 
 
@@ -212,14 +183,13 @@ def stage_table(shape: tuple[int, ...], device: torch.device) -> dict[str, dict[
     from torch.profiler import ProfilerActivity, profile
 
     table: dict[str, dict[str, float]] = {}
-    weights = make_weights(shape[1], shape[2], device)
+    weights = make_weights(shape, device)
     for frames in ("float32", "bfloat16", "float16"):
         xs = [torch.randn(shape, device=device).to(getattr(torch, frames)) for _ in range(INPUTS)]
-        leaves = [w.clone().requires_grad_() for w in weights]
         grad = torch.randn_like(xs[0])
 
-        def both(i: int, xs: list[Tensor] = xs, leaves: list[Tensor] = leaves, grad: Tensor = grad) -> None:
-            torch.autograd.grad(soap(xs[i % INPUTS], leaves, backend="cuda"), leaves, grad)
+        def both(i: int, xs: list[Tensor] = xs, grad: Tensor = grad) -> None:
+            torch.autograd.grad(soap(xs[i % INPUTS], weights, backend="cuda"), weights, grad)
 
         for i in range(5):
             both(i)
@@ -287,7 +257,3 @@ def main() -> int:
     (options.out / f"{stem}.md").write_text(table)
     print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
