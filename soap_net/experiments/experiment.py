@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
 import sys
@@ -38,8 +37,9 @@ from soap_net.experiments.results import Estimate, Result, Results, Row
 from soap_net.files import write_text
 from soap_net.interrupts import Interrupted
 from soap_net.ranks import Ranks, pick_device
-from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, versions
+from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference
 from soap_net.train import train
+from soap_net.versions import processor, versions
 
 PAPER = "[SOAP, arXiv 2407.16344](https://arxiv.org/abs/2407.16344)"
 
@@ -322,13 +322,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def machine() -> str:
     """CPU model, cores and GPU."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-        model = names[0] if names else model
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model}, {os.cpu_count()} cores{gpu}"
+    return f"{processor()}, {os.cpu_count()} cores{gpu}"
 
 
 def _about(experiment: Experiment, command: Sequence[str]) -> str:
