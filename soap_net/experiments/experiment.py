@@ -89,6 +89,8 @@ class Experiment(ABC):
     note: ClassVar[str] = ""
     """What the paper says about it, under the table."""
 
+    tests: ClassVar[Mapping[str, Mapping[str, Any]]] = {"test": {}}
+    """How each net is evaluated, see `Run`."""
     alone: ClassVar[bool] = False
     """Whether its runs must not share the machine, as they measure time."""
 
@@ -99,12 +101,16 @@ class Experiment(ABC):
         self.motion = motion
 
     @abstractmethod
-    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        """All runs wanted, given the results so far: asked again when they are done, until it wants no more."""
-
-    @abstractmethod
     def rows(self, results: Results) -> list[Row]:
         """The table's lines."""
+
+    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
+        """All runs wanted, given the results so far: asked again when they are done, until it wants no more.
+
+        By default a training of each cell that a line speaks of, with each seed.
+        """
+        cells = {row.cell: row.changes for row in self.rows(results)}
+        return seeded(cells.items(), seeds, tests=self.tests)
 
     def prepare(self) -> None:
         """Makes the embedded data sets that the runs need."""
