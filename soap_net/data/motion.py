@@ -177,8 +177,7 @@ def _flow_maps(gradient: Array, times: Array) -> Array:
         even, odd = np.cos(rate * times), np.sin(rate * times) / rate
     else:
         even, odd = np.ones_like(times), times
-    maps: Array = np.exp(mean * times)[:, None, None] * (even[:, None, None] * np.eye(2) + odd[:, None, None] * turn)
-    return maps
+    return np.exp(mean * times)[:, None, None] * (even[:, None, None] * np.eye(2) + odd[:, None, None] * turn)
 
 
 def render_clip(pattern: str, seed: int | tuple[int, ...], config: MotionConfig) -> Tensor:
