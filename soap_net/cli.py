@@ -320,7 +320,7 @@ def _experiment(args: list[str]) -> int:
     from soap_net.experiments.command import EXPERIMENTS, PRESETS, QUICK_SEEDS, SEEDS, build, default_seeds
 
     own = _Options("experiment", "Put one of the paper's claims to the test: a table, a CSV file and a plot.", SETTINGS)
-    own.add_argument("name", help="; ".join(f"{name}: {claim}" for name, (_, _, claim) in EXPERIMENTS.items()))
+    own.add_argument("name", help="; ".join(f"{name}: {claim}" for name, (_, claim) in EXPERIMENTS.items()))
     own.add_argument("--preset", default="quick", help=f"{' or '.join(PRESETS)} (default: quick)")
     own.add_argument("--out", type=Path, help="folder; one left unfinished goes on (default: runs/experiments/NAME)")
     fewer = "; at preset quick " + ", ".join(f"{seeds} of {name}" for name, seeds in QUICK_SEEDS.items())

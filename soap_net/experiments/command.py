@@ -13,14 +13,14 @@ from soap_net.errors import UserError, nearest
 if TYPE_CHECKING:
     from soap_net.experiments.experiment import Experiment
 
-EXPERIMENTS = {  # module, class, what is put to the test
-    "parts": ("parts", "Parts", "every subset of SOAP's parts (Table 2)"),
-    "tuples": ("tuples", "Tuples", "sets of HMEM's tuple sizes (Table 3)"),
-    "order": ("order", "Order", "frames reversed and shuffled (Table 4)"),
-    "frame-rate": ("frame_rate", "FrameRate", "videos of 15 to 240 frames a second (Figure 8)"),
-    "sensitivity": ("sensitivity", "Sensitivity", "tuple sizes and CWEM's hidden channels, by validation"),
-    "heads": ("heads", "Heads", "every head and a 3-D backbone with and without SOAP"),
-    "overhead": ("overhead", "Overhead", "SOAP's time, memory and parameters beside each backbone"),
+EXPERIMENTS = {  # by the file's name: class, what is put to the test
+    "parts": ("Parts", "every subset of SOAP's parts (Table 2)"),
+    "tuples": ("Tuples", "sets of HMEM's tuple sizes (Table 3)"),
+    "order": ("Order", "frames reversed and shuffled (Table 4)"),
+    "frame-rate": ("FrameRate", "videos of 15 to 240 frames a second (Figure 8)"),
+    "sensitivity": ("Sensitivity", "tuple sizes and CWEM's hidden channels, by validation"),
+    "heads": ("Heads", "every head and a 3-D backbone with and without SOAP"),
+    "overhead": ("Overhead", "SOAP's time, memory and parameters beside each backbone"),
 }
 PRESETS = ("quick", "paper")
 SEEDS = 3
@@ -63,6 +63,6 @@ def build(name: str, preset: str, args: Sequence[str]) -> Experiment:
     config = parse(args, base=base, prog=f"soap-net experiment {name}", source=f"preset {preset}")
     if config.episode.seed != base.get("episode.seed", EpisodeConfig.seed):
         raise UserError("episode.seed is set by the experiment, 0 for its first training of each setting; see --seeds")
-    module, kind, _ = EXPERIMENTS[name]
+    module = import_module(f"soap_net.experiments.{name.replace('-', '_')}")
     motion = MOTION if config.data.root == MOTION / "quick" else None
-    return getattr(import_module(f"soap_net.experiments.{module}"), kind)(config, preset, motion)
+    return getattr(module, EXPERIMENTS[name][0])(config, preset, motion)

@@ -76,7 +76,6 @@ def folder_name(cell: str, seed: int) -> str:
 class Experiment(ABC):
     """What to run, and how to show it."""
 
-    name: ClassVar[str]
     title: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     """Headings of the label columns."""
@@ -99,6 +98,11 @@ class Experiment(ABC):
         self.config = config
         self.preset = preset
         self.motion = motion
+
+    @property
+    def name(self) -> str:
+        """What the command calls it: its file's name, with hyphens."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
 
     @abstractmethod
     def rows(self, results: Results) -> list[Row]:

@@ -38,7 +38,6 @@ class FrameRate(Experiment):
     the movement per second is the same.
     """
 
-    name = "frame-rate"
     title = "Frame rate"
     columns = ("study", "frames", "SOAP")
     difference = "with less without SOAP"

@@ -16,7 +16,6 @@ THREE_D = {"quick": "tiny3d", "paper": "r3d_18"}
 class Heads(Experiment):
     """Trains every head with and without SOAP, and the SOAP head on a 3-D backbone, which sees motion by itself."""
 
-    name = "heads"
     title = "Heads with and without SOAP"
     columns = ("head", "backbone", "SOAP")
     difference = "with less without SOAP"

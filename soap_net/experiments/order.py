@@ -14,7 +14,6 @@ class Order(Experiment):
     A test in another order changes support and query clips alike.
     """
 
-    name = "order"
     title = "Order of the frames"
     columns = ("SOAP", "trained on frames", "tested on frames")
     difference = "less the order trained on"

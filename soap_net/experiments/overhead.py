@@ -44,7 +44,6 @@ SMOOTHED = 10
 class Overhead(Experiment):
     """Times each backbone with and without SOAP, turn by turn in one process; then traces training with and without."""
 
-    name = "overhead"
     title = "What SOAP costs"
     columns = ("backbone",)
     difference = ""

@@ -15,7 +15,6 @@ TABLE_2 = {("cwem",): 76.1, PARTS: 81.1}
 class Parts(Experiment):
     """Trains with each of the eight subsets of 3DEM, CWEM and HMEM."""
 
-    name = "parts"
     title = "Parts of SOAP"
     columns = ("3DEM", "CWEM", "HMEM")
     difference = "less none"

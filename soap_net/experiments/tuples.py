@@ -15,7 +15,6 @@ DEFAULT = (1, 2, 3)
 class Tuples(Experiment):
     """Trains with each set of tuple sizes O."""
 
-    name = "tuples"
     title = "Frame tuples of HMEM"
     columns = ("O",)
     difference = "less {1,2,3}"
