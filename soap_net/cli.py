@@ -181,11 +181,12 @@ def _eval(args: list[str]) -> int:
     options, settings = own.parse_known(args)
 
     from soap_net import checkpoint
-    from soap_net.config import known_keys, parse
+    from soap_net.config import flatten, parse, to_dict
 
     trained = checkpoint.load(options.checkpoint)["config"]
     config = parse(settings, base=trained, prog="soap-net eval", source=str(options.checkpoint))
-    fixed = [key for key in known_keys() if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
+    keys = flatten(to_dict(config))
+    fixed = [key for key in keys if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
     _refuse_changes(config, trained, fixed, "an evaluation takes it from the checkpoint")
 
     from soap_net.evaluate import evaluate_run

@@ -12,7 +12,6 @@ from soap_net.config import (
     SoapConfig,
     flatten,
     from_dict,
-    known_keys,
     load_config,
     parse,
     presets,
@@ -21,6 +20,7 @@ from soap_net.config import (
     to_dict,
 )
 from soap_net.errors import UserError
+from soap_net.settings import kinds
 
 FIELD = {"kinetics": 10_000, "ucf101": 10_000, "hmdb51": 10_000, "ssv2_cmn": 75_000, "ssv2_otam": 75_000}
 
@@ -191,7 +191,9 @@ def test_tuple_sizes_count_only_where_hmem_is_on() -> None:
 
 
 def test_keys_are_dotted() -> None:
-    assert {"data.root", "model.soap.parts", "model.head_options", "out"} <= set(known_keys())
+    keys = {"data.root", "model.soap.parts", "model.head_options", "out"}
+    assert keys <= set(kinds(Config))
+    assert flatten(to_dict(Config())).keys() == kinds(Config).keys()
 
 
 def test_help_and_configs_need_no_torch() -> None:
