@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from benchmarks import providers
 from benchmarks.providers import Work
 from soap_kernels import SOAP
 from soap_kernels.backends import cpp
+from soap_net.versions import processor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Calls = dict[str, Callable[[], object]]
@@ -69,8 +71,8 @@ def provider_calls(work: Work, compiled: bool) -> tuple[Calls, Calls]:
         forwards["folded compiled"] = torch.compile(providers.folded(sizes))
     weights = dict.fromkeys(forwards, work.weights)
     forwards["conv alone"], weights["conv alone"] = providers.conv_alone(work)
-    one = {n: lambda n=n: providers.run_forward(forwards[n], work, weights[n]) for n in forwards}
-    both = {n: lambda n=n: providers.run_training(forwards[n], work, weights[n]) for n in forwards}
+    one: Calls = {n: partial(providers.run_forward, forward, work, weights[n]) for n, forward in forwards.items()}
+    both: Calls = {n: partial(providers.run_training, forward, work, weights[n]) for n, forward in forwards.items()}
     for isa in cpp.isas()[1:]:
         one[f"soap {isa}"] = _with_isa(isa, one["soap"])
         both[f"soap {isa}"] = _with_isa(isa, both["soap"])
@@ -128,13 +130,13 @@ def growth(repeats: int, smallest: bool) -> dict[str, list[dict[str, float]]]:
             work = Work.make(clips, frames, channels, size)
             forward = providers.kernels(work.tuple_sizes, "cpp")
             calls: Calls = {
-                "forward": lambda f=forward, w=work: providers.run_forward(f, w, w.weights),
-                "both": lambda f=forward, w=work: providers.run_training(f, w, w.weights),
+                "forward": partial(providers.run_forward, forward, work, work.weights),
+                "both": partial(providers.run_training, forward, work, work.weights),
             }
             if name == "features":
-                conv, weights = providers.conv_alone(work)
-                calls["conv alone"] = lambda f=conv, w=work, p=weights: providers.run_forward(f, w, p)
-                calls["conv alone both"] = lambda f=conv, w=work, p=weights: providers.run_training(f, w, p)
+                conv = providers.conv_alone(work)
+                calls["conv alone"] = partial(providers.run_forward, conv[0], work, conv[1])
+                calls["conv alone both"] = partial(providers.run_training, conv[0], work, conv[1])
             found = interleaved(calls, repeats)
             row: dict[str, float] = {"clips": clips, "frames": frames, "channels": channels, "size": size}
             table[name].append(row | {k: v["median"] for k, v in found.items()})
@@ -191,41 +193,31 @@ def memory(clips: int, size: int, threads: int) -> dict[str, float]:
 
 def backbones(repeats: int, size: int) -> dict[str, dict[str, float]]:
     """SOAP's share of a backbone's forward and training step on the same frames (one clip of 8 frames, size x size)."""
+    import timm
     from torch import nn
+    from torchvision.models import resnet18, resnet50
 
-    models: dict[str, nn.Module] = {}
-    try:
-        from torchvision.models import resnet18, resnet50
+    lite0 = timm.create_model("tf_efficientnet_lite0")
+    models = {"ResNet-18": resnet18(), "ResNet-50": resnet50(), "EfficientNet-Lite0": lite0}
 
-        models |= {"ResNet-18": resnet18(), "ResNet-50": resnet50()}
-        import timm
+    def forward(module: nn.Module, x: torch.Tensor) -> None:
+        with torch.no_grad():
+            module(x)
 
-        models["EfficientNet-Lite0"] = timm.create_model("tf_efficientnet_lite0")
-    except ImportError as missing:
-        print(f"without {missing.name}: fewer backbones", file=sys.stderr)
+    def training(module: nn.Module, x: torch.Tensor) -> None:
+        module.zero_grad()
+        module(x).sum().backward()
+
     table = {}
     for name, model in models.items():
         x = torch.randn(1, 8, 3, size, size)
-        soap = SOAP(backend="cpp")
-        model.eval()
-
-        def forward(model: nn.Module = model, x: torch.Tensor = x) -> None:
-            with torch.no_grad():
-                model(x.flatten(0, 1))
-
-        def training(model: nn.Module = model, x: torch.Tensor = x) -> None:
-            model.zero_grad()
-            model(x.flatten(0, 1)).sum().backward()
-
-        def soap_forward(soap: SOAP = soap, x: torch.Tensor = x) -> None:
-            with torch.no_grad():
-                soap(x)
-
-        def soap_training(soap: SOAP = soap, x: torch.Tensor = x) -> None:
-            soap.zero_grad()
-            soap(x).sum().backward()
-
-        calls: Calls = {"forward": forward, "training": training, "soap": soap_forward, "soap training": soap_training}
+        soap, images = SOAP(backend="cpp"), x.flatten(0, 1)
+        calls: Calls = {
+            "forward": partial(forward, model.eval(), images),
+            "training": partial(training, model, images),
+            "soap": partial(forward, soap, x),
+            "soap training": partial(training, soap, x),
+        }
         found = {k: v["median"] for k, v in interleaved(calls, repeats).items()}
         table[name] = found | {
             "share forward": found["soap"] / found["forward"],
@@ -235,14 +227,10 @@ def backbones(repeats: int, size: int) -> dict[str, dict[str, float]]:
 
 
 def machine() -> dict[str, Any]:
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     git = ["git", "-C", str(RESULTS.parents[1]), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": cpp.isa(),

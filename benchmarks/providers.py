@@ -36,11 +36,11 @@ Forward = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 def plain(sizes: tuple[int, ...]) -> Forward:
-    return lambda x, w: equations.soap(x, Weights.unflatten(w, PARTS, len(sizes)), sizes)
+    return lambda x, w: equations.soap(x, Weights.unflatten(w, PARTS, len(sizes)).to(x.dtype), sizes)
 
 
 def folded(sizes: tuple[int, ...]) -> Forward:
-    return lambda x, w: reference.soap(x, Weights.unflatten(w, PARTS, len(sizes)), sizes)
+    return lambda x, w: reference.soap(x, Weights.unflatten(w, PARTS, len(sizes)).to(x.dtype), sizes)
 
 
 def kernels(sizes: tuple[int, ...], backend: str = "auto", precision: str = "default") -> Forward:

@@ -181,11 +181,12 @@ def _eval(args: list[str]) -> int:
     options, settings = own.parse_known(args)
 
     from soap_net import checkpoint
-    from soap_net.config import known_keys, parse
+    from soap_net.config import flatten, parse, to_dict
 
     trained = checkpoint.load(options.checkpoint)["config"]
     config = parse(settings, base=trained, prog="soap-net eval", source=str(options.checkpoint))
-    fixed = [key for key in known_keys() if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
+    keys = flatten(to_dict(config))
+    fixed = [key for key in keys if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
     _refuse_changes(config, trained, fixed, "an evaluation takes it from the checkpoint")
 
     from soap_net.evaluate import evaluate_run
@@ -320,7 +321,7 @@ def _experiment(args: list[str]) -> int:
     from soap_net.experiments.command import EXPERIMENTS, PRESETS, QUICK_SEEDS, SEEDS, build, default_seeds
 
     own = _Options("experiment", "Put one of the paper's claims to the test: a table, a CSV file and a plot.", SETTINGS)
-    own.add_argument("name", help="; ".join(f"{name}: {claim}" for name, (_, _, claim) in EXPERIMENTS.items()))
+    own.add_argument("name", help="; ".join(f"{name}: {claim}" for name, (_, claim) in EXPERIMENTS.items()))
     own.add_argument("--preset", default="quick", help=f"{' or '.join(PRESETS)} (default: quick)")
     own.add_argument("--out", type=Path, help="folder; one left unfinished goes on (default: runs/experiments/NAME)")
     fewer = "; at preset quick " + ", ".join(f"{seeds} of {name}" for name, seeds in QUICK_SEEDS.items())

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from soap_net.errors import UserError, did_you_mean
 from soap_net.files import write_text
-from soap_net.settings import AtLeast, build, dump, kinds, parse_options, read, read_yaml, shown, to_dict
+from soap_net.settings import AtLeast, build, dump, parse_options, read, read_yaml, shown, to_dict
 
 Amp = Literal["none", "bf16", "fp16"]
 Part = Literal["3dem", "cwem", "hmem"]
@@ -231,16 +231,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def known_keys(cls: type = Config) -> tuple[str, ...]:
-    """All dotted keys of a config dataclass."""
-    return tuple(kinds(cls))
-
-
-def read_settings(path: Path, cls: type = Config) -> dict[str, Any]:
-    """The nested settings in a YAML file, checked one by one; raises `UserError` if it isn't one or they aren't."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """A YAML file's nested settings of a run, checked one by one; raises `UserError` if it isn't one or they aren't."""
     values = read_yaml(path)
     values = {} if values is None else values
-    read(values, cls, str(path))
+    read(values, Config, str(path))
     return dict(values)
 
 

@@ -196,8 +196,7 @@ def _smooth(values: Array) -> Array:
     total = np.concatenate([[0.0], np.cumsum(values)])
     start = np.maximum(np.arange(len(values)) - reach, 0)
     end = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    smooth: Array = (total[end] - total[start]) / (end - start)
-    return smooth
+    return (total[end] - total[start]) / (end - start)
 
 
 def _confusion(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[float, str]]]]:

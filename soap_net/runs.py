@@ -71,13 +71,11 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise UserError(f"{self.path}: not a run folder: there is no config.yaml in it")
-        values: dict[str, Any] = read_yaml(self.config)
-        return values
+        return read_yaml(self.config)
 
     def read_versions(self) -> dict[str, Any]:
         """Empty where there are none."""
-        values: dict[str, Any] = json.loads(_text(self.versions) or "{}")
-        return values
+        return json.loads(_text(self.versions) or "{}")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The entries in their order; a last line that a crash cut off is left out."""
@@ -90,8 +88,7 @@ class RunFolder:
 
     def read_result(self) -> dict[str, Any] | None:
         """What `EvalResult.to_dict` gave; None where the run was not evaluated."""
-        values: dict[str, Any] | None = json.loads(_text(self.result) or "null")
-        return values
+        return json.loads(_text(self.result) or "null")
 
 
 def _text(path: Path) -> str:

@@ -153,8 +153,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    result: dict[str, Any] = plain(asdict(settings))
-    return result
+    return plain(asdict(settings))
 
 
 def dump(settings: Any) -> str:

@@ -119,7 +119,8 @@ def train(
     with (
         join(config.device) as ranks,
         signals if stop is None else contextlib.nullcontext(),
-        _own_random_state(ranks.device),
+        # Leaves the caller's random generators as they were.
+        torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []),
     ):
         stop = stop or (lambda: signals.requested)
         training = Training(config, ranks, progress=progress, stop=stop, memory=memory)
@@ -426,10 +427,3 @@ def _non_finite(value: float, task: EpisodeClips, saved: int) -> NonFiniteLoss:
         f"loss is {value} in episode {task.index}; {kept}; "
         f"a lower --train.lr or --train.clip_norm 1 may help; its clips: {clips}"
     )
-
-
-@contextlib.contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """Leaves the caller's random generators as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if cuda else None,
     }
+
+
+def processor() -> str:
+    """The CPU's model."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:

@@ -57,7 +57,8 @@ class SplitReport:
             "broken": self.broken,
         }
 
-    def _row(self) -> tuple[str, ...]:
+    def row(self) -> tuple[str, ...]:
+        """The split's line of the summary, a text for each of its columns."""
         counts = list(self.clips_per_class.values())
         return (
             self.split,
@@ -103,7 +104,7 @@ class DataReport:
 
     def summary(self) -> str:
         """A table, a row per split, and a line for everything that is wrong."""
-        rows = [_COLUMNS, *(report._row() for report in self.splits)]
+        rows = [_COLUMNS, *(report.row() for report in self.splits)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         for report in self.splits:

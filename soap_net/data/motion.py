@@ -35,9 +35,11 @@ Array = NDArray[np.float64]
 MARKER = "motion.json"
 # Counts up whenever the same config renders to other clips, so that cached ones are written anew.
 FORMAT = 1
+_Clips = dict[tuple[str, str], tuple[int, ...]]  # the seed of each clip, by pattern and name
+_Encoder = tuple[str, str, dict[str, str]]  # codec, pixel format and options
 # The first that the installed FFmpeg can encode. Every frame is a keyframe: predicted frames would carry traces of the
 # motion, and with them the class, in their compression artefacts.
-CODECS: tuple[tuple[str, str, dict[str, str]], ...] = (
+CODECS: tuple[_Encoder, ...] = (
     ("libx264", "yuv444p", {"crf": "10", "preset": "fast"}),
     ("mpeg4", "yuv420p", {"qmin": "1", "qmax": "2"}),
 )
@@ -49,10 +51,11 @@ class Pattern:
 
     ``p`` is the place in half frames from the frame's centre, x to the right and y down. ``direction`` (2,) and
     ``gradient`` (2, 2) are scaled so that the root mean square of the velocity over the frame is ``speed``. ``sign`` is
-    +1, or for a ``counterflow`` +1 for one half of the dots and -1 for the other.
+    +1, or for a ``counterflow`` +1 for one half of the dots and -1 for the other. ``split`` is the one it belongs to.
     """
 
     name: str
+    split: str
     direction: Array
     gradient: Array
     counterflow: bool = False
@@ -63,77 +66,48 @@ class Pattern:
         return speed * (self.direction + (places - half) / half @ self.gradient.T)
 
 
-def _straight(name: str, degrees: float, counterflow: bool = False) -> Pattern:
+def _straight(name: str, split: str, degrees: float, counterflow: bool = False) -> Pattern:
     angle = math.radians(degrees)  # anticlockwise from the right as one sees it, y pointing down in the frame
-    return Pattern(name, np.array([math.cos(angle), -math.sin(angle)]), np.zeros((2, 2)), counterflow)
+    return Pattern(name, split, np.array([math.cos(angle), -math.sin(angle)]), np.zeros((2, 2)), counterflow)
 
 
-def _linear(name: str, rows: tuple[tuple[float, float], tuple[float, float]]) -> Pattern:
+def _linear(name: str, split: str, rows: tuple[tuple[float, float], tuple[float, float]]) -> Pattern:
     gradient = np.array(rows, dtype=np.float64)
     # The mean of |gradient @ p|^2 over the frame, p in [-1, 1]^2, is a third of the squared Frobenius norm.
-    return Pattern(name, np.zeros(2), gradient * math.sqrt(3.0) / np.linalg.norm(gradient))
+    return Pattern(name, split, np.zeros(2), gradient * math.sqrt(3.0) / np.linalg.norm(gradient))
 
-
-PATTERNS: dict[str, Pattern] = {
-    pattern.name: pattern
-    for pattern in (
-        *(_straight(f"direction-{degrees:03d}", degrees) for degrees in range(0, 360, 30)),
-        _linear("rotation-clockwise", ((0, -1), (1, 0))),
-        _linear("rotation-anticlockwise", ((0, 1), (-1, 0))),
-        _linear("expansion", ((1, 0), (0, 1))),
-        _linear("contraction", ((-1, 0), (0, -1))),
-        _linear("spiral-out-clockwise", ((1, -1), (1, 1))),
-        _linear("spiral-out-anticlockwise", ((1, 1), (-1, 1))),
-        _linear("spiral-in-clockwise", ((-1, -1), (1, -1))),
-        _linear("spiral-in-anticlockwise", ((-1, 1), (-1, -1))),
-        _linear("shear-top-left", ((0, 1), (0, 0))),
-        _linear("shear-top-right", ((0, -1), (0, 0))),
-        _linear("shear-left-up", ((0, 0), (1, 0))),
-        _linear("shear-left-down", ((0, 0), (-1, 0))),
-        _linear("stretch-horizontal", ((1, 0), (0, -1))),
-        _linear("stretch-vertical", ((-1, 0), (0, 1))),
-        _straight("counterflow-horizontal", 0, counterflow=True),
-        _straight("counterflow-vertical", 90, counterflow=True),
-    )
-}
 
 # Each split holds single directions and patterns with several directions in them; val and test hold no mere pair of
 # neighbouring directions, and what a test class does as a whole no train class does.
+_SPLITS_OF_DIRECTIONS = ("train", "train", "test", "train", "train", "val") * 2
+PATTERNS: dict[str, Pattern] = {
+    pattern.name: pattern
+    for pattern in (
+        *(
+            _straight(f"direction-{degrees:03d}", split, degrees)
+            for degrees, split in zip(range(0, 360, 30), _SPLITS_OF_DIRECTIONS, strict=True)
+        ),
+        _linear("rotation-clockwise", "train", ((0, -1), (1, 0))),
+        _linear("rotation-anticlockwise", "test", ((0, 1), (-1, 0))),
+        _linear("expansion", "test", ((1, 0), (0, 1))),
+        _linear("contraction", "train", ((-1, 0), (0, -1))),
+        _linear("spiral-out-clockwise", "train", ((1, -1), (1, 1))),
+        _linear("spiral-out-anticlockwise", "test", ((1, 1), (-1, 1))),
+        _linear("spiral-in-clockwise", "val", ((-1, -1), (1, -1))),
+        _linear("spiral-in-anticlockwise", "train", ((-1, 1), (-1, -1))),
+        _linear("shear-top-left", "train", ((0, 1), (0, 0))),
+        _linear("shear-top-right", "test", ((0, -1), (0, 0))),
+        _linear("shear-left-up", "val", ((0, 0), (1, 0))),
+        _linear("shear-left-down", "train", ((0, 0), (-1, 0))),
+        _linear("stretch-horizontal", "train", ((1, 0), (0, -1))),
+        _linear("stretch-vertical", "val", ((-1, 0), (0, 1))),
+        _straight("counterflow-horizontal", "test", 0, counterflow=True),
+        _straight("counterflow-vertical", "train", 90, counterflow=True),
+    )
+}
 SPLITS: dict[str, tuple[str, ...]] = {
-    "train": (
-        "direction-000",
-        "direction-030",
-        "direction-090",
-        "direction-120",
-        "direction-180",
-        "direction-210",
-        "direction-270",
-        "direction-300",
-        "rotation-clockwise",
-        "contraction",
-        "spiral-out-clockwise",
-        "spiral-in-anticlockwise",
-        "shear-top-left",
-        "shear-left-down",
-        "stretch-horizontal",
-        "counterflow-vertical",
-    ),
-    "val": (
-        "direction-150",
-        "direction-330",
-        "spiral-in-clockwise",
-        "shear-left-up",
-        "stretch-vertical",
-    ),
-    "test": (
-        "direction-060",
-        "direction-240",
-        "rotation-anticlockwise",
-        "expansion",
-        "spiral-out-anticlockwise",
-        "shear-top-right",
-        "counterflow-horizontal",
-    ),
+    split: tuple(pattern.name for pattern in PATTERNS.values() if pattern.split == split)
+    for split in ("train", "val", "test")
 }
 
 
@@ -203,8 +177,7 @@ def _flow_maps(gradient: Array, times: Array) -> Array:
         even, odd = np.cos(rate * times), np.sin(rate * times) / rate
     else:
         even, odd = np.ones_like(times), times
-    maps: Array = np.exp(mean * times)[:, None, None] * (even[:, None, None] * np.eye(2) + odd[:, None, None] * turn)
-    return maps
+    return np.exp(mean * times)[:, None, None] * (even[:, None, None] * np.eye(2) + odd[:, None, None] * turn)
 
 
 def render_clip(pattern: str, seed: int | tuple[int, ...], config: MotionConfig) -> Tensor:
@@ -281,7 +254,7 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
     """
     config = config or MotionConfig()
     root = Path(root)
-    clips = {
+    clips: _Clips = {
         (pattern, f"{pattern}-{number:04d}"): (config.seed, list(PATTERNS).index(pattern), number)
         for split, patterns in SPLITS.items()
         for pattern in patterns
@@ -306,26 +279,29 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
         for split, patterns in SPLITS.items():
             lines = [f"{pattern}/{clip}\n" for pattern, clip in clips if pattern in patterns]
             (fresh / "splits" / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
-
-        def write(clip: tuple[str, str]) -> None:
-            path = fresh / "videos" / clip[0] / f"{clip[1]}.mp4"
-            _write_clip(path, render_clip(clip[0], clips[clip], config), config, *encoder)
-
-        # Threads: most of the time goes into NumPy and FFmpeg, which let others run. Each clip has its own seed, so
-        # that their number changes nothing.
-        pool = ThreadPoolExecutor(os.cpu_count())
-        try:
-            work = pool.map(write, clips)
-            for _ in tqdm(work, "writing clips", len(clips), unit="clip", leave=False, disable=not progress):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)
+        _write_clips(fresh / "videos", clips, config, encoder, progress)
         marker = {"hash": digest, "config": settings}
         (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         if root.exists():
             root.rename(Path(scratch) / "replaced")
         fresh.rename(root)
     return root
+
+
+def _write_clips(folder: Path, clips: _Clips, config: MotionConfig, encoder: _Encoder, progress: bool) -> None:
+    def write(clip: tuple[str, str]) -> None:
+        pattern, name = clip
+        _write_clip(folder / pattern / f"{name}.mp4", render_clip(pattern, clips[clip], config), config, *encoder)
+
+    # Threads: most of the time goes into NumPy and FFmpeg, which let others run. Each clip has its own seed, so that
+    # their number changes nothing.
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        work = pool.map(write, clips)
+        for _ in tqdm(work, "writing clips", len(clips), unit="clip", leave=False, disable=not progress):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write_clip(
@@ -353,7 +329,7 @@ def _complete(root: Path, digest: str, clips: Iterable[tuple[str, str]]) -> bool
     return isinstance(marker, dict) and marker.get("hash") == digest and all(file.is_file() for file in files)
 
 
-def _encoder() -> tuple[str, str, dict[str, str]]:
+def _encoder() -> _Encoder:
     for name, pixels, options in CODECS:
         if name in av.codecs_available:
             return name, pixels, options

@@ -11,7 +11,7 @@ from pathlib import Path
 from soap_net.data.clips import Clip
 from soap_net.data.images import archive, natural
 from soap_net.data.videos import VIDEO_SUFFIXES
-from soap_net.errors import UserError
+from soap_net.errors import UserError, said
 
 SPLITS = ("train", "val", "test")
 # Folders that may stand between the root and the classes.
@@ -108,7 +108,7 @@ def read_split_file(path: Path) -> list[SplitLine]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: the split file cannot be read ({(error.strerror or str(error)).lower()})") from error
+        raise UserError(f"{path}: the split file cannot be read ({said(error)})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the split file is not UTF-8 text ({error.reason} at byte {error.start})") from error
     lines: dict[SplitLine, None] = {}

@@ -7,20 +7,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soap_net.config import EpisodeConfig, parse, presets, read_settings
+from soap_net.config import EpisodeConfig, flatten, parse, presets, read_settings
 from soap_net.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from soap_net.experiments.experiment import Experiment
 
-EXPERIMENTS = {  # module, class, what is put to the test
-    "parts": ("parts", "Parts", "every subset of SOAP's parts (Table 2)"),
-    "tuples": ("tuples", "Tuples", "sets of HMEM's tuple sizes (Table 3)"),
-    "order": ("order", "Order", "frames reversed and shuffled (Table 4)"),
-    "frame-rate": ("frame_rate", "FrameRate", "videos of 15 to 240 frames a second (Figure 8)"),
-    "sensitivity": ("sensitivity", "Sensitivity", "tuple sizes and CWEM's hidden channels, by validation"),
-    "heads": ("heads", "Heads", "every head and a 3-D backbone with and without SOAP"),
-    "overhead": ("overhead", "Overhead", "SOAP's time, memory and parameters beside each backbone"),
+EXPERIMENTS = {  # by the file's name: class, what is put to the test
+    "parts": ("Parts", "every subset of SOAP's parts (Table 2)"),
+    "tuples": ("Tuples", "sets of HMEM's tuple sizes (Table 3)"),
+    "order": ("Order", "frames reversed and shuffled (Table 4)"),
+    "frame-rate": ("FrameRate", "videos of 15 to 240 frames a second (Figure 8)"),
+    "sensitivity": ("Sensitivity", "tuple sizes and CWEM's hidden channels, by validation"),
+    "heads": ("Heads", "every head and a 3-D backbone with and without SOAP"),
+    "overhead": ("Overhead", "SOAP's time, memory and parameters beside each backbone"),
 }
 PRESETS = ("quick", "paper")
 SEEDS = 3
@@ -28,7 +28,7 @@ SEEDS = 3
 QUICK_SEEDS = {"heads": 2, "frame-rate": 2}
 MOTION = Path("runs/experiments/motion")
 # On the demo's settings: no validation, as the last weights are the ones tested, and fewer test tasks.
-QUICK: dict[str, dict[str, Any]] = {"train": {"val_every": 0}, "eval": {"tasks": 1000}}
+QUICK = {"train.val_every": 0, "eval.tasks": 1000}
 # The demo's rate suits the SOAP head; with it TRX stays at chance, with half of it both learn (validation classes).
 QUICK_RATES = {"heads": 0.002}
 
@@ -39,14 +39,11 @@ def default_seeds(name: str, preset: str) -> int:
 
 
 def settings(preset: str, name: str) -> dict[str, Any]:
-    """A preset's settings for an experiment, over the defaults: the demo's, or the field's, which are the defaults."""
+    """What a preset sets for an experiment over the defaults, by dotted key: the demo's settings, or the field's."""
     if preset == "paper":
-        return {"train": {"milestones": [2000, 6000, 8000]}, "data": {"workers": 8}}
-    values = read_settings(presets()["demo"])
-    for group, changes in QUICK.items():
-        values[group] = {**values.get(group, {}), **changes}
-    values["train"]["lr"] = QUICK_RATES.get(name, values["train"]["lr"])
-    values["data"]["root"] = str(MOTION / "quick")
+        return {"train.milestones": [2000, 6000, 8000], "data.workers": 8}
+    values = flatten(read_settings(presets()["demo"])) | QUICK | {"data.root": str(MOTION / "quick")}
+    values["train.lr"] = QUICK_RATES.get(name, values["train.lr"])
     return values
 
 
@@ -64,9 +61,8 @@ def build(name: str, preset: str, args: Sequence[str]) -> Experiment:
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     base = settings(preset, name)
     config = parse(args, base=base, prog=f"soap-net experiment {name}", source=f"preset {preset}")
-    if config.episode.seed != base.get("episode", {}).get("seed", EpisodeConfig.seed):
+    if config.episode.seed != base.get("episode.seed", EpisodeConfig.seed):
         raise UserError("episode.seed is set by the experiment, 0 for its first training of each setting; see --seeds")
-    module, kind, _ = EXPERIMENTS[name]
+    module = import_module(f"soap_net.experiments.{name.replace('-', '_')}")
     motion = MOTION if config.data.root == MOTION / "quick" else None
-    experiment: Experiment = getattr(import_module(f"soap_net.experiments.{module}"), kind)(config, preset, motion)
-    return experiment
+    return getattr(module, EXPERIMENTS[name][0])(config, preset, motion)

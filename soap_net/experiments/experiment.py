@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
 import sys
@@ -38,8 +37,9 @@ from soap_net.experiments.results import Estimate, Result, Results, Row
 from soap_net.files import write_text
 from soap_net.interrupts import Interrupted
 from soap_net.ranks import Ranks, pick_device
-from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, versions
+from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference
 from soap_net.train import train
+from soap_net.versions import processor, versions
 
 PAPER = "[SOAP, arXiv 2407.16344](https://arxiv.org/abs/2407.16344)"
 
@@ -76,7 +76,6 @@ def folder_name(cell: str, seed: int) -> str:
 class Experiment(ABC):
     """What to run, and how to show it."""
 
-    name: ClassVar[str]
     title: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     """Headings of the label columns."""
@@ -89,6 +88,8 @@ class Experiment(ABC):
     note: ClassVar[str] = ""
     """What the paper says about it, under the table."""
 
+    tests: ClassVar[Mapping[str, Mapping[str, Any]]] = {"test": {}}
+    """How each net is evaluated, see `Run`."""
     alone: ClassVar[bool] = False
     """Whether its runs must not share the machine, as they measure time."""
 
@@ -98,13 +99,22 @@ class Experiment(ABC):
         self.preset = preset
         self.motion = motion
 
-    @abstractmethod
-    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        """All runs wanted, given the results so far: asked again when they are done, until it wants no more."""
+    @property
+    def name(self) -> str:
+        """What the command calls it: its file's name, with hyphens."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
 
     @abstractmethod
     def rows(self, results: Results) -> list[Row]:
         """The table's lines."""
+
+    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
+        """All runs wanted, given the results so far: asked again when they are done, until it wants no more.
+
+        By default a training of each cell that a line speaks of, with each seed.
+        """
+        cells = {row.cell: row.changes for row in self.rows(results)}
+        return seeded(cells.items(), seeds, tests=self.tests)
 
     def prepare(self) -> None:
         """Makes the embedded data sets that the runs need."""
@@ -322,13 +332,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def machine() -> str:
     """CPU model, cores and GPU."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-        model = names[0] if names else model
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model}, {os.cpu_count()} cores{gpu}"
+    return f"{processor()}, {os.cpu_count()} cores{gpu}"
 
 
 def _about(experiment: Experiment, command: Sequence[str]) -> str:

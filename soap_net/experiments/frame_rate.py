@@ -9,7 +9,7 @@ from typing import Any
 
 from soap_net.data.motion import MotionConfig, write_motion
 from soap_net.experiments.drawing import plot_accuracies
-from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment, Run
 from soap_net.experiments.results import Results, Row
 
 INTERVALS = {"quick": (1, 2, 4, 8), "paper": tuple(range(1, 9))}
@@ -38,7 +38,6 @@ class FrameRate(Experiment):
     the movement per second is the same.
     """
 
-    name = "frame-rate"
     title = "Frame rate"
     columns = ("study", "frames", "SOAP")
     difference = "with less without SOAP"
@@ -64,9 +63,8 @@ class FrameRate(Experiment):
             write_motion(self._root(rate), self._motion_config(rate, CLIP_FRAMES / rate))
 
     def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        runs = seeded([(cell.name, self._settings(cell)) for cell in self.cells], seeds)
         # All runs on one rendering follow one another: each process decodes its clips once, and need not keep others'.
-        return sorted(runs, key=lambda run: str(run.changes.get("data.root", "")))
+        return sorted(super().runs(seeds, results), key=lambda run: str(run.changes.get("data.root", "")))
 
     def rows(self, results: Results) -> list[Row]:
         return [
@@ -80,6 +78,7 @@ class FrameRate(Experiment):
                 against=(_Cell(False, cell.interval, cell.rate).name, "test") if cell.soap else None,
                 series="with SOAP" if cell.soap else "without SOAP",
                 x=cell.interval if cell.rate is None else cell.rate,
+                changes=self._settings(cell),
             )
             for cell in self.cells
         ]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
-from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment
 from soap_net.experiments.results import Results, Row
 from soap_net.models.heads import HEADS
 
@@ -17,7 +16,6 @@ THREE_D = {"quick": "tiny3d", "paper": "r3d_18"}
 class Heads(Experiment):
     """Trains every head with and without SOAP, and the SOAP head on a 3-D backbone, which sees motion by itself."""
 
-    name = "heads"
     title = "Heads with and without SOAP"
     columns = ("head", "backbone", "SOAP")
     difference = "with less without SOAP"
@@ -42,14 +40,6 @@ class Heads(Experiment):
         found["soap-3d"] = ("soap", three_d, {**self._head("soap", {}), **settings})
         return found
 
-    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        cells = [
-            (_cell(name, soap), {**settings, "model.soap.enabled": soap})
-            for name, (_, _, settings) in self.cells.items()
-            for soap in (True, False)
-        ]
-        return seeded(cells, seeds)
-
     def rows(self, results: Results) -> list[Row]:
         return [
             Row(
@@ -58,8 +48,9 @@ class Heads(Experiment):
                 against=(_cell(name, False), "test") if soap else None,
                 series="with SOAP" if soap else "without SOAP",
                 x=name.replace("-", "\n"),
+                changes={**settings, "model.soap.enabled": soap},
             )
-            for name, (head, backbone, _) in self.cells.items()
+            for name, (head, backbone, settings) in self.cells.items()
             for soap in (True, False)
         ]
 

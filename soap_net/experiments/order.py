@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment
 from soap_net.experiments.results import Results, Row
 
-ORDERS = ("forward", "reversed", "shuffled")
+ORDERS = {order: {"data.order": order} for order in ("forward", "reversed", "shuffled")}
 
 
 class Order(Experiment):
@@ -16,24 +14,16 @@ class Order(Experiment):
     A test in another order changes support and query clips alike.
     """
 
-    name = "order"
     title = "Order of the frames"
     columns = ("SOAP", "trained on frames", "tested on frames")
     difference = "less the order trained on"
     paper = "paper (Kinetics)"
     axis = "trained on (above) and tested on (below)"
+    tests = ORDERS
     note = (
         f"Paper: {PAPER}, Table 4, Kinetics 1-shot, in order and reversed. Support and query clips are put into the "
         "same order. Shuffled: a permutation for each clip, drawn anew each time in training and fixed in the test."
     )
-
-    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        cells = [
-            (_cell(soap, order), {"model.soap.enabled": soap, "data.order": order})
-            for order in ORDERS
-            for soap in (True, False)
-        ]
-        return seeded(cells, seeds, tests={order: {"data.order": order} for order in ORDERS})
 
     def rows(self, results: Results) -> list[Row]:
         known = {("forward", "forward"): 81.1, ("forward", "reversed"): 79.2}
@@ -46,6 +36,7 @@ class Order(Experiment):
                 paper=known.get((trained, tested)) if soap else None,
                 series="with SOAP" if soap else "without SOAP",
                 x=f"{trained}\n{tested}",
+                changes={"model.soap.enabled": soap, "data.order": trained},
             )
             for soap in (True, False)
             for trained in ORDERS

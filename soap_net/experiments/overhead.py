@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from soap_net.config import Config
 from soap_net.data.memory import ClipMemory
 from soap_net.experiments.drawing import MARKERS, new_figure, save_figure
-from soap_net.experiments.experiment import Experiment, Run, changed
+from soap_net.experiments.experiment import Experiment, Run, changed, seeded
 from soap_net.experiments.processes import Stop
 from soap_net.experiments.results import Result, Results, Row, write_csv
 from soap_net.files import write_text
@@ -44,7 +44,6 @@ SMOOTHED = 10
 class Overhead(Experiment):
     """Times each backbone with and without SOAP, turn by turn in one process; then traces training with and without."""
 
-    name = "overhead"
     title = "What SOAP costs"
     columns = ("backbone",)
     difference = ""
@@ -56,18 +55,14 @@ class Overhead(Experiment):
         return BACKBONES[self.preset]
 
     def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        costs = [
-            Run(_cost(name), seeds[0], {"model.backbone": name, "model.weights": "random"}) for name in self.backbones
-        ]
-        curves = [
-            Run(_curve(soap), seed, {"model.soap.enabled": soap, "train.val_every": 0})
-            for seed in seeds
-            for soap in (True, False)
-        ]
-        return costs + curves
+        curves = [(_curve(soap), {"model.soap.enabled": soap, "train.val_every": 0}) for soap in (True, False)]
+        return super().runs(seeds[:1], results) + seeded(curves, seeds)
 
     def rows(self, results: Results) -> list[Row]:
-        return [Row((name,), _cost(name)) for name in self.backbones]
+        return [
+            Row((name,), _cost(name), changes={"model.backbone": name, "model.weights": "random"})
+            for name in self.backbones
+        ]
 
     def work(self, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
         if run.cell.startswith("cost-"):
@@ -146,8 +141,7 @@ def measure(config: Config, repeats: int, stop: Stop, size: int = SIZE) -> dict[
     labels = torch.arange(CLIPS - 1, device=device)
 
     def forward(model: nn.Module) -> Tensor:
-        logits: Tensor = model(clips[:-1], labels, clips[-1:], len(labels))
-        return logits
+        return model(clips[:-1], labels, clips[-1:], len(labels))
 
     def step(model: nn.Module) -> None:
         F.cross_entropy(forward(model), labels[:1]).backward()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 from soap_kernels.weights import PARTS
-from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment
 from soap_net.experiments.results import Results, Row
 
 SUBSETS = [chosen for size in range(len(PARTS) + 1) for chosen in combinations(PARTS, size)]
@@ -17,7 +15,6 @@ TABLE_2 = {("cwem",): 76.1, PARTS: 81.1}
 class Parts(Experiment):
     """Trains with each of the eight subsets of 3DEM, CWEM and HMEM."""
 
-    name = "parts"
     title = "Parts of SOAP"
     columns = ("3DEM", "CWEM", "HMEM")
     difference = "less none"
@@ -28,25 +25,15 @@ class Parts(Experiment):
         "75.2 to 81.1; as the two start from different figures, the line without any part is left blank."
     )
 
-    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        return seeded([(_cell(parts), _settings(parts)) for parts in SUBSETS], seeds)
-
     def rows(self, results: Results) -> list[Row]:
         return [
             Row(
                 tuple("yes" if part in parts else "" for part in PARTS),
-                _cell(parts),
+                "+".join(parts) or "none",
                 against=("none", "test") if parts else None,
                 paper=TABLE_2.get(parts),
                 x="\n".join(part.upper() for part in parts) or "none",
+                changes={"model.soap.enabled": bool(parts), "model.soap.parts": list(parts)},
             )
             for parts in SUBSETS
         ]
-
-
-def _cell(parts: Sequence[str]) -> str:
-    return "+".join(parts) or "none"
-
-
-def _settings(parts: Sequence[str]) -> dict[str, Any]:
-    return {"model.soap.enabled": bool(parts), "model.soap.parts": list(parts)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Row:
     """The curve of the plot that this point belongs to."""
     x: float | str = ""
     """Its place on the plot's horizontal axis; numbers make a curve, words stand side by side."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What the cell's training sets over the experiment's config, by dotted key."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ class Sensitivity(Experiment):
     The paper's own choice is tested beside it. No other net meets the test classes.
     """
 
-    name = "sensitivity"
     title = "Sensitivity to O and C_r"
     columns = ("O", "C_r", "split")
     difference = "less {1,2,3}, 16 on that split"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from soap_net.experiments.experiment import PAPER, Experiment, Run, seeded
+from soap_net.experiments.experiment import PAPER, Experiment
 from soap_net.experiments.results import Results, Row
 
 SETS = ((1,), (2,), (3,), (4,), (1, 2), (2, 3), (1, 2, 3), (1, 2, 3, 4))
@@ -15,16 +15,12 @@ DEFAULT = (1, 2, 3)
 class Tuples(Experiment):
     """Trains with each set of tuple sizes O."""
 
-    name = "tuples"
     title = "Frame tuples of HMEM"
     columns = ("O",)
     difference = "less {1,2,3}"
     paper = "paper (Kinetics)"
     axis = "tuple sizes O"
     note = f"Paper: {PAPER}, Table 3, Kinetics 1-shot."
-
-    def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
-        return seeded([(cell(sizes), {"model.soap.tuple_sizes": list(sizes)}) for sizes in SETS], seeds)
 
     def rows(self, results: Results) -> list[Row]:
         return [
@@ -34,6 +30,7 @@ class Tuples(Experiment):
                 against=None if sizes == DEFAULT else (cell(DEFAULT), "test"),
                 paper=TABLE_3.get(sizes),
                 x=show(sizes),
+                changes={"model.soap.tuple_sizes": list(sizes)},
             )
             for sizes in SETS
         ]

@@ -62,8 +62,7 @@ class Backbone(nn.Module):
             raise UserError(
                 f"backbone {self.name} takes frames of {_size(self.image_size)}, got {_size(size)}: set data.crop to it"
             )
-        features: Tensor = self.net(images)
-        return features
+        return self.net(images)
 
     def blocks(self) -> Iterator[nn.Module]:
         """The net's repeated blocks (residual blocks, transformer layers), in order: the units of checkpointing.
@@ -219,13 +218,12 @@ def _torchvision(name: str) -> Built:
 def _from_hub(entry: Any) -> State:
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     try:
-        state: State = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # no network, no room, a damaged file: urllib, http, OSError, RuntimeError, pickle
         raise UserError(
             f"cannot get {entry.url} ({_one_line(error)}): put that file at {path}, "
             "or set model.weights to a local .pth or .safetensors file or to random"
         ) from error
-    return state
 
 
 # ------------------------------------------------------------------------------------------------------------- timm
@@ -255,13 +253,12 @@ def _from_timm(model: str) -> State:
 
     try:
         # timm adapts some published files to the net it builds, so a whole net is what to ask for.
-        state: State = timm.create_model(model, pretrained=True, num_classes=0).state_dict()
+        return timm.create_model(model, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # timm's hub raises errors of several libraries when offline
         raise UserError(
             f"cannot get timm's weights of {model} ({_one_line(error)}): download them where there is a network and "
             "set model.weights to the .pth or .safetensors file, or to random"
         ) from error
-    return state
 
 
 def _efficientnet_lite0(name: str) -> Built:
@@ -290,25 +287,29 @@ def _efficientnet_lite0(name: str) -> Built:
 # ------------------------------------------------------------------------------------------------------------- tiny
 
 
+GRID = 3  # places along a side that the tiny nets tell apart
+
+
+def _tiny_stages(conv: Any, norm: Any, stride: Any) -> Iterator[nn.Module]:
+    for channels, out in ((3, 16), (16, 32), (32, 64)):
+        yield nn.Sequential(conv(channels, out, 3, stride, 1, bias=False), norm(out), nn.ReLU(inplace=True))
+
+
 class TinyConvNet(nn.Module):
     """Three strided convolutions and a coarse spatial grid: the demo's net, for small frames.
 
-    ``(N, 3, H, W)`` to ``(N, widths[-1] * grid * grid)``; the grid keeps where something moves, which a global average
-    would lose.
+    ``(N, 3, H, W)`` to ``(N, dim)``; the grid keeps where something moves, which a global average would lose.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 64), grid: int = 3) -> None:
+    dim = 64 * GRID * GRID
+
+    def __init__(self) -> None:
         super().__init__()
-        stages = [
-            nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True))
-            for channels, out in zip((3, *widths[:-1]), widths, strict=True)
-        ]
-        self.stages = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(grid), nn.Flatten())
-        self.dim = widths[-1] * grid * grid
+        stages = _tiny_stages(nn.Conv2d, nn.BatchNorm2d, 2)
+        self.stages = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(GRID), nn.Flatten())
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.stages(images)
-        return features
+        return self.stages(images)
 
 
 # --------------------------------------------------------------------------------------------------------- in 3-D
@@ -317,16 +318,12 @@ class TinyConvNet(nn.Module):
 class TinyConvNet3D(nn.Module):
     """`TinyConvNet` with 3x3x3 convolutions, which see motion by themselves: ``(B, T, 3, H, W)`` to ``(B, T, dim)``."""
 
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 64), grid: int = 3) -> None:
+    dim = TinyConvNet.dim
+
+    def __init__(self) -> None:
         super().__init__()
-        stages = [
-            nn.Sequential(
-                nn.Conv3d(channels, out, 3, (1, 2, 2), 1, bias=False), nn.BatchNorm3d(out), nn.ReLU(inplace=True)
-            )
-            for channels, out in zip((3, *widths[:-1]), widths, strict=True)
-        ]
-        self.stages = nn.Sequential(*stages, nn.AdaptiveAvgPool3d((None, grid, grid)))
-        self.dim = widths[-1] * grid * grid
+        stages = _tiny_stages(nn.Conv3d, nn.BatchNorm3d, (1, 2, 2))
+        self.stages = nn.Sequential(*stages, nn.AdaptiveAvgPool3d((None, GRID, GRID)))
 
     def forward(self, clips: Tensor) -> Tensor:
         features: Tensor = self.stages(clips.transpose(1, 2))

@@ -97,8 +97,7 @@ class SOAPNet(nn.Module):
                 f"support clips are {tuple(support.shape[1:])}, query clips {tuple(query.shape[1:])}: they must agree"
             )
         features = self.features(torch.cat([support, query]))
-        logits: Tensor = self.head(features[: len(support)], support_labels, features[len(support) :], way)
-        return logits
+        return self.head(features[: len(support)], support_labels, features[len(support) :], way)
 
     def features(self, clips: Tensor) -> Tensor:
         """``(B, T, D)`` frame features of ``(B, T, 3, H, W)`` uint8 clips; in evaluation mode a function of each clip.
@@ -111,8 +110,7 @@ class SOAPNet(nn.Module):
         if self.soap is not None:
             x = self.soap(x)
         if self.backbone.takes_clips:
-            features: Tensor = self.backbone(x)
-            return features
+            return self.backbone(x)
         return self._embed(x.flatten(0, 1)).unflatten(0, clips.shape[:2])
 
     def _embed(self, images: Tensor) -> Tensor:

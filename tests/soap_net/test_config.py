@@ -14,7 +14,6 @@ from soap_net.config import (
     SoapConfig,
     flatten,
     from_dict,
-    known_keys,
     load_config,
     parse,
     presets,
@@ -25,7 +24,7 @@ from soap_net.config import (
 from soap_net.errors import UserError
 from soap_net.models.backbones import BACKBONES
 from soap_net.models.heads import HEADS
-from soap_net.settings import field_docs
+from soap_net.settings import field_docs, kinds
 
 FIELD = {"kinetics": 10_000, "ucf101": 10_000, "hmdb51": 10_000, "ssv2_cmn": 75_000, "ssv2_otam": 75_000}
 
@@ -196,7 +195,9 @@ def test_tuple_sizes_count_only_where_hmem_is_on() -> None:
 
 
 def test_keys_are_dotted() -> None:
-    assert {"data.root", "model.soap.parts", "model.head_options", "out"} <= set(known_keys())
+    keys = {"data.root", "model.soap.parts", "model.head_options", "out"}
+    assert keys <= set(kinds(Config))
+    assert flatten(to_dict(Config())).keys() == kinds(Config).keys()
 
 
 def test_help_and_configs_need_no_torch() -> None:

@@ -23,9 +23,9 @@ from torch import nn
 import soap_net.models
 from soap_net import checkpoint
 from soap_net.cli import main
-from soap_net.config import Config, from_dict, known_keys, load_config, parse, to_dict
+from soap_net.config import Config, from_dict, load_config, parse, to_dict
 from soap_net.errors import UserError
-from soap_net.settings import AtLeast, build, field_docs, load_yaml, parse_options, read, shown
+from soap_net.settings import AtLeast, build, field_docs, kinds, load_yaml, parse_options, read, shown
 
 CASES = 500
 
@@ -112,7 +112,7 @@ def strange_values(marker: Path) -> list[Any]:
 
 
 KEYS: tuple[Any, ...] = (
-    *known_keys(),
+    *kinds(Config),
     *("data", "model", "model.soap", "train", "model.head_options.x", "class_path", "__class__", "init_args", "config"),
     *("trian", "", ".", "a\nb", "x" * 5000, "self", "train.lr.lr", 1, None, True, 2.5, (1, 2), b"lr"),
 )
@@ -357,7 +357,7 @@ class TestHelp:
             parse(["--help"], base={"train": {"lr": 0.25}}, prog="soap-net train", description="Train.")
         assert ended.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
-        assert all(f"--{key} " in text for key in known_keys())
+        assert all(f"--{key} " in text for key in kinds(Config))
         assert "Initial learning rate, for cross-entropy summed over the queries of an episode." in text
         assert "(a number of at least 0; default: 0.25)" in text
         assert "or one of the presets: demo, hmdb51_5way_1shot" in text

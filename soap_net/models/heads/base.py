@@ -139,8 +139,7 @@ class Positions(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        positioned: Tensor = self.dropout(features + self.table.to(features.dtype))
-        return positioned
+        return self.dropout(features + self.table.to(features.dtype))
 
 
 def wide(x: Tensor) -> Tensor:

@@ -31,5 +31,4 @@ class SOAPHead(FewShotHead):
         return self.attention.embed(self.positions(features))
 
     def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
-        scores: Tensor = self.attention(support, classes, query)
-        return scores
+        return self.attention(support, classes, query)

@@ -177,6 +177,7 @@ def test_unknown_experiment_names_the_nearest(capsys: pytest.CaptureFixture[str]
 def test_every_experiment_has_runs_of_possible_settings_in_both_presets(name: str) -> None:
     for preset in ("quick", "paper"):
         experiment = build(name, preset, [])
+        assert experiment.name == name, "which experiment.json holds, and old folders hold it too"
         runs = experiment.runs([0], Results({}))
         assert len({run.folder for run in runs}) == len(runs)
         run_config(experiment.config, runs[-1], Path("out"))
