@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from soap_kernels import backends
-from soap_kernels.backends import Backend, Fusion, Options, Priors
+from soap_kernels.backends import Backend, Fusion, Needs, Options, Priors
 from soap_kernels.frames import compute_dtype, empty_frames, without_autocast
 from soap_kernels.weights import PARTS, Weights, count_maps, count_weights
 
@@ -214,6 +214,7 @@ def _soap_backward(
     grad: Tensor, x: Tensor, prepared: Tensor, weights: list[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
     *named, needs_x, needs_weights, name = settings
+    needs = Needs(needs_x, needs_weights)
     _check_like("soap_backward", "grad", grad, x)
     options, backend = _open_soap(x, weights, *(*named, grad.dtype, False, name))
     # A hook on saved tensors may have put something else in its place.
@@ -228,8 +229,7 @@ def _soap_backward(
         return dx, [w.zero_() for w in dweights]
     with _at_work(x, options.precision):
         dense = [w.contiguous() for w in weights]
-        needs = needs_x, needs_weights
-        found, gradients = backend.soap_backward(grad, x, prepared.contiguous(), dense, options, *needs)
+        found, gradients = backend.soap_backward(grad, x, prepared.contiguous(), dense, options, needs)
     dweights = [_gradient(g, w, grad) for g, w in zip(gradients or (), weights, strict=True)] if needs_weights else []
     return _gradient(found if needs_x else None, x, grad), dweights
 

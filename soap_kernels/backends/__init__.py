@@ -61,6 +61,16 @@ class Fusion:
     precision: str = "default"
 
 
+class Needs(NamedTuple):
+    """Which of its two gradients ``soap_backward`` is asked for."""
+
+    x: bool
+    weights: bool
+
+
+Gradients = tuple[Tensor | None, Sequence[Tensor] | None]  # of x and of the weights
+
+
 class Backend(Protocol):
     """Forward and backward of every op; what a new backend has to write.
 
@@ -89,15 +99,8 @@ class Backend(Protocol):
         """
 
     def soap_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        prepared: Tensor,
-        weights: Sequence[Tensor],
-        options: Options,
-        needs_x: bool,
-        needs_weights: bool,
-    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        self, grad: Tensor, x: Tensor, prepared: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
+    ) -> Gradients:
         """The gradients of x and of the weights."""
 
     def window_sums(self, x: Tensor) -> Tensor:
@@ -164,7 +167,9 @@ def _choose(name: str, device_type: str) -> Backend:
         if best.name == "reference" and device_type == "cpu":
             # Once a process, as the choice is kept: it would be made in silence, and pip hides what a build said.
             why = get("cpp").why_absent(device)
-            warnings.warn(f"the C++ kernels are left out, SOAP runs on the slower PyTorch reference: {why}", stacklevel=3)
+            warnings.warn(
+                f"the C++ kernels are left out, SOAP runs on the slower PyTorch reference: {why}", stacklevel=3
+            )
         return best
     backend = get(name)
     if (why := backend.why_absent(device)) is not None:
