@@ -7,7 +7,7 @@ nothing but x, the weights and what ``prepare`` left (a few KB): backward recomp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -372,9 +372,8 @@ def _fuse_priors_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 5
 
 
-def _refuse_double_backward(op: str) -> None:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+def _derive(op: str, setup: Callable[..., None], backward: Callable[..., tuple[Any, ...]]) -> None:
+    """``backward`` is the op's first derivative; a second is refused."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
@@ -382,18 +381,13 @@ def _refuse_double_backward(op: str) -> None:
             f" {ELSEWHERE}"
         )
 
-    torch.library.register_autograd(f"soap_kernels::{op}_backward", refuse, setup_context=setup, lib=_library)
+    torch.library.register_autograd(f"soap_kernels::{op}", backward, setup_context=setup, lib=_library)
+    torch.library.register_autograd(f"soap_kernels::{op}_backward", refuse, lib=_library)
 
 
-torch.library.register_autograd("soap_kernels::soap", _soap_autograd, setup_context=_soap_setup, lib=_library)
-torch.library.register_autograd(
-    "soap_kernels::window_sums", _window_sums_autograd, setup_context=_window_sums_setup, lib=_library
-)
-torch.library.register_autograd(
-    "soap_kernels::fuse_priors", _fuse_priors_autograd, setup_context=_fuse_priors_setup, lib=_library
-)
-for _name in ("soap", "window_sums", "fuse_priors"):
-    _refuse_double_backward(_name)
+_derive("soap", _soap_setup, _soap_autograd)
+_derive("window_sums", _window_sums_setup, _window_sums_autograd)
+_derive("fuse_priors", _fuse_priors_setup, _fuse_priors_autograd)
 
 
 def _refuse_forward_mode(op: str, tensors: Iterable[Tensor | None]) -> None:

@@ -59,9 +59,7 @@ def _backward(
 ) -> tuple[Tensor | None, Reduced]:  # fmt: skip
     """x's gradient, and those of all that is folded."""
     gradient = Numbers.of_gradient(x.dtype, grad.dtype, fusion.precision, fusion.multiplicative)
-    dz, partial_gate, direct = sweep(
-        grad, x, pieces, gate, fusion.offset, needs.x, layout, numbers, gradient
-    )  # fmt: skip
+    dz, partial_gate, direct = sweep(grad, x, pieces, gate, fusion.offset, needs.x, layout, numbers, gradient)
     partial, partial_bias = (None, None) if dz is None or not needs.weights else weigh(x, dz, layout, gradient)
     reduced = reduce(partial, partial_bias, partial_gate, x, pieces, layout)
     dx = fuse_dx(x, dz, direct, reduced.gate, pieces, layout, numbers, gradient) if needs.x else None
