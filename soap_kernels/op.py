@@ -101,19 +101,9 @@ def check_tuple_sizes(op: str, tuple_sizes: Sequence[int], frames: int) -> None:
         )
 
 
-def _open_soap(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    parts: Sequence[str],
-    tuple_sizes: Sequence[int],
-    precision: str,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    out_dtype: torch.dtype | None,
-    out_channels_last: bool,
-    backend: str,
-) -> tuple[Options, Backend]:
+def _open_soap(x: Tensor, weights: Sequence[Tensor], *settings: Any) -> tuple[Options, Backend]:
     """Of the schema's arguments, checked, what a backend takes, and the backend."""
+    parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last, backend = settings
     if (mean is None) != (std is None):
         raise ValueError("soap: mean and std go together, one of them is None")
     if x.dim() != 5:

@@ -14,14 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soap_kernels.backends import Fusion, Gradients, Needs, Options, Priors
-from soap_kernels.fold import (
-    fold_cwem,
-    fold_hmem,
-    fold_three_dem,
-    unfold_cwem,
-    unfold_hmem,
-    unfold_three_dem,
-)
+from soap_kernels.fold import fold_cwem, fold_hmem, fold_three_dem, unfold_cwem, unfold_hmem, unfold_three_dem
 from soap_kernels.frames import as_float, as_output, compute_dtype
 from soap_kernels.weights import ThreeDEMWeights, Weights
 

@@ -98,14 +98,13 @@ def finish_project(reduced, w, gradients, first, c, normalization, n: tl.constex
     """The 1x1 conv of the n-th tuple size: output c."""
     o: tl.constexpr = layout.sizes[n]
     C: tl.constexpr = layout.channels
-    CP: tl.constexpr = layout.padded_channels
     QP: tl.constexpr = layout.padded_planes
-    a = tl.arange(0, CP * 16)
+    a = tl.arange(0, layout.padded_channels * 16)
     s = a // 16
     tap = a % 16
     q = tl.arange(0, QP)
     acc = tl.zeros((QP,), tl.float32)
-    k = tl.arange(0, CP)
+    k = tl.arange(0, layout.padded_channels)
     for f in tl.static_range(o + 1):
         if f > 0:
             d = difference_gradient(reduced, w, first, c + a * 0, s, tap, o, f, normalization, layout)
