@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from soap_kernels.backends import Options
+from soap_kernels.backends import Needs, Options
 from soap_kernels.backends.triton import BACKEND, plan
 from soap_kernels.modules import SOAP
 from soap_kernels.weights import PARTS
@@ -63,7 +63,7 @@ def kernel_time(kernel: str, x: torch.Tensor, weights: list[torch.Tensor], optio
     try:
         y, prepared = BACKEND.soap_forward(x, weights, options)
         if kernel != "fuse":
-            BACKEND.soap_backward(y, x, prepared, weights, options, x.dtype != torch.uint8, True)
+            BACKEND.soap_backward(y, x, prepared, weights, options, Needs(x.dtype != torch.uint8, True))
         function, grid, args, kwargs = launched[-1]
         compiled = function[grid](*args, **kwargs)
         if getattr(compiled, "n_spills", 0):

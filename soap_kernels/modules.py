@@ -31,7 +31,11 @@ class _Part(nn.Module):
 
     part: str
     tuple_sizes: tuple[int, ...] = ()
-    backend: str
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        _check_backend(backend)
+        self.backend = backend
 
     def weights(self) -> Weights:
         raise AttributeError(f"{type(self).__name__} holds no weights")
@@ -60,9 +64,7 @@ class ThreeDEM(_Part):
     part = "3dem"
 
     def __init__(self, backend: str = "auto") -> None:
-        super().__init__()
-        _check_backend(backend)
-        self.backend = backend
+        super().__init__(backend)
         self.conv = Held(1, 1, 3, 3, 3, bias=False)
 
     def weights(self) -> Weights:
@@ -75,11 +77,9 @@ class CWEM(_Part):
     part = "cwem"
 
     def __init__(self, channels: int = 3, hidden_channels: int = 16, backend: str = "auto") -> None:
-        super().__init__()
-        _check_backend(backend)
+        super().__init__(backend)
         _positive("channels", channels)
         _positive("hidden_channels", hidden_channels)
-        self.backend = backend
         self.expand = Held(hidden_channels, channels, 1, 1, bias=False)
         self.temporal = Held(hidden_channels, hidden_channels, 3)
         self.squeeze = Held(channels, hidden_channels, 1, 1, bias=False)
@@ -98,10 +98,8 @@ class HMEM(_Part):
     def __init__(
         self, frames: int = 8, channels: int = 3, tuple_sizes: Iterable[int] = (1, 2, 3), backend: str = "auto"
     ) -> None:
-        super().__init__()
-        _check_backend(backend)
+        super().__init__(backend)
         _positive("channels", channels)
-        self.backend = backend
         self.tuple_sizes = tuple(sorted(tuple_sizes))
         op.check_tuple_sizes("HMEM", self.tuple_sizes, frames)
         planes = [o * channels for o in self.tuple_sizes]
@@ -208,8 +206,7 @@ class SOAP(nn.Module):
     def priors(self, x: Tensor) -> dict[str, Tensor]:
         """The prior of each part that is on, by its name, broadcastable to x; differentiable. For plots and study."""
         self._check(x)
-        mean, std = self.normalize or (None, None)
-        frames = as_float(x, mean, std)
+        frames = self._as_float(x)
         if self.variant == "release":
             w = compat.release_weights(self, self.parts).to(frames.dtype)
             with without_autocast(x):
@@ -225,8 +222,7 @@ class SOAP(nn.Module):
         if self.variant == "release":
             return self._release(x)
         if self.backend == "equations":
-            mean, std = self.normalize or (None, None)
-            y = equations.soap(as_float(x, mean, std), self.weights(), self.tuple_sizes)
+            y = equations.soap(self._as_float(x), self.weights(), self.tuple_sizes)
             return as_output(y, self._out_dtype(x), self.out_channels_last)
         if not self.parts and self.normalize is None and self.out_dtype is None and not self.out_channels_last:
             return x
@@ -243,12 +239,14 @@ class SOAP(nn.Module):
         )
 
     def _release(self, x: Tensor) -> Tensor:
-        mean, std = self.normalize or (None, None)
         # Narrow frames are widened first where y is to be wider, so that nothing is rounded on the way.
-        frames = x if self._out_dtype(x) == x.dtype else as_float(x, mean, std)
+        frames = x if self._out_dtype(x) == x.dtype else self._as_float(x)
         w = compat.release_weights(self, self.parts)
         y = compat.release(frames, w, self.tuple_sizes, self.precision, self.backend)
         return as_output(y, self._out_dtype(x), self.out_channels_last)
+
+    def _as_float(self, x: Tensor) -> Tensor:
+        return as_float(x, *(self.normalize or (None, None)))
 
     def _out_dtype(self, x: Tensor) -> torch.dtype:
         return self.out_dtype or (torch.float32 if self.normalize is not None else x.dtype)

@@ -7,7 +7,7 @@ nothing but x, the weights and what ``prepare`` left (a few KB): backward recomp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from soap_kernels import backends
-from soap_kernels.backends import Backend, Fusion, Options, Priors
+from soap_kernels.backends import Backend, Fusion, Needs, Options, Priors
 from soap_kernels.frames import compute_dtype, empty_frames, without_autocast
 from soap_kernels.weights import PARTS, Weights, count_maps, count_weights
 
@@ -101,19 +101,9 @@ def check_tuple_sizes(op: str, tuple_sizes: Sequence[int], frames: int) -> None:
         )
 
 
-def _open_soap(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    parts: Sequence[str],
-    tuple_sizes: Sequence[int],
-    precision: str,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    out_dtype: torch.dtype | None,
-    out_channels_last: bool,
-    backend: str,
-) -> tuple[Options, Backend]:
+def _open_soap(x: Tensor, weights: Sequence[Tensor], *settings: Any) -> tuple[Options, Backend]:
     """Of the schema's arguments, checked, what a backend takes, and the backend."""
+    parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last, backend = settings
     if (mean is None) != (std is None):
         raise ValueError("soap: mean and std go together, one of them is None")
     if x.dim() != 5:
@@ -214,6 +204,7 @@ def _soap_backward(
     grad: Tensor, x: Tensor, prepared: Tensor, weights: list[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
     *named, needs_x, needs_weights, name = settings
+    needs = Needs(needs_x, needs_weights)
     _check_like("soap_backward", "grad", grad, x)
     options, backend = _open_soap(x, weights, *(*named, grad.dtype, False, name))
     # A hook on saved tensors may have put something else in its place.
@@ -228,8 +219,7 @@ def _soap_backward(
         return dx, [w.zero_() for w in dweights]
     with _at_work(x, options.precision):
         dense = [w.contiguous() for w in weights]
-        needs = needs_x, needs_weights
-        found, gradients = backend.soap_backward(grad, x, prepared.contiguous(), dense, options, *needs)
+        found, gradients = backend.soap_backward(grad, x, prepared.contiguous(), dense, options, needs)
     dweights = [_gradient(g, w, grad) for g, w in zip(gradients or (), weights, strict=True)] if needs_weights else []
     return _gradient(found if needs_x else None, x, grad), dweights
 
@@ -372,9 +362,8 @@ def _fuse_priors_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 5
 
 
-def _refuse_double_backward(op: str) -> None:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+def _derive(op: str, setup: Callable[..., None], backward: Callable[..., tuple[Any, ...]]) -> None:
+    """``backward`` is the op's first derivative; a second is refused."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
@@ -382,18 +371,13 @@ def _refuse_double_backward(op: str) -> None:
             f" {ELSEWHERE}"
         )
 
-    torch.library.register_autograd(f"soap_kernels::{op}_backward", refuse, setup_context=setup, lib=_library)
+    torch.library.register_autograd(f"soap_kernels::{op}", backward, setup_context=setup, lib=_library)
+    torch.library.register_autograd(f"soap_kernels::{op}_backward", refuse, lib=_library)
 
 
-torch.library.register_autograd("soap_kernels::soap", _soap_autograd, setup_context=_soap_setup, lib=_library)
-torch.library.register_autograd(
-    "soap_kernels::window_sums", _window_sums_autograd, setup_context=_window_sums_setup, lib=_library
-)
-torch.library.register_autograd(
-    "soap_kernels::fuse_priors", _fuse_priors_autograd, setup_context=_fuse_priors_setup, lib=_library
-)
-for _name in ("soap", "window_sums", "fuse_priors"):
-    _refuse_double_backward(_name)
+_derive("soap", _soap_setup, _soap_autograd)
+_derive("window_sums", _window_sums_setup, _window_sums_autograd)
+_derive("fuse_priors", _fuse_priors_setup, _fuse_priors_autograd)
 
 
 def _refuse_forward_mode(op: str, tensors: Iterable[Tensor | None]) -> None:

@@ -61,6 +61,16 @@ class Fusion:
     precision: str = "default"
 
 
+class Needs(NamedTuple):
+    """Which of its two gradients ``soap_backward`` is asked for."""
+
+    x: bool
+    weights: bool
+
+
+Gradients = tuple[Tensor | None, Sequence[Tensor] | None]  # of x and of the weights
+
+
 class Backend(Protocol):
     """Forward and backward of every op; what a new backend has to write.
 
@@ -89,15 +99,8 @@ class Backend(Protocol):
         """
 
     def soap_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        prepared: Tensor,
-        weights: Sequence[Tensor],
-        options: Options,
-        needs_x: bool,
-        needs_weights: bool,
-    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        self, grad: Tensor, x: Tensor, prepared: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
+    ) -> Gradients:
         """The gradients of x and of the weights."""
 
     def window_sums(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, Priors
+from soap_kernels.backends import Fusion, Gradients, Needs, Options, Priors
 from soap_kernels.frames import empty_frames
 
 _library = torch.library.Library("soap_kernels", "FRAGMENT")
@@ -119,17 +119,10 @@ class CppBackend:
         return y, prepared
 
     def soap_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        prepared: Tensor,
-        weights: Sequence[Tensor],
-        options: Options,
-        needs_x: bool,
-        needs_weights: bool,
-    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
-        dx = empty_frames(x, x.dtype) if needs_x else None
-        dweights = [torch.empty_like(w, dtype=torch.float32) for w in weights] if needs_weights else []
+        self, grad: Tensor, x: Tensor, prepared: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
+    ) -> Gradients:
+        dx = empty_frames(x, x.dtype) if needs.x else None
+        dweights = [torch.empty_like(w, dtype=torch.float32) for w in weights] if needs.weights else []
         torch.ops.soap_kernels.cpp_soap_backward(grad, x, prepared, weights, *_soap(options), dx, dweights)
         return dx, dweights
 

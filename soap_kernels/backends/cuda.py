@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, Priors
+from soap_kernels.backends import Fusion, Gradients, Needs, Options, Priors
 from soap_kernels.backends.reference import Prepared
 from soap_kernels.backends.wide import Wide
 from soap_kernels.frames import empty_frames
@@ -220,24 +220,17 @@ class CudaBackend:
         return y, prepared
 
     def soap_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        prepared: Tensor,
-        weights: Sequence[Tensor],
-        options: Options,
-        needs_x: bool,
-        needs_weights: bool,
-    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        self, grad: Tensor, x: Tensor, prepared: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
+    ) -> Gradients:
         plan = self._plan(x, weights, options)
         if not plan.fits(x.device):
-            return WIDE.soap_backward(grad, x, weights, options, needs_x, needs_weights)
-        dweights = [torch.empty_like(w) for w in weights] if needs_weights else []
-        way = WayBack(x, plan, needs_x)
+            return WIDE.soap_backward(grad, x, weights, options, needs)
+        dweights = [torch.empty_like(w) for w in weights] if needs.weights else []
+        way = WayBack(x, plan, needs.x)
         torch.ops.soap_kernels.cuda_soap_backward(
             grad, x, prepared, weights, *_soap(options), dweights, way.dz, way.through, way.dense, way.dmeans
         )
-        return way.gradient(grad) if needs_x else None, dweights
+        return way.gradient(grad) if needs.x else None, dweights
 
     def window_sums(self, x: Tensor) -> Tensor:
         sums = x.new_empty((*x.shape[:2], 3, 3), dtype=torch.float32)

@@ -13,15 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, Priors
-from soap_kernels.fold import (
-    fold_cwem,
-    fold_hmem,
-    fold_three_dem,
-    unfold_cwem,
-    unfold_hmem,
-    unfold_three_dem,
-)
+from soap_kernels.backends import Fusion, Gradients, Needs, Options, Priors
+from soap_kernels.fold import fold_cwem, fold_hmem, fold_three_dem, unfold_cwem, unfold_hmem, unfold_three_dem
 from soap_kernels.frames import as_float, as_output, compute_dtype
 from soap_kernels.weights import ThreeDEMWeights, Weights
 
@@ -111,31 +104,27 @@ def soap(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> Tensor:
     return fuse(x, prepare(x, weights, tuple_sizes))
 
 
+def conv_backward(dz: Tensor, planes: Tensor, kernel: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+    """Of a zero-padded 3x3 convolution without bias: the gradients of its input and of its kernel."""
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, its padding, groups
+    back, dkernel, _ = torch.ops.aten.convolution_backward(dz, planes, kernel, None, *geometry, (*needs, False))
+    return back, dkernel
+
+
 def _sweep(
-    grad: Tensor,
-    x: Tensor,
-    p: Prepared,
-    needs_x: bool,
-    needs_weights: bool,
-    fusion: Fusion = ADDITIVE,
+    grad: Tensor, x: Tensor, p: Prepared, needs: Needs, fusion: Fusion = ADDITIVE
 ) -> tuple[Tensor | None, Prepared]:
     """One pass over x and the incoming gradient: dx without CWEM's pool, and the gradients of all that is prepared."""
     b, t, c, height, width = x.shape
     multiplicative, interleaved = fusion.multiplicative, fusion.interleaved
     upstream = grad * x if multiplicative else grad
     dx = None
-    if needs_x:
+    if needs.x:
         dx = grad * fusion.offset if multiplicative else grad
     drows = dgate = dweight = dbias = None
 
     def through_conv(dz: Tensor, planes: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not needs_x and not needs_weights:
-            return dz, None
-        geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-        back, dkernel, _ = torch.ops.aten.convolution_backward(
-            dz, planes, kernel, None, *geometry, (needs_x, needs_weights, False)
-        )
-        return back, dkernel
+        return conv_backward(dz, planes, kernel, needs) if any(needs) else (dz, None)
 
     if p.weight is not None:
         s = conv_prior(x, p.weight, p.bias)
@@ -210,19 +199,12 @@ class ReferenceBackend:
         return as_output(y, options.out_dtype, options.out_channels_last), x.new_empty(0, dtype=torch.float32)
 
     def soap_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        prepared: Tensor,
-        weights: Sequence[Tensor],
-        options: Options,
-        needs_x: bool,
-        needs_weights: bool,
-    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        self, grad: Tensor, x: Tensor, prepared: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
+    ) -> Gradients:
         frames = as_float(x, options.mean, options.std)
         w = options.unflatten(weights).to(frames.dtype)
         p = prepare(frames, w, options.tuple_sizes)
-        dx, d = _sweep(grad.to(frames.dtype), frames, p, needs_x, needs_weights)
+        dx, d = _sweep(grad.to(frames.dtype), frames, p, needs)
         return finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
 
     def window_sums(self, x: Tensor) -> Tensor:
@@ -253,7 +235,7 @@ class ReferenceBackend:
     ) -> tuple[Tensor | None, ...]:
         frames = x.to(compute_dtype(x))
         p = given(frames, priors, frames.dtype)
-        dx, d = _sweep(grad.to(frames.dtype), frames, p, needs[0], needs[1] or needs[3], fusion)
+        dx, d = _sweep(grad.to(frames.dtype), frames, p, Needs(needs[0], needs[1] or needs[3]), fusion)
         return dx, None if d.rows is None else unfold_three_dem(d.rows).conv, d.gate, d.weight, d.bias
 
 

@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, Priors
-from soap_kernels.backends.reference import Prepared, finish, given, prepare
+from soap_kernels.backends import Fusion, Gradients, Needs, Options, Priors
+from soap_kernels.backends.reference import Prepared, conv_backward, finish, given, prepare
 from soap_kernels.fold import fold_joint, unfold_joint, unfold_three_dem
 from soap_kernels.frames import as_float
-
-_GEOMETRY = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, its padding, groups
 
 
 class Join(Protocol):
@@ -80,18 +78,12 @@ class Wide:
         self._fuse(frames, p, Fusion(precision=options.precision), y)
 
     def soap_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        options: Options,
-        needs_x: bool,
-        needs_weights: bool,
-    ) -> tuple[Tensor | None, Sequence[Tensor]]:
+        self, grad: Tensor, x: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
+    ) -> Gradients:
         frames = _frames(x, options, backward=True)
         w = options.unflatten(weights).to(torch.float32)
         p = prepare(frames, w, options.tuple_sizes)
-        dx, d = self._sweep(grad, frames, p, Fusion(precision=options.precision), needs_x, needs_weights)
+        dx, d = self._sweep(grad, frames, p, Fusion(precision=options.precision), needs)
         return finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
 
     def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion, y: Tensor) -> None:
@@ -102,35 +94,33 @@ class Wide:
         self, grad: Tensor, x: Tensor, priors: Priors, fusion: Fusion, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         frames, p = _convolved(x, fusion.precision, backward=True), given(x, priors, torch.float32)
-        dx, d = self._sweep(grad, frames, p, fusion, needs[0], needs[1] or needs[3])
+        dx, d = self._sweep(grad, frames, p, fusion, Needs(needs[0], needs[1] or needs[3]))
         return [dx, None if d.rows is None else unfold_three_dem(d.rows).conv, d.gate, d.weight, d.bias]
 
     def _fuse(self, x: Tensor, p: Prepared, fusion: Fusion, y: Tensor) -> None:
         self.join(x, _convolve(x, p, fusion)[1], p, fusion, y)
 
     def _sweep(
-        self, grad: Tensor, x: Tensor, p: Prepared, fusion: Fusion, needs_x: bool, needs_weights: bool
+        self, grad: Tensor, x: Tensor, p: Prepared, fusion: Fusion, needs: Needs
     ) -> tuple[Tensor | None, Prepared]:
         """dx in fp32 without CWEM's pool, and the gradients of all that is prepared."""
         kernel, z = _convolve(x, p, fusion)
         dz = None if z is None else torch.empty_like(z)
         direct = None
-        if needs_x and fusion.multiplicative:
+        if needs.x and fusion.multiplicative:
             direct = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         gate_shares, bias_shares = self.part(grad, x, z, p, fusion, dz, direct)
         dx = None
-        if needs_x:
+        if needs.x:
             dx = grad.float() if direct is None else direct
         drows = dweight = dbias = None
         if p.weight is not None:
             dbias = bias_shares.sum((0, 3)).flatten()
-        if kernel is not None and dz is not None and (needs_x or needs_weights):
-            back, dkernel, _ = torch.ops.aten.convolution_backward(
-                dz, x.flatten(1, 2), kernel, None, *_GEOMETRY, (needs_x, needs_weights, False)
-            )
+        if kernel is not None and dz is not None and any(needs):
+            back, dkernel = conv_backward(dz, x.flatten(1, 2), kernel, needs)
             if dx is not None:
                 dx = dx + back.view(x.shape)
-            if needs_weights:
+            if needs.weights:
                 dweight, drows = unfold_joint(dkernel, p.weight, p.rows, x.shape[2], fusion.interleaved)
         dgate = None if p.gate is None else gate_shares.sum(-1)
         return dx, Prepared(drows, dgate, dweight, dbias)

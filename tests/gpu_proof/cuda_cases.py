@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soap_kernels.backends import Backend, Fusion, Options, Priors
+from soap_kernels.backends import Backend, Fusion, Needs, Options, Priors
 from soap_kernels.backends.reference import BACKEND as REFERENCE
 
 PARTS = ("3dem", "cwem", "hmem")
@@ -210,7 +210,7 @@ def oracle(case: Case, x: Tensor, weights: list[Tensor], grad: Tensor) -> tuple[
     doubles = [w.double() for w in weights]
     y, prepared = REFERENCE.soap_forward(frames, doubles, exact)
     needs_x = x.dtype != torch.uint8
-    dx, dweights = REFERENCE.soap_backward(grad.double(), frames, prepared, doubles, exact, needs_x, True)
+    dx, dweights = REFERENCE.soap_backward(grad.double(), frames, prepared, doubles, exact, Needs(needs_x, True))
     return y, dx, dweights
 
 
@@ -264,7 +264,7 @@ def check_soap(case: Case, backend: Backend, device: torch.device) -> None:
     before = torch.ops.soap_kernels.cuda_launches()
     y, prepared = backend.soap_forward(x, weights, options(case))
     between = torch.ops.soap_kernels.cuda_launches()
-    _, dweights = backend.soap_backward(grad, x, prepared, weights, options(case), False, True)
+    _, dweights = backend.soap_backward(grad, x, prepared, weights, options(case), Needs(False, True))
     after = torch.ops.soap_kernels.cuda_launches()
     # Around a library's convolution one each way.
     assert (between - before, after - between) == ((1, 1) if case in WIDES else (2, 3)), "launches"
@@ -277,7 +277,7 @@ def check_soap(case: Case, backend: Backend, device: torch.device) -> None:
         off = relative(found, expected)
         assert off < case.weight_tolerance, f"gradient of weight {k} is off by {off:.1e}"
     if needs_x:
-        dx, _ = backend.soap_backward(grad, x, prepared, weights, options(case), True, False)
+        dx, _ = backend.soap_backward(grad, x, prepared, weights, options(case), Needs(True, False))
         assert relative(dx, dx_oracle) < case.y_tolerance, f"x's gradient is off by {relative(dx, dx_oracle):.1e}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from soap_kernels.backends import Options
+from soap_kernels.backends import Needs, Options
 from soap_kernels.modules import SOAP
 from soap_kernels.weights import PARTS
 
@@ -149,7 +149,7 @@ def soap_launches(
     options = Options(PARTS, (1, 2, 3), precision, mean, std, out or dtype, False)
     with recorded(architecture) as found:
         y, prepared = BACKEND.soap_forward(x, weights, options)
-        BACKEND.soap_backward(y, x, prepared, weights, options, needs_x and dtype != torch.uint8, True)
+        BACKEND.soap_backward(y, x, prepared, weights, options, Needs(needs_x and dtype != torch.uint8, True))
     return list(found)
 
 

@@ -18,7 +18,7 @@ import build as shim
 import static_gpu
 from cuda_cases import Case, options, soap_tensors
 from run_cases import use
-from soap_kernels.backends import cuda
+from soap_kernels.backends import Needs, cuda
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,7 +66,10 @@ def counts(case: Case, library: ctypes.CDLL) -> tuple[dict[str, Counted], tuple[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "empty_frames", lambda *_: y)
         _, prepared = run({X: x, Y: y}, lambda: cuda.BACKEND.soap_forward(x, weights, options(case)))
-    run({X: x, GRAD: grad}, lambda: cuda.BACKEND.soap_backward(grad, x, prepared, weights, options(case), False, True))
+    run(
+        {X: x, GRAD: grad},
+        lambda: cuda.BACKEND.soap_backward(grad, x, prepared, weights, options(case), Needs(False, True)),
+    )
     return found, (x, y)
 
 

@@ -28,7 +28,7 @@ from cuda_cases import (
 )
 from run_cases import use
 from soap_kernels import SOAP, backends
-from soap_kernels.backends import cuda
+from soap_kernels.backends import Needs, cuda
 from soap_kernels.compat import TriplePrior
 from test_compat import check_in_single_precision
 
@@ -80,7 +80,7 @@ def test_two_runs_give_the_same_bits(backend: backends.Backend) -> None:
     runs = []
     for _ in range(2):
         y, prepared = backend.soap_forward(x, weights, options(case))
-        runs.append([y, *backend.soap_backward(grad, x, prepared, weights, options(case), False, True)[1]])
+        runs.append([y, *backend.soap_backward(grad, x, prepared, weights, options(case), Needs(False, True))[1]])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soap_kernels import equations
-from soap_kernels.backends import Fusion, Options, Priors, reference
+from soap_kernels.backends import Fusion, Needs, Options, Priors, reference
 from soap_kernels.frames import as_float
 from soap_kernels.modules import SOAP
 from soap_kernels.weights import PARTS, Weights
@@ -80,7 +80,7 @@ def check(x: Tensor, weights: list[Tensor], options: Options, tolerance: tuple[f
     expected = equations.soap(frames, Weights.unflatten(exact, options.parts, len(sizes)), sizes)
     assert worst(y, expected) < tolerance[0]
     grad = torch.randn(y.shape, device="cuda").to(y.dtype)
-    dx, dweights = backend().soap_backward(grad, x, prepared, weights, options, needs_x, True)
+    dx, dweights = backend().soap_backward(grad, x, prepared, weights, options, Needs(needs_x, True))
     wanted = torch.autograd.grad(expected, [frames, *exact], grad.double())
     for found, gradient in zip(dweights, wanted[1:], strict=True):
         assert worst(found, gradient) < tolerance[1]
@@ -140,7 +140,7 @@ def test_same_input_gives_the_same_bits() -> None:
 
     def run() -> list[Tensor]:
         y, prepared = backend().soap_forward(x, weights, options)
-        dx, dweights = backend().soap_backward(grad, x, prepared, weights, options, True, True)
+        dx, dweights = backend().soap_backward(grad, x, prepared, weights, options, Needs(True, True))
         return [y, dx, *dweights]
 
     first = run()
@@ -153,7 +153,7 @@ def test_every_output_is_written() -> None:
     weights, options = weights_of(8, 3, (1, 2, 3)), options_of(PARTS, (1, 2, 3), "default", x.dtype)
     torch.full((40 * x.numel(),), float("nan"), device="cuda")  # freed at once: what is allocated next starts as NaN
     y, prepared = backend().soap_forward(x, weights, options)
-    dx, dweights = backend().soap_backward(y, x, prepared, weights, options, True, True)
+    dx, dweights = backend().soap_backward(y, x, prepared, weights, options, Needs(True, True))
     assert all(torch.isfinite(v).all() for v in [y, dx, *dweights])
 
 

@@ -56,9 +56,7 @@ def folded_gradient(dfolded, c, t, s, u, tap, ok, normalization, layout: tl.cons
 
 
 @triton.jit
-def difference_gradient(
-    dfolded, restore, first, c, s, tap, o: tl.constexpr, f, normalization, layout: tl.constexpr
-):  # fmt: skip
+def difference_gradient(reduced, w, first, c, s, tap, o: tl.constexpr, f, normalization, layout: tl.constexpr):
     """Gradient of place f of a tuple's differences, for indices (c, s, tap) along one axis: ``[len]``."""
     T: tl.constexpr = layout.frames
     C: tl.constexpr = layout.channels
@@ -68,62 +66,59 @@ def difference_gradient(
     u = (v % TP)[None, :]
     i = u - f
     fits = (t < T) & (i >= 0) & (i < T - o)
-    z = tl.load(restore + t * layout.maps + first + i, mask=fits, other=0.0).to(tl.float32)
+    z = tl.load(w.restore + t * layout.maps + first + i, mask=fits, other=0.0).to(tl.float32)
     ok = fits & ((c < C) & (s < C) & (tap < 9))[:, None]
-    d = folded_gradient(dfolded, c[:, None], t, s[:, None], u, tap[:, None], ok, normalization, layout)
+    d = folded_gradient(reduced.folded, c[:, None], t, s[:, None], u, tap[:, None], ok, normalization, layout)
     return tl.sum(d * z, axis=1)
 
 
 @triton.jit
-def finish_motion(
-    dfolded, project, restore, first, out, place, normalization, o: tl.constexpr, layout: tl.constexpr
-):  # fmt: skip
-    """The 3x3 conv of a tuple size: all its outputs at one of its inputs ``place`` = (frame, channel)."""
+def finish_motion(reduced, w, gradients, first, place, normalization, n: tl.constexpr, layout: tl.constexpr):
+    """The 3x3 conv of the n-th tuple size: all its outputs at one of its inputs ``place`` = (frame, channel)."""
+    o: tl.constexpr = layout.sizes[n]
     C: tl.constexpr = layout.channels
     CP: tl.constexpr = layout.padded_channels
     a = tl.arange(0, CP * 16)
     s = place % C + a * 0
-    d = difference_gradient(dfolded, restore, first, a // 16, s, a % 16, o, 1 + place // C, normalization, layout)
+    d = difference_gradient(reduced, w, first, a // 16, s, a % 16, o, 1 + place // C, normalization, layout)
     d = tl.reshape(d, (CP, 16))
     q = tl.arange(0, layout.padded_planes)
     k = tl.arange(0, CP)
     e = tl.arange(0, 16)
-    r = tl.load(project + k[:, None] * (o * C) + q[None, :], mask=(k < C)[:, None] & (q < o * C)[None, :], other=0.0)
+    ok = (k < C)[:, None] & (q < o * C)[None, :]
+    r = tl.load(w.project[n] + k[:, None] * (o * C) + q[None, :], mask=ok, other=0.0)
     dk = -tl.sum(r.to(tl.float32)[:, :, None] * d[:, None, :], axis=0)
+    out = gradients.motion[n]
     to = out + (q[:, None] * (o * C) + place) * 9 + e[None, :]
     tl.store(to, dk.to(out.dtype.element_ty), mask=(q < o * C)[:, None] & (e < 9)[None, :])
 
 
 @triton.jit
-def finish_project(
-    dfolded, dbias, motion, motion_bias, restore, first, out, out_bias, c, normalization,
-    o: tl.constexpr, layout: tl.constexpr,
-):  # fmt: skip
-    """The 1x1 conv of a tuple size: output c."""
-    T: tl.constexpr = layout.frames
+def finish_project(reduced, w, gradients, first, c, normalization, n: tl.constexpr, layout: tl.constexpr):
+    """The 1x1 conv of the n-th tuple size: output c."""
+    o: tl.constexpr = layout.sizes[n]
     C: tl.constexpr = layout.channels
-    CP: tl.constexpr = layout.padded_channels
     QP: tl.constexpr = layout.padded_planes
-    TP: tl.constexpr = layout.padded_frames
-    a = tl.arange(0, CP * 16)
+    a = tl.arange(0, layout.padded_channels * 16)
     s = a // 16
     tap = a % 16
     q = tl.arange(0, QP)
     acc = tl.zeros((QP,), tl.float32)
-    k = tl.arange(0, CP)
+    k = tl.arange(0, layout.padded_channels)
     for f in tl.static_range(o + 1):
         if f > 0:
-            d = difference_gradient(dfolded, restore, first, c + a * 0, s, tap, o, f, normalization, layout)
-            at = motion + (q[:, None] * (o * C) + (f - 1) * C + s[None, :]) * 9 + tap[None, :]
+            d = difference_gradient(reduced, w, first, c + a * 0, s, tap, o, f, normalization, layout)
+            at = w.motion[n] + (q[:, None] * (o * C) + (f - 1) * C + s[None, :]) * 9 + tap[None, :]
             m = tl.load(at, mask=(q < o * C)[:, None] & ((s < C) & (tap < 9))[None, :], other=0.0).to(tl.float32)
             acc -= tl.sum(m * d[None, :], axis=1)
         if f < o:
-            d = difference_gradient(dfolded, restore, first, c + k * 0, k, 4 + k * 0, o, f, normalization, layout)
+            d = difference_gradient(reduced, w, first, c + k * 0, k, 4 + k * 0, o, f, normalization, layout)
             acc += tl.sum(tl.where(q[:, None] == f * C + k[None, :], d[None, :], 0.0), axis=1)
-    t = tl.arange(0, TP)
-    db = tl.load(dbias + c * TP + t, mask=t < T, other=0.0)
-    dconstant = tl.sum(db * restored(restore, t, first, o, layout), axis=0)
-    acc -= dconstant * tl.load(motion_bias + q, mask=q < o * C, other=0.0).to(tl.float32)
+    t = tl.arange(0, layout.padded_frames)
+    db = tl.load(reduced.bias + c * layout.padded_frames + t, mask=t < layout.frames, other=0.0)
+    dconstant = tl.sum(db * restored(w.restore, t, first, o, layout), axis=0)
+    acc -= dconstant * tl.load(w.motion_bias[n] + q, mask=q < o * C, other=0.0).to(tl.float32)
+    out, out_bias = gradients.project[n], gradients.project_bias[n]
     tl.store(out + c * (o * C) + q, acc.to(out.dtype.element_ty), mask=q < o * C)
     tl.store(out_bias + c, dconstant.to(out_bias.dtype.element_ty))
 
@@ -137,29 +132,28 @@ def bias_gradient(dbias, t, layout: tl.constexpr):
 
 
 @triton.jit
-def finish_motion_bias(dbias, project, restore, first, out, o: tl.constexpr, layout: tl.constexpr):
+def finish_motion_bias(dbias, w, gradients, first, n: tl.constexpr, layout: tl.constexpr):
+    o: tl.constexpr = layout.sizes[n]
     C: tl.constexpr = layout.channels
     t = tl.arange(0, layout.padded_frames)
     k = tl.arange(0, layout.padded_channels)
     q = tl.arange(0, layout.padded_planes)
     db = bias_gradient(dbias, t, layout)
-    dconstant = tl.sum(db * restored(restore, t, first, o, layout)[None, :], axis=1)
-    r = tl.load(project + k[:, None] * (o * C) + q[None, :], mask=(k < C)[:, None] & (q < o * C)[None, :], other=0.0)
+    dconstant = tl.sum(db * restored(w.restore, t, first, o, layout)[None, :], axis=1)
+    ok = (k < C)[:, None] & (q < o * C)[None, :]
+    r = tl.load(w.project[n] + k[:, None] * (o * C) + q[None, :], mask=ok, other=0.0)
     d = -tl.sum(dconstant[:, None] * r.to(tl.float32), axis=0)
+    out = gradients.motion_bias[n]
     tl.store(out + q, d.to(out.dtype.element_ty), mask=q < o * C)
 
 
 @triton.jit
-def finish_restore(
-    dfolded, dbias, motion, motion_bias, project, project_bias, first, out, i, normalization,
-    o: tl.constexpr, layout: tl.constexpr,
-):  # fmt: skip
-    """Z's column of map i of a tuple size."""
-    T: tl.constexpr = layout.frames
+def finish_restore(reduced, w, gradients, first, i, normalization, n: tl.constexpr, layout: tl.constexpr):
+    """Z's column of map i of the n-th tuple size."""
+    o: tl.constexpr = layout.sizes[n]
     C: tl.constexpr = layout.channels
     CP: tl.constexpr = layout.padded_channels
     TP: tl.constexpr = layout.padded_frames
-    QP: tl.constexpr = layout.padded_planes
     a = tl.arange(0, CP * CP * 16)
     c = a // (CP * 16)
     s = a // 16 % CP
@@ -167,22 +161,24 @@ def finish_restore(
     ok = (c < C) & (s < C) & (tap < 9)
     t = tl.arange(0, TP)
     acc = tl.zeros((TP,), tl.float32)
-    q = tl.arange(0, QP)[:, None]
+    q = tl.arange(0, layout.padded_planes)[:, None]
     for f in tl.static_range(o + 1):
         d = tl.zeros((CP * CP * 16,), tl.float32)
         if f > 0:
-            d -= tl.sum(project_motion(project, motion, c[None, :], q, s[None, :], tap[None, :], o, f, C), axis=0)
+            d -= tl.sum(project_motion(w, c[None, :], q, s[None, :], tap[None, :], n, f, layout), axis=0)
         if f < o:
-            d += tl.load(project + c * (o * C) + f * C + s, mask=ok & (tap == 4), other=0.0).to(tl.float32)
+            d += tl.load(w.project[n] + c * (o * C) + f * C + s, mask=ok & (tap == 4), other=0.0).to(tl.float32)
         g = folded_gradient(
-            dfolded, c[None, :], t[:, None], s[None, :], i + f + a[None, :] * 0, tap[None, :],
-            (t < T)[:, None] & ok[None, :], normalization, layout,
+            reduced.folded, c[None, :], t[:, None], s[None, :], i + f + a[None, :] * 0, tap[None, :],
+            (t < layout.frames)[:, None] & ok[None, :], normalization, layout,
         )  # fmt: skip
         acc += tl.sum(g * tl.where(ok, d, 0.0)[None, :], axis=1)
     k = tl.arange(0, CP)
-    constant = map_constant(project, project_bias, motion_bias, k, tl.arange(0, QP), o, C)
-    acc += tl.sum(bias_gradient(dbias, t, layout) * constant[:, None], axis=0)
-    tl.store(out + t * layout.maps + first + i, acc.to(out.dtype.element_ty), mask=t < T)
+    q = tl.arange(0, layout.padded_planes)
+    constant = map_constant(w.project[n], w.project_bias[n], w.motion_bias[n], k, q, o, C)
+    acc += tl.sum(bias_gradient(reduced.bias, t, layout) * constant[:, None], axis=0)
+    out = gradients.restore
+    tl.store(out + t * layout.maps + first + i, acc.to(out.dtype.element_ty), mask=t < layout.frames)
 
 
 @triton.jit
@@ -253,28 +249,20 @@ def finish_cwem(dtaps, w, gradients, B, layout: tl.constexpr):
 
 
 @triton.jit
-def finish_size(p, reduced, w, d, first, normalization, k: tl.constexpr, layout: tl.constexpr):
-    """Program p of the k-th tuple size, whose maps begin with ``first``."""
+def finish_size(p, reduced, w, d, first, normalization, n: tl.constexpr, layout: tl.constexpr):
+    """Program p of the n-th tuple size, whose maps begin with ``first``."""
     C: tl.constexpr = layout.channels
-    o: tl.constexpr = layout.sizes[k]
+    o: tl.constexpr = layout.sizes[n]
     MAPS: tl.constexpr = layout.frames - o
-    dfolded = reduced.folded
-    dbias = reduced.bias
     if p >= 0:
         if p < o * C:
-            finish_motion(dfolded, w.project[k], w.restore, first, d.motion[k], p, normalization, o, layout)
+            finish_motion(reduced, w, d, first, p, normalization, n, layout)
         elif p < (o + 1) * C:
-            finish_project(
-                dfolded, dbias, w.motion[k], w.motion_bias[k], w.restore, first, d.project[k], d.project_bias[k],
-                p - o * C, normalization, o, layout,
-            )  # fmt: skip
+            finish_project(reduced, w, d, first, p - o * C, normalization, n, layout)
         elif p < (o + 1) * C + MAPS:
-            finish_restore(
-                dfolded, dbias, w.motion[k], w.motion_bias[k], w.project[k], w.project_bias[k], first, d.restore,
-                p - (o + 1) * C, normalization, o, layout,
-            )  # fmt: skip
+            finish_restore(reduced, w, d, first, p - (o + 1) * C, normalization, n, layout)
         elif p == (o + 1) * C + MAPS:
-            finish_motion_bias(dbias, w.project[k], w.restore, first, d.motion_bias[k], o, layout)
+            finish_motion_bias(reduced.bias, w, d, first, n, layout)
 
 
 @triton.jit

@@ -54,8 +54,8 @@ def join(x: Tensor, z: Tensor | None, p: Folded, fusion: Fusion, y: Tensor) -> N
     clips, frames, channels, height, width = x.shape
     plan.launch(
         join_kernel, (-(-height * width // JOIN_BLOCK), clips * frames), Frames.of(x), z, p.bias, p.gate, Frames.of(y),
-        height, width, float(fusion.offset), T=frames, C=channels, HMEM=p.weight is not None,
-        STENCIL=p.rows is not None, MULTIPLICATIVE=fusion.multiplicative, BLOCK=JOIN_BLOCK, num_warps=8,
+        height, width, float(fusion.offset), T=frames, C=channels, PLANES=0 if p.weight is None else frames * channels,
+        ROWS=0 if z is None else z.shape[1], MULTIPLICATIVE=fusion.multiplicative, BLOCK=JOIN_BLOCK, num_warps=8,
     )  # fmt: skip
 
 
@@ -176,13 +176,23 @@ def move(v, by: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def tile_pixels(row, column, H, W, block: tl.constexpr):
-    """Row and column of each pixel of the tile (row, column) of a clip, and which of them the tile writes."""
+def tile_pixels(tile, tiles, side, H, W, block: tl.constexpr, DOWN: tl.constexpr = False):
+    """The clip of a tile, row and column of each of its pixels, and which of them it writes.
+
+    A clip's ``tiles`` come row by row of ``side`` tiles; DOWN: column by column.
+    """
+    b = tile // tiles
+    if DOWN:
+        row = tile % tiles % side
+        column = tile % tiles // side
+    else:
+        row = tile % tiles // side
+        column = tile % tiles % side
     n = tl.arange(0, block.pixels)
     h = row * block.height + n // block.width
     w = column * block.step - block.halo + n % block.width
     own = (h < H) & (w < W) & (n % block.width >= block.halo) & (n % block.width < block.width - block.halo)
-    return h, w, own
+    return b, h, w, own
 
 
 @triton.jit
@@ -195,6 +205,19 @@ def normalized(v, normalization, layout: tl.constexpr):
         factor = tl.where(c == i, normalization.scale[i], factor)
         term = tl.where(c == i, normalization.shift[i], term)
     return v * factor[:, None] + term[:, None]
+
+
+@triton.jit
+def conv_sigmoids(x, pieces, b, h, w, H, W, layout: tl.constexpr, numbers: tl.constexpr, block: tl.constexpr):
+    """Of the folded convolution of clip b's pixels (h, w), ``[rows, N]``; 0 where no part needs one."""
+    M: tl.constexpr = layout.rows
+    N: tl.constexpr = block.pixels
+    z = tl.zeros((M, N), tl.float32)
+    if layout.conv:
+        bias = tl.load(pieces.bias + tl.arange(0, M))
+        z = convolve(x, b, pieces.folded, h, w, H, W, layout, numbers, numbers, block, False)
+        z = sigmoid(z + bias[:, None])
+    return z
 
 
 @triton.jit
@@ -238,17 +261,10 @@ def fuse_kernel(
 ):  # fmt: skip
     """A program writes one tile of y: ``x + sum of priors``, or ``x * (offset + sum)``."""
     M: tl.constexpr = layout.rows
-    N: tl.constexpr = block.pixels
-    pid = tl.program_id(0)
-    b = pid // tiles
-    h, w, own = tile_pixels(pid % tiles // across, pid % tiles % across, H, W, block)
-    z = tl.zeros((M, N), tl.float32)
-    if layout.conv:
-        bias = tl.load(pieces.bias + tl.arange(0, M))
-        z = convolve(x, b, pieces.folded, h, w, H, W, layout, numbers, numbers, block, False)
-        z = sigmoid(z + bias[:, None])
+    b, h, w, own = tile_pixels(tl.program_id(0), tiles, across, H, W, block)
+    z = conv_sigmoids(x, pieces, b, h, w, H, W, layout, numbers, block)
     g = clip_gate(gate, pieces, b, H.to(tl.float32) * W, layout)
-    total = priors(z, g, layout, N)
+    total = priors(z, g, layout, block.pixels)
     seen = is_plane(tl.arange(0, M), layout)[:, None] & own[None, :]
     v = tl.load(planes(x, b, layout, M)[:, None] + pixel(x, h, w, layout)[None, :], mask=seen, other=0).to(tl.float32)
     if layout.normalize:
@@ -261,7 +277,6 @@ def fuse_kernel(
 @triton.jit
 def mean_gradient(dgate, cwem, b, pixels, layout: tl.constexpr):
     """What reaches a plane's pixels through CWEM's pool, ``[columns]``, from ``dgate[b, rows]`` before its sigmoid."""
-    T: tl.constexpr = layout.frames
     C: tl.constexpr = layout.channels
     TP: tl.constexpr = layout.padded_frames
     CP: tl.constexpr = layout.padded_channels
@@ -269,7 +284,7 @@ def mean_gradient(dgate, cwem, b, pixels, layout: tl.constexpr):
     e = tl.arange(0, 4 * CP)
     t = (m % TP)[:, None] - (e // CP)[None, :] + 1
     c = (e % CP)[None, :]
-    ok = is_plane(m, layout)[:, None] & (e // CP < 3)[None, :] & (c < C) & (t >= 0) & (t < T)
+    ok = is_plane(m, layout)[:, None] & (e // CP < 3)[None, :] & (c < C) & (t >= 0) & (t < layout.frames)
     up = tl.load(dgate + b.to(tl.int64) * layout.rows + c * TP + t, mask=ok, other=0.0)
     taps = tl.load(cwem + c * (3 * C) + (e // CP)[None, :] * C + (m // TP)[:, None], mask=ok, other=0.0)
     return tl.sum(up * taps, axis=1) / pixels
@@ -283,9 +298,7 @@ def fuse_dx_kernel(
     """x's gradient: ``direct`` plus the transposed convolution of dz plus what comes through CWEM's pool."""
     K: tl.constexpr = layout.columns
     N: tl.constexpr = block.pixels
-    pid = tl.program_id(0)
-    b = pid // tiles
-    h, w, own = tile_pixels(pid % tiles // across, pid % tiles % across, H, W, block)
+    b, h, w, own = tile_pixels(tl.program_id(0), tiles, across, H, W, block)
     total = tl.zeros((K, N), tl.float32)
     if layout.conv:
         total = convolve(dz, b, pieces.folded, h, w, H, W, layout, gradient, numbers, block, True)
@@ -298,29 +311,33 @@ def fuse_dx_kernel(
     tl.store(to, total.to(dx.data.dtype.element_ty), mask=seen)
 
 
-@triton.jit(do_not_specialize=["H"])
-def join_kernel(
-    x, z, bias, gate, y, H, W, offset,
-    T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program takes pixels of one frame. z: the convolution without its bias, planes' rows, then the stencil's."""
+@triton.jit
+def frame_pixels(H, W, T: tl.constexpr, BLOCK: tl.constexpr):
+    """The frame of a program of join and part, in the batch and in its clip, its pixels, which exist, and how many."""
     frame = tl.program_id(1).to(tl.int64)
     t = frame % T
     area = H.to(tl.int64) * W
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    seen = i < area
-    PLANES: tl.constexpr = T * C if HMEM else 0
-    ROWS: tl.constexpr = PLANES + (T if STENCIL else 0)
+    return frame, t, i, i < area, area
+
+
+@triton.jit(do_not_specialize=["H"])
+def join_kernel(
+    x, z, bias, gate, y, H, W, offset,
+    T: tl.constexpr, C: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes pixels of one frame. z: the convolution without its bias, PLANES' rows, then the stencil's."""
+    frame, t, i, seen, area = frame_pixels(H, W, T, BLOCK)
     rows = z if ROWS == 0 else z + frame // T * ROWS * area + i
     shared = tl.zeros((BLOCK,), tl.float32)
-    if STENCIL:
+    if ROWS > PLANES:
         shared = conv_prior(rows, None, PLANES + t, area, seen)
     source = x.data + frame // T * x.clip + t * x.frame + i // W * x.row + i % W * x.column
     to = y.data + frame // T * y.clip + t * y.frame + i // W * y.row + i % W * y.column
     for c in tl.range(0, C):
         total = shared
-        if HMEM:
+        if PLANES > 0:
             total += conv_prior(rows, bias, t * C + c, area, seen)
         if gate is not None:
             total += tl.load(gate + frame * C + c).to(tl.float32)

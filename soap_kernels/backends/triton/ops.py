@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soap_kernels.backends import Fusion, Options, Priors
+from soap_kernels.backends import Fusion, Gradients, Needs, Options, Priors
 from soap_kernels.backends.triton.finish import finish, finish_priors
 from soap_kernels.backends.triton.fuse import fuse, fuse_dx, join
 from soap_kernels.backends.triton.plan import Layout, Normalization, Numbers
@@ -54,32 +54,29 @@ def soap_forward(x: Tensor, weights: Sequence[Tensor], options: Options) -> tupl
 
 
 def _backward(
-    grad: Tensor, x: Tensor, pieces: Prepared, gate: Tensor | None, fusion: Fusion, needs_x: bool, needs_weights: bool,
+    grad: Tensor, x: Tensor, pieces: Prepared, gate: Tensor | None, fusion: Fusion, needs: Needs,
     layout: Layout, numbers: Numbers,
 ) -> tuple[Tensor | None, Reduced]:  # fmt: skip
     """x's gradient, and those of all that is folded."""
     gradient = Numbers.of_gradient(x.dtype, grad.dtype, fusion.precision, fusion.multiplicative)
-    dz, partial_gate, direct = sweep(
-        grad, x, pieces, gate, fusion.offset, needs_x, layout, numbers, gradient
-    )  # fmt: skip
-    partial, partial_bias = (None, None) if dz is None or not needs_weights else weigh(x, dz, layout, gradient)
+    dz, partial_gate, direct = sweep(grad, x, pieces, gate, fusion.offset, needs.x, layout, numbers, gradient)
+    partial, partial_bias = (None, None) if dz is None or not needs.weights else weigh(x, dz, layout, gradient)
     reduced = reduce(partial, partial_bias, partial_gate, x, pieces, layout)
-    dx = fuse_dx(x, dz, direct, reduced.gate, pieces, layout, numbers, gradient) if needs_x else None
+    dx = fuse_dx(x, dz, direct, reduced.gate, pieces, layout, numbers, gradient) if needs.x else None
     return dx, reduced
 
 
 def soap_backward(
-    grad: Tensor, x: Tensor, prepared: Tensor, weights: Sequence[Tensor], options: Options, needs_x: bool,
-    needs_weights: bool,
-) -> tuple[Tensor | None, Sequence[Tensor] | None]:  # fmt: skip
+    grad: Tensor, x: Tensor, prepared: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
+) -> Gradients:
     layout = Layout.of(x, options, _hidden(weights, options), grad)
     if not layout.fits or not options.parts:
-        return WIDE.soap_backward(grad, x, weights, options, needs_x, needs_weights)
+        return WIDE.soap_backward(grad, x, weights, options, needs)
     numbers = _numbers(x, options)
     pieces = Prepared.of(prepared, layout, numbers)
     additive = Fusion(precision=options.precision)
-    dx, reduced = _backward(grad, x, pieces, None, additive, needs_x, needs_weights, layout, numbers)
-    if not needs_weights:
+    dx, reduced = _backward(grad, x, pieces, None, additive, needs, layout, numbers)
+    if not needs.weights:
         return dx, None
     dweights = [torch.empty_like(w) for w in weights]
     given, gradients = (Given.of(options.unflatten(w)) for w in (weights, dweights))
@@ -107,6 +104,6 @@ def fuse_priors_backward(
         return WIDE.fuse_priors_backward(grad, x, priors, fusion, needs)
     numbers = Numbers.of_frames(x.dtype, x.dtype, fusion.precision)
     _, pieces = prepare(x, Given.of_priors(priors), Normalization(), layout, numbers)
-    needs_weights = any((needs[1], *needs[3:]))
-    dx, reduced = _backward(grad, x, pieces, priors.gate, fusion, needs[0], needs_weights, layout, numbers)
+    two = Needs(needs[0], any((needs[1], *needs[3:])))
+    dx, reduced = _backward(grad, x, pieces, priors.gate, fusion, two, layout, numbers)
     return dx, *finish_priors(reduced, priors, tuple(needs[1:]), x.shape[0], layout)

@@ -132,16 +132,17 @@ def is_column(k, layout: tl.constexpr):
 
 
 @triton.jit
-def project_motion(project, motion, c, q, s, tap, o: tl.constexpr, f: tl.constexpr, C: tl.constexpr):
-    """The 1x1 conv after the 3x3 one, at one tap, as seen by place f >= 1 of a tuple's o + 1 frames.
+def project_motion(w, c, q, s, tap, n: tl.constexpr, f: tl.constexpr, layout: tl.constexpr):
+    """The 1x1 conv after the 3x3 one, at one tap, as seen by place f >= 1 of the n-th tuple size's o + 1 frames.
 
     ``c``, ``q``, ``s``: indices that broadcast to [outputs, planes of the tuple, inputs].
     """
-    r = tl.load(project + c * (o * C) + q, mask=(c < C) & (q < o * C), other=0.0).to(tl.float32)
-    k = tl.load(
-        motion + (q * (o * C) + (f - 1) * C + s) * 9 + tap, mask=(q < o * C) & (s < C) & (tap < 9), other=0.0
-    ).to(tl.float32)
-    return r * k
+    o: tl.constexpr = layout.sizes[n]
+    C: tl.constexpr = layout.channels
+    r = tl.load(w.project[n] + c * (o * C) + q, mask=(c < C) & (q < o * C), other=0.0).to(tl.float32)
+    ok = (q < o * C) & (s < C) & (tap < 9)
+    k = tl.load(w.motion[n] + (q * (o * C) + (f - 1) * C + s) * 9 + tap, mask=ok, other=0.0)
+    return r * k.to(tl.float32)
 
 
 @triton.jit
@@ -152,7 +153,6 @@ def fold_tap(tap, w, normalization, out, layout: tl.constexpr, numbers: tl.const
     TP: tl.constexpr = layout.padded_frames
     JP: tl.constexpr = layout.groups
     KQ: tl.constexpr = layout.column_groups
-    QP: tl.constexpr = layout.padded_planes
     M: tl.constexpr = layout.rows
     K: tl.constexpr = layout.columns
     c = tl.arange(0, JP)[:, None, None, None]
@@ -169,17 +169,14 @@ def fold_tap(tap, w, normalization, out, layout: tl.constexpr, numbers: tl.const
         c2 = tl.arange(0, JP)[:, None]
         s2 = tl.arange(0, KQ)[None, :]
         c3 = tl.arange(0, JP)[:, None, None]
-        q3 = tl.arange(0, QP)[None, :, None]
+        q3 = tl.arange(0, layout.padded_planes)[None, :, None]
         s3 = tl.arange(0, KQ)[None, None, :]
         taps = tap + s2 * 0  # a block: in Triton 3.9's interpreter a scalar's comparison is no mask
         for i in tl.static_range(len(layout.sizes)):
             for f in tl.static_range(layout.sizes[i] + 1):
                 d = tl.zeros((JP, KQ), tl.float32)
                 if f > 0:
-                    moved = project_motion(
-                        w.project[i], w.motion[i], c3, q3, s3, taps[None, :, :], layout.sizes[i], f, C
-                    )
-                    d -= tl.sum(moved, axis=1)
+                    d -= tl.sum(project_motion(w, c3, q3, s3, taps[None, :, :], i, f, layout), axis=1)
                 if f < layout.sizes[i]:
                     at = w.project[i] + c2 * (layout.sizes[i] * C) + f * C + s2
                     d += tl.load(at, mask=(c2 < C) & (s2 < C) & (taps == 4), other=0.0).to(tl.float32)

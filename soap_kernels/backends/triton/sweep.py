@@ -19,8 +19,9 @@ from soap_kernels.backends.triton.fuse import (
     JOIN_BLOCK,
     clip_gate,
     conv_prior,
-    convolve,
+    conv_sigmoids,
     dz_rows,
+    frame_pixels,
     load_row,
     pixel,
     planes,
@@ -29,7 +30,7 @@ from soap_kernels.backends.triton.fuse import (
     tile_pixels,
 )
 from soap_kernels.backends.triton.plan import Frames, Layout, Numbers
-from soap_kernels.backends.triton.prepare import Prepared, is_column, is_plane, sigmoid
+from soap_kernels.backends.triton.prepare import Prepared, is_column, is_plane
 
 ROWS_AT_ONCE = 1024  # entries of a tap up to which a program of weigh has room for all nine
 
@@ -87,8 +88,9 @@ def part(
     shares = torch.empty(2, clips, frames, channels, blocks, device=x.device)
     plan.launch(
         part_kernel, (blocks, clips * frames), Frames.of(x), Frames.of(grad), z, p.bias, p.gate, dz, direct, shares,
-        shares[0].numel(), height, width, float(fusion.offset), T=frames, C=channels, HMEM=p.weight is not None,
-        STENCIL=p.rows is not None, MULTIPLICATIVE=fusion.multiplicative, BLOCK=JOIN_BLOCK, num_warps=8,
+        shares[0].numel(), height, width, float(fusion.offset), T=frames, C=channels,
+        PLANES=0 if p.weight is None else frames * channels, ROWS=0 if z is None else z.shape[1],
+        MULTIPLICATIVE=fusion.multiplicative, BLOCK=JOIN_BLOCK, num_warps=8,
     )  # fmt: skip
     return shares
 
@@ -127,13 +129,8 @@ def sweep_kernel(
     # What does not depend on the tile is computed again in each: kept, it would fill registers.
     for step in tl.range(0, last - first, num_stages=1, disable_licm=True):
         tile = first + step
-        b = tile // tiles
-        h, w, own = tile_pixels(tile % tiles % down, tile % tiles // down, H, W, block)
-        z = tl.zeros((M, N), tl.float32)
-        if layout.conv:
-            bias = tl.load(pieces.bias + m)
-            z = convolve(x, b, pieces.folded, h, w, H, W, layout, numbers, numbers, block, False)
-            z = sigmoid(z + bias[:, None])
+        b, h, w, own = tile_pixels(tile, tiles, down, H, W, block, DOWN=True)
+        z = conv_sigmoids(x, pieces, b, h, w, H, W, layout, numbers, block)
         seen = is_plane(m, layout)[:, None] & own[None, :]
         at = planes(grad, b, layout, M)[:, None] + pixel(grad, h, w, layout)[None, :]
         up = tl.load(at, mask=seen, other=0.0).to(tl.float32)
@@ -186,8 +183,7 @@ def weigh_kernel(
     first, last = run_of_tiles(total_tiles)
     for step in tl.range(0, last - first, num_stages=1):
         tile = first + step
-        b = tile // tiles
-        h, w, own = tile_pixels(tile % tiles % down, tile % tiles // down, H, W, block)
+        b, h, w, own = tile_pixels(tile, tiles, down, H, W, block, DOWN=True)
         plane = planes(x, b, layout, K)
         at = dz_rows(dz, b, r % M, layout) + by
         z = tl.load(at[:, None] + pixel(dz, h, w, layout)[None, :], mask=own[None, :], other=0.0)
@@ -218,21 +214,15 @@ def weigh_kernel(
 @triton.jit(do_not_specialize=["H"])
 def part_kernel(
     x, grad, z, bias, gate, dz, direct, shares, shares_numel, H, W, offset,
-    T: tl.constexpr, C: tl.constexpr, HMEM: tl.constexpr, STENCIL: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes pixels of one frame, from z to dz, in z's rows."""
-    frame = tl.program_id(1).to(tl.int64)
-    t = frame % T
-    area = H.to(tl.int64) * W
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    seen = i < area
-    PLANES: tl.constexpr = T * C if HMEM else 0
-    ROWS: tl.constexpr = PLANES + (T if STENCIL else 0)
+    frame, t, i, seen, area = frame_pixels(H, W, T, BLOCK)
     base = frame // T * ROWS * area + i
     shared = tl.zeros((BLOCK,), tl.float32)
     gathered = tl.zeros((BLOCK,), tl.float32)
-    if STENCIL:
+    if ROWS > PLANES:
         shared = conv_prior(z + base, None, PLANES + t, area, seen)
     source = x.data + frame // T * x.clip + t * x.frame + i // W * x.row + i % W * x.column
     incoming = grad.data + frame // T * grad.clip + t * grad.frame + i // W * grad.row + i % W * grad.column
@@ -241,7 +231,7 @@ def part_kernel(
         near = up
         total = shared
         s = shared
-        if HMEM:
+        if PLANES > 0:
             s = conv_prior(z + base, bias, t * C + c, area, seen)
             total = shared + s
         if MULTIPLICATIVE:
@@ -253,13 +243,13 @@ def part_kernel(
             tl.store(direct + (frame * C + c) * area + i, near, mask=seen)
         share = shares + (frame * C + c) * tl.num_programs(0) + tl.program_id(0)
         tl.store(share, tl.sum(up, axis=0))
-        if HMEM:
+        if PLANES > 0:
             d = up * (s * (1.0 - s))
             tl.store(dz + base + (t * C + c) * area, d.to(dz.dtype.element_ty), mask=seen)
             tl.store(share + shares_numel, tl.sum(d, axis=0))
         gathered += up
         source += x.channel
         incoming += grad.channel
-    if STENCIL:
+    if ROWS > PLANES:
         d = gathered * (shared * (1.0 - shared))
         tl.store(dz + base + (PLANES + t) * area, d.to(dz.dtype.element_ty), mask=seen)

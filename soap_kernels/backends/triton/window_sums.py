@@ -33,9 +33,7 @@ def window_sums_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["H"])
-def window_sums_kernel(
-    x, out, C, sN, sC, sH, sW, H, W, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def window_sums_kernel(x, out, C, sN, sC, sH, sW, H, W, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """A program takes a plane: its total, its border rows and columns and their corners, then out ``[3, 3]``."""
     pid = tl.program_id(0)
     base = x + (pid // C).to(tl.int64) * sN + (pid % C).to(tl.int64) * sC
