@@ -61,8 +61,7 @@ class Scratch {
 };
 
 // Tasks 0 .. count - 1, handed out in turn. body(take): take() gives the next task or -1.
-template <class Body>
-void share(Pool& pool, int64_t count, const Body& body) {
+template <class Body> void share(Pool& pool, int64_t count, const Body& body) {
   std::atomic<int64_t> next{0};
   const auto take = [&]() {
     const int64_t k = next.fetch_add(1, std::memory_order_relaxed);
@@ -88,8 +87,8 @@ Each each_of(const Shape& shape, Pool& pool) {
 }
 
 // A convolution's weights laid out for the products. One thread for frames (tens of microseconds).
-Scratch lay_out(const Stages& s, const std::vector<float>& conv, int inputs, int outputs, bool strict, double factor,
-                Pool& pool) {
+Scratch lay_out(
+    const Stages& s, const std::vector<float>& conv, int inputs, int outputs, bool strict, double factor, Pool& pool) {
   const int groups = s.conv_groups(outputs);
   const size_t size = s.conv_group_size(inputs, strict);
   Scratch laid(groups * size);
@@ -120,8 +119,8 @@ struct Priors {
   int centre_inputs;
 };
 
-void lay_out(const Stages& s, const Shape& shape, const Source& x, bool strict, const Priors& p, Pool& pool,
-             Laid& out) {
+void lay_out(
+    const Stages& s, const Shape& shape, const Source& x, bool strict, const Priors& p, Pool& pool, Laid& out) {
   const int P = shape.planes();
   out.fuse.shape = shape;
   out.fuse.x = out.fuse.base = x;
@@ -164,7 +163,7 @@ void fuse_clips(const Stages& s, const Fuse& f, int64_t first, int64_t last, Poo
     const Scratch scratch(s.fuse_scratch(f));
     for (int64_t k = take(); k >= 0; k = take())
       s.fuse(f, first + k / bands, band_begin(blocks, k % bands, bands), band_begin(blocks, k % bands + 1, bands),
-             scratch.get());
+          scratch.get());
   });
 }
 
@@ -251,8 +250,8 @@ namespace {
 
 // The way back to x through conv and stencil: one convolution from the planes of dz (conv's outputs, then the stencil's
 // slots) to those of x, with turned weights.
-std::vector<float> turned_weights(const Shape& shape, const std::vector<float>& conv, const Numbers& stencil,
-                                  bool interleaved) {
+std::vector<float> turned_weights(
+    const Shape& shape, const std::vector<float>& conv, const Numbers& stencil, bool interleaved) {
   const int T = shape.frames, C = shape.channels, P = shape.planes();
   const int from_conv = conv.empty() ? 0 : P, inputs = from_conv + (stencil.empty() ? 0 : T);
   std::vector<float> w(static_cast<size_t>(P) * inputs * 9, 0.f);
@@ -321,9 +320,8 @@ PriorGradients sweep_all(const Stages& s, Sweep& w, Pool& pool) {
       const int64_t band = chunks.bands > 1 ? q % chunks.bands : 0;
       for (int64_t n = first; n < last; ++n)
         s.sweep(w, n, band_begin(blocks, band, chunks.bands), band_begin(blocks, band + 1, chunks.bands), scratch.get(),
-                gate.data() + (n * chunks.bands + band) * P);
-      s.sweep_end(
-          w, scratch.get(),
+            gate.data() + (n * chunks.bands + band) * P);
+      s.sweep_end(w, scratch.get(),
           {conv.get() + q * conv_size, bias.data() + q * outputs, stencil.empty() ? nullptr : stencil.data() + q * 27});
     }
   });
@@ -335,8 +333,8 @@ PriorGradients sweep_all(const Stages& s, Sweep& w, Pool& pool) {
     const auto all = [&](const auto& take) {
       for (int64_t k = take(); k >= 0; k = take())
         reduce_conv(conv.get(), chunks.count,
-                    {w.forward.conv.inputs, outputs, I, O, O / groups, s.gradient_group(outputs)}, static_cast<int>(k),
-                    d.conv.data());
+            {w.forward.conv.inputs, outputs, I, O, O / groups, s.gradient_group(outputs)}, static_cast<int>(k),
+            d.conv.data());
     };
     share(pool, w.forward.conv.inputs, all);
   }
@@ -366,16 +364,15 @@ void open_back(const Shape& shape, const Fuse& f, Sweep& w, Back& back) {
 
 // dx = base + constant + conv back of dz.
 void close_back(const Stages& s, const Shape& shape, bool strict, const std::vector<float>& conv,
-                const Numbers& stencil, bool interleaved, const Back& back, const Source& base, const float* constant,
-                const Sink& dx, Pool& pool) {
+    const Numbers& stencil, bool interleaved, const Back& back, const Source& base, const float* constant,
+    const Sink& dx, Pool& pool) {
   Fuse f;
   f.shape = shape;
   f.mode = Mode::linear;
   f.base = base;
-  f.x = back.inputs
-            ? Source{back.dz.get(), Dtype::f32, back.inputs * shape.pixels(), shape.width, 1, back.planes.data(),
-                     nullptr,       nullptr}
-            : base;
+  f.x = back.inputs ? Source{back.dz.get(), Dtype::f32, back.inputs * shape.pixels(), shape.width, 1,
+                          back.planes.data(), nullptr, nullptr}
+                    : base;
   f.y = dx;
   f.gate = constant;
   f.conv.strict = strict;
@@ -391,8 +388,8 @@ void close_back(const Stages& s, const Shape& shape, bool strict, const std::vec
 
 }  // namespace
 
-std::vector<Numbers> soap_backward(const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx,
-                                   bool needs_weights, Pool& pool) {
+std::vector<Numbers> soap_backward(
+    const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx, bool needs_weights, Pool& pool) {
   const Stages& s = stages();
   const Shape& shape = call.shape;
   const int P = shape.planes(), T = shape.frames, C = shape.channels;
@@ -422,7 +419,7 @@ std::vector<Numbers> soap_backward(const SoapCall& call, const Source& grad, con
   }
   if (dx.data)
     close_back(s, shape, call.strict, folded.conv, folded.stencil, false, back, grad,
-               constant.empty() ? nullptr : constant.data(), dx, pool);
+        constant.empty() ? nullptr : constant.data(), dx, pool);
   return needs_weights ? unfold(call.weights, g, each_of(shape, pool)) : std::vector<Numbers>{};
 }
 

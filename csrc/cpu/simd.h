@@ -234,9 +234,9 @@ SOAP_INLINE v add_pairs(v a, v b) {
 // the table's index in the low bits. At 2^60 and above the plain and AVX-512 forms stop growing.
 #if SOAP_ISA == 2
 SOAP_INLINE v one_plus_exp2(v t) {
-  const v table = _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f,
-                                 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f,
-                                 1.75625216f, 1.83400809f, 1.91520656f);
+  const v table =
+      _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+          1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f);
   const v magic = set1(786432.f);  // 1.5 * 2^19: steps of 1/16
   const v m = t + magic, n = m - magic, r = t - n;
   const v p = fma(fma(set1(0.240226507f), r, set1(0.693187833f)), r, set1(1.f));
@@ -361,8 +361,7 @@ SOAP_INLINE void from_float(float a, f16& out) {
 }
 
 // work(element) with an element of the type that `dtype` names.
-template <class Work>
-SOAP_INLINE void by_dtype(Dtype dtype, const Work& work) {
+template <class Work> SOAP_INLINE void by_dtype(Dtype dtype, const Work& work) {
   switch (dtype) {
     case Dtype::f32: return work(float{});
     case Dtype::bf16: return work(bf16{});

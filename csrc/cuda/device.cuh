@@ -147,16 +147,16 @@ using Address = uint32_t;
 __device__ __forceinline__ Address address_of(const void* p) { return Address(__cvta_generic_to_shared(p)); }
 __device__ __forceinline__ void ldmatrix_x4(Fragment& f, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
-               : "r"(row));
+      : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
+      : "r"(row));
 }
 __device__ __forceinline__ void ldmatrix_x2(uint32_t& a, uint32_t& b, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row));
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(Fragment& f, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
-               : "r"(row));
+      : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
+      : "r"(row));
 }
 __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row));

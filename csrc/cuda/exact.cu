@@ -9,8 +9,8 @@ namespace {
 constexpr int ROWS = 8, PITCH = 36, PLANE = (ROWS + 2) * PITCH, PIXELS = ROWS * TILE_WIDTH, THREADS = 128;
 
 // The tile with its halo as fp32, [column of the folded weight][row][column].
-__device__ __forceinline__ void load_tile(float* tile, const Frames& x, const Shape& s, const Options& o, int CP,
-                                          int64_t b, int h0, int w0) {
+__device__ __forceinline__ void load_tile(
+    float* tile, const Frames& x, const Shape& s, const Options& o, int CP, int64_t b, int h0, int w0) {
   for (int i = threadIdx.x; i < CP * 8 * (ROWS + 2) * HALO_WIDTH; i += THREADS) {
     const int column = i % HALO_WIDTH, row = i / HALO_WIDTH % (ROWS + 2), k = i / HALO_WIDTH / (ROWS + 2), c = k / 8,
               t = k % 8;
@@ -25,8 +25,8 @@ __device__ __forceinline__ void load_tile(float* tile, const Frames& x, const Sh
 }
 
 // acc[frame][pixel] of row group j, for 8 pixels from (row, column) on.
-__device__ __forceinline__ void convolve_exact(float (&acc)[8][8], const float* tile, const float* prepared,
-                                               const Layout& l, int j, int row, int column) {
+__device__ __forceinline__ void convolve_exact(
+    float (&acc)[8][8], const float* tile, const float* prepared, const Layout& l, int j, int row, int column) {
 #pragma unroll
   for (int t = 0; t < 8; ++t)
 #pragma unroll
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
       out[e] = o.multiplicative ? v * sum : v + sum;
     }
     store_plane(p.y, b * p.y.clip + t * p.y.frame + j * p.y.channel + h * p.y.row + w * p.y.column, out,
-                p.vector_y && p.y.column == 1, s.width - w);
+        p.vector_y && p.y.column == 1, s.width - w);
   }
 }
 
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
           const bool in = t < s.frames && j < s.channels && h < s.height && w + e < s.width;
           const int64_t pixel = (((b * s.frames + t) * s.channels + j) * s.height + h) * int64_t(s.width) + w + e;
           const float grad = in ? load_any(p.grad.data, p.grad.dtype,
-                                           b * p.grad.clip + t * p.grad.frame + j * p.grad.channel + h * p.grad.row +
-                                               (w + e) * p.grad.column)
+                                      b * p.grad.clip + t * p.grad.frame + j * p.grad.channel + h * p.grad.row +
+                                          (w + e) * p.grad.column)
                                 : 0.f;
           const float z = logistic2(acc[t][e]);
           if (in && p.through)

@@ -292,17 +292,8 @@ __global__ void __launch_bounds__(THREADS, 2) finish_kernel(const __grid_constan
     all.flat.load(whole);
     __syncthreads();
   }
-  const Finish p{all,
-                 all.shape,
-                 all.options,
-                 all.layout,
-                 all.w,
-                 all.d,
-                 all.flat,
-                 all.numel,
-                 whole,
-                 folds && all.copied_sums ? sums : all.sums,
-                 gated && all.copied_gates ? gates : all.gates};
+  const Finish p{all, all.shape, all.options, all.layout, all.w, all.d, all.flat, all.numel, whole,
+      folds && all.copied_sums ? sums : all.sums, gated && all.copied_gates ? gates : all.gates};
   if (block < all.motion_blocks) {
 #pragma unroll 1
     for (int k = 0; k < p.w.num_sizes; ++k) {
@@ -359,7 +350,7 @@ size_t finish_memory(const Shape& shape, const Options& options, const Weights& 
 }
 
 void finish(const Shape& shape, const Options& options, const Weights& weights, const float* prepared,
-            const float* sums, const float* gates, const Weights& dweights, float* dmeans, void* stream) {
+    const float* sums, const float* gates, const Weights& dweights, float* dmeans, void* stream) {
   const SweepPlan plan = plan_sweep(shape, options);
   FinishParams p{shape, options, layout(shape, options), weights, dweights, FlatWeights(weights, shape, options)};
   p.prepared = prepared;

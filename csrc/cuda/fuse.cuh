@@ -34,8 +34,9 @@ __device__ __forceinline__ void store8(void* y, int dtype, int64_t i, const floa
 }
 
 // 8 consecutive pixels of one plane; beyond `count` zeros.
-template <class X> __device__ __forceinline__ void load8(float* v, const X* p, int64_t step, int count, bool vector,
-                                                         float scale, float shift) {
+template <class X>
+__device__ __forceinline__ void load8(
+    float* v, const X* p, int64_t step, int count, bool vector, float scale, float shift) {
   if (vector && count >= 8) {
     constexpr int V = TypeOf<X>::vector, WORDS = V * sizeof(X) / 4;
 #pragma unroll
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(128, SOAP_FUSE_BLOCKS) fuse_kernel(const __gri
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
         convolve<MODE, CP, 31>(acc, shared + from * OCTET, terms_apart,
-                               packed + (octet * octets + from) * 9 * Tile<CP>::LANE_WORDS * 32, p.layout.words, row);
+            packed + (octet * octets + from) * 9 * Tile<CP>::LANE_WORDS * 32, p.layout.words, row);
 
     // This thread owns frame t: all channels and the 3DEM row, 8 consecutive pixels.
     if (t >= s.frames || w >= s.width) continue;

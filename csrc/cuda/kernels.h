@@ -118,19 +118,19 @@ SweepPlan plan_sweep(const Shape&, const Options&);
 size_t shared_memory(const Shape&, const Options&, const Weights&, int x_dtype, int grad_dtype);
 
 // dense: the folded weights once more, plain, ((C + 1) * T, TC, 3, 3); null unless wanted.
-void prepare(const Shape&, const Options&, const Frames& x, const Weights&, float* prepared, float* dense,
-             void* stream);
+void prepare(
+    const Shape&, const Options&, const Frames& x, const Weights&, float* prepared, float* dense, void* stream);
 void fuse(const Shape&, const Options&, const Frames& x, const Weights&, const float* prepared, const Frames& y,
-          void* stream);
+    void* stream);
 // dz: (B, (C + 1) * T, H, W) fp32 of rows j * T + t, and through: (B, T, C, H, W) fp32, what reaches x past the priors
 // of the multiplicative form; both null unless x needs a gradient.
 void sweep(const Shape&, const Options&, const Frames& x, const Frames& grad, const Weights&, const float* prepared,
-           float* partial, float* gate_partial, float* dz, float* through, void* stream);
+    float* partial, float* gate_partial, float* dz, float* through, void* stream);
 void reduce(const Shape&, const Options&, const float* prepared, const float* partial, const float* gate_partial,
-            float* sums, float* gates, void* stream);
+    float* sums, float* gates, void* stream);
 // dweights: an Array per member of Weights that is on. dmeans: (B, T, C) gradient of the plane means, or null.
 void finish(const Shape&, const Options&, const Weights&, const float* prepared, const float* sums, const float* gates,
-            const Weights& dweights, float* dmeans, void* stream);
+    const Weights& dweights, float* dmeans, void* stream);
 
 // x: (N, C, H, W) as Frames with clip = image, frame = unused (1), channel.
 void window_sums(int64_t images, int channels, int height, int width, const Frames& x, float* sums, void* stream);

@@ -34,7 +34,7 @@ void* stream_of(const Tensor& x) {
   void* stream = nullptr;
 #ifndef SOAP_CUDA_SHIM
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
-                  "no current CUDA stream");
+      "no current CUDA stream");
 #endif
   return stream;
 }
@@ -118,7 +118,7 @@ void set_weights(Weights& w, const Tensors& tensors, const Options& o) {
 
 // `y`: the output or its gradient.
 Call soap_call(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
-               bool fast, const Floats& mean, const Floats& std, const Tensor& y) {
+    bool fast, const Floats& mean, const Floats& std, const Tensor& y) {
   Call call(x);
   Options& o = call.options;
   o.stencil = three_dem;
@@ -133,8 +133,8 @@ Call soap_call(const Tensor& x, const Tensors& weights, bool three_dem, bool cwe
   return call;
 }
 
-void set_priors(Weights& w, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& conv,
-                const MaybeTensor& bias) {
+void set_priors(
+    Weights& w, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& conv, const MaybeTensor& bias) {
   if (stencil) w.stencil = array_of(*stencil);
   if (gate) w.gate = array_of(*gate);
   if (conv) w.conv = array_of(*conv);
@@ -142,8 +142,7 @@ void set_priors(Weights& w, const MaybeTensor& stencil, const MaybeTensor& gate,
 }
 
 Call priors_call(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
-                 const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict,
-                 bool fast) {
+    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict, bool fast) {
   Call call(x);
   Options& o = call.options;
   o.stencil = stencil.has_value();
@@ -173,7 +172,7 @@ void prepare_in(const Tensor& prepared, const Call& c, void* stream) {
 
 // dz, through, dense and dmeans are for x's gradient: see kernels.h.
 void go_back(const Call& c, const Tensor& grad, const Tensor& prepared, const Weights& dweights, const MaybeTensor& dz,
-             const MaybeTensor& through, const MaybeTensor& dense, const MaybeTensor& dmeans, void* stream) {
+    const MaybeTensor& through, const MaybeTensor& dense, const MaybeTensor& dmeans, void* stream) {
   const float* p = data(prepared);
   const SweepPlan plan = plan_sweep(c.shape, c.options);
   const Tensor workspace = floats(grad, plan.partial + plan.gate_partial + plan.sums + plan.gates);
@@ -194,8 +193,7 @@ void go_back(const Call& c, const Tensor& grad, const Tensor& prepared, const We
 
 // Of `prepared` the floats whatever the clips and those a clip, and the shared memory in bytes of the largest block.
 std::tuple<int64_t, int64_t, int64_t> sizes_op(int64_t frames, int64_t channels, int64_t hidden, ScalarType x,
-                                               ScalarType y, bool three_dem, bool cwem, bool conv,
-                                               const Ints& tuple_sizes, bool strict, bool fast) {
+    ScalarType y, bool three_dem, bool cwem, bool conv, const Ints& tuple_sizes, bool strict, bool fast) {
   Call call;
   call.shape = {1, int(frames), int(channels), 1, 1};
   Options& o = call.options;
@@ -210,16 +208,16 @@ std::tuple<int64_t, int64_t, int64_t> sizes_op(int64_t frames, int64_t channels,
 }
 
 void soap_op(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
-             bool fast, const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
+    bool fast, const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
   const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, y);
   prepare_in(prepared, c, stream_of(x));
   fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), stream_of(x));
 }
 
 void soap_backward_op(const Tensor& grad, const Tensor& x, const Tensor& prepared, const Tensors& weights,
-                      bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict, bool fast, const Floats& mean,
-                      const Floats& std, const Tensors& dweights, const MaybeTensor& dz, const MaybeTensor& through,
-                      const MaybeTensor& dense, const MaybeTensor& dmeans) {
+    bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict, bool fast, const Floats& mean, const Floats& std,
+    const Tensors& dweights, const MaybeTensor& dz, const MaybeTensor& through, const MaybeTensor& dense,
+    const MaybeTensor& dmeans) {
   const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, grad);
   Weights d{};
   if (!dweights.empty()) {
@@ -230,8 +228,8 @@ void soap_backward_op(const Tensor& grad, const Tensor& x, const Tensor& prepare
 }
 
 void fuse_priors_op(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
-                    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict,
-                    bool fast, const Tensor& y) {
+    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict, bool fast,
+    const Tensor& y) {
   const Call c = priors_call(x, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict, fast);
   const Tensor prepared = floats(x, layout(c.shape, c.options).total);
   prepare_in(prepared, c, stream_of(x));
@@ -239,10 +237,9 @@ void fuse_priors_op(const Tensor& x, const MaybeTensor& stencil, const MaybeTens
 }
 
 void fuse_priors_backward_op(const Tensor& grad, const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate,
-                             const MaybeTensor& weight, const MaybeTensor& bias, bool multiplicative, double offset,
-                             bool interleaved, bool strict, bool fast, const MaybeTensor& dstencil,
-                             const MaybeTensor& dgate, const MaybeTensor& dweight, const MaybeTensor& dbias,
-                             const MaybeTensor& dz, const MaybeTensor& through, const MaybeTensor& dense) {
+    const MaybeTensor& weight, const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved,
+    bool strict, bool fast, const MaybeTensor& dstencil, const MaybeTensor& dgate, const MaybeTensor& dweight,
+    const MaybeTensor& dbias, const MaybeTensor& dz, const MaybeTensor& through, const MaybeTensor& dense) {
   const Call c = priors_call(x, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict, fast);
   const Tensor prepared = floats(x, layout(c.shape, c.options).total);
   prepare_in(prepared, c, stream_of(x));
@@ -261,11 +258,11 @@ void window_sums_op(const Tensor& x, const Tensor& sums) {
 
 void window_sums_backward_op(const Tensor& grad, const Tensor& dx) {
   window_sums_backward(dx.size(0) * dx.size(1), int(dx.size(2)), int(dx.size(3)), data(grad), dx.data_ptr(),
-                       dtype_of(dx), stream_of(dx));
+      dtype_of(dx), stream_of(dx));
 }
 
 Wide wide_of(const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& gate, bool planes, bool stencil,
-             bool multiplicative, double offset) {
+    bool multiplicative, double offset) {
   Wide w{};
   if (z) w.z = array_of(*z);
   w.bias = data(bias);
@@ -278,15 +275,15 @@ Wide wide_of(const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& g
 }
 
 void join_op(const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& gate, bool planes,
-             bool stencil, bool multiplicative, double offset, const Tensor& y) {
+    bool stencil, bool multiplicative, double offset, const Tensor& y) {
   const Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
   join(w, shape_of(x), frames_of(x), frames_of(y), stream_of(x));
 }
 
 // Fills dz and direct; returns the sums over pixels of the gradient of the gates and of the bias, (2, B, T, C, chunks).
 Tensor part_op(const Tensor& grad, const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias,
-               const MaybeTensor& gate, bool planes, bool stencil, bool multiplicative, double offset,
-               const MaybeTensor& dz, const MaybeTensor& direct) {
+    const MaybeTensor& gate, bool planes, bool stencil, bool multiplicative, double offset, const MaybeTensor& dz,
+    const MaybeTensor& direct) {
   Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
   const Shape shape = shape_of(x);
   const int64_t chunks = wide_chunks(shape, frames_of(x), frames_of(grad));

@@ -237,9 +237,9 @@ size_t prepare_memory(const Shape& shape, const Options& options, const Weights&
 }
 
 void prepare(const Shape& shape, const Options& options, const Frames& x, const Weights& weights, float* prepared,
-             float* dense, void* stream) {
-  Prepare p{shape, options, layout(shape, options), x, weights, FlatWeights(weights, shape, options), prepared,
-            dense, false};
+    float* dense, void* stream) {
+  Prepare p{
+      shape, options, layout(shape, options), x, weights, FlatWeights(weights, shape, options), prepared, dense, false};
   const int64_t planes = shape.clips * shape.frames * shape.channels;
   const int64_t blocks = (options.rows() ? p.layout.rows : 0) + (options.cwem ? shape.channels + planes * SEGMENTS : 0);
   if (blocks == 0) return;

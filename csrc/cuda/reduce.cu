@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(THREADS) reduce_kernel(const __grid_constant__
 }  // namespace
 
 void reduce(const Shape& shape, const Options& options, const float* prepared, const float* partial,
-            const float* gate_partial, float* sums, float* gates, void* stream) {
+    const float* gate_partial, float* sums, float* gates, void* stream) {
   const SweepPlan plan = plan_sweep(shape, options);
   Reduce p{shape, options, layout(shape, options), prepared, partial, gate_partial, sums, gates, plan.numel};
   p.rows = shape.clips * plan.parts;

@@ -36,7 +36,7 @@ SweepPlan plan_sweep(const Shape& shape, const Options& options) {
 }
 
 void sweep(const Shape& shape, const Options& options, const Frames& x, const Frames& grad, const Weights& weights,
-           const float* prepared, float* partial, float* gate_partial, float* dz, float* through, void* stream) {
+    const float* prepared, float* partial, float* gate_partial, float* dz, float* through, void* stream) {
   const SweepPlan plan = plan_sweep(shape, options);
   const int rows = options.mode == EXACT ? 8 : SWEEP_ROWS;
   SweepParams p{shape, options, layout(shape, options), x, grad, weights.gate, prepared, partial, gate_partial};
@@ -53,9 +53,8 @@ void sweep(const Shape& shape, const Options& options, const Frames& x, const Fr
   if (aligned && grad.column == 1 && grad.channel % 8 == 0) p.grad_layout = PLANAR;
   if (aligned && grad.column == 3 && grad.channel == 1 && shape.channels == 3) p.grad_layout = INNERMOST;
   if (options.mode == EXACT) return sweep_exact(p, stream);
-  dispatch<BF16X3, BF16X1>(x.dtype, options.split(x.dtype, grad.dtype), p.layout, [&](auto i) {
-    launch_sweep<typename decltype(i)::X, decltype(i)::MODE, decltype(i)::CP>(p, stream);
-  });
+  dispatch<BF16X3, BF16X1>(x.dtype, options.split(x.dtype, grad.dtype), p.layout,
+      [&](auto i) { launch_sweep<typename decltype(i)::X, decltype(i)::MODE, decltype(i)::CP>(p, stream); });
 }
 
 }  // namespace soap::cuda

@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
     if (o.rows())
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
-        stage<X, MODE, CP, SWEEP_THREADS>(shared + from * S::OCTET, terms_apart, x, o, from, 0, w0,
-                                          fresh ? h0 - 1 : h0 + 1, fresh ? 8 : 6, 7);
+        stage<X, MODE, CP, SWEEP_THREADS>(
+            shared + from * S::OCTET, terms_apart, x, o, from, 0, w0, fresh ? h0 - 1 : h0 + 1, fresh ? 8 : 6, 7);
     const int h = h0 + warp, w = w0 + 8 * q;
     if (p.grad_layout != SCALAR && t < s.frames && h < s.height && w < s.width) {  // read after the convolution
       const char* at = static_cast<const char*>(p.grad.data);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
         convolve<MODE, CP, 7>(acc, shared + from * S::OCTET, terms_apart, packed + from * 9 * Tile<CP>::LANE_WORDS * 32,
-                              p.layout.words, h - 1);
+            p.layout.words, h - 1);
     {
       float v[CP][8], common[8] = {};
       load_gradient<CP>(v, p, b, t, h, w);
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
           if (c >= s.channels) continue;
           float u[8];
           load8(u, x.x + t * x.frame + c * x.channel + h * x.row + w * x.column, x.column, s.width - w, x.vector, 1.f,
-                0.f);
+              0.f);
 #pragma unroll
           for (int e = 0; e < 8; ++e) v[c][e] *= u[e];
         }
@@ -212,12 +212,12 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
           bias_sum[j] += d[e];
         }
         uint4* at = dz + (warp * 4 + q) * ROWS + ((j * 8 + g) ^ (2 * q));
-        const uint32_t high[4] = {pack<false>(d[0], d[1]), pack<false>(d[2], d[3]), pack<false>(d[4], d[5]),
-                                  pack<false>(d[6], d[7])};
+        const uint32_t high[4] = {
+            pack<false>(d[0], d[1]), pack<false>(d[2], d[3]), pack<false>(d[4], d[5]), pack<false>(d[6], d[7])};
         at[0] = make_uint4(high[0], high[1], high[2], high[3]);
         if constexpr (XT == 2)
           at[S::DZ] = make_uint4(pack_rest(d[0], d[1], high[0]), pack_rest(d[2], d[3], high[1]),
-                                 pack_rest(d[4], d[5], high[2]), pack_rest(d[6], d[7], high[3]));
+              pack_rest(d[4], d[5], high[2]), pack_rest(d[6], d[7], high[3]));
         if (p.dz && inside && only == 0 && (j < s.channels || j == CP)) {
           const int row = (j == CP ? s.channels : j) * s.frames + t;
           const float on = (j == CP ? o.stencil : o.conv()) ? 1.f : 0.f;
@@ -329,8 +329,8 @@ template <class X, int MODE, int CP> void launch_sweep(const SweepParams& p, voi
   const size_t shared = SweepShared<X, MODE, CP>::bytes(p.layout, p.shape.frames * p.shape.channels);
   allow_shared(sweep_kernel<X, MODE, CP>, shared);
   SOAP_LAUNCH((sweep_kernel<X, MODE, CP>),
-              dim3(unsigned(p.shape.clips * p.parts), unsigned(p.layout.octets * p.layout.octets)), SWEEP_THREADS,
-              shared, stream, p);
+      dim3(unsigned(p.shape.clips * p.parts), unsigned(p.layout.octets * p.layout.octets)), SWEEP_THREADS, shared,
+      stream, p);
   launched("sweep");
 }
 

@@ -68,16 +68,8 @@ template <class X> __device__ __forceinline__ float load_one(const X* p, float s
 }
 
 template <class X> __device__ __forceinline__ Clip<X> clip_of(const Frames& x, const Shape& s, int64_t b, bool vector) {
-  return {static_cast<const X*>(x.data) + b * x.clip,
-          x.frame,
-          x.channel,
-          x.row,
-          x.column,
-          s.frames,
-          s.channels,
-          s.height,
-          s.width,
-          vector};
+  return {static_cast<const X*>(x.data) + b * x.clip, x.frame, x.channel, x.row, x.column, s.frames, s.channels,
+      s.height, s.width, vector};
 }
 
 // `bytes` consecutive pixels as 32-bit words.
@@ -117,14 +109,14 @@ template <int MODE> __device__ __forceinline__ void put(uint4* s, int terms_apar
   s[0] = make_uint4(h[0], h[1], h[2], h[3]);
   if constexpr (Terms<MODE>::N == 2)
     s[terms_apart] = make_uint4(pack_rest(v[0], v[1], h[0]), pack_rest(v[2], v[3], h[1]), pack_rest(v[4], v[5], h[2]),
-                                pack_rest(v[6], v[7], h[3]));
+        pack_rest(v[6], v[7], h[3]));
 }
 
 // Rows [first, first + rows) of the tile's halo, whose row 0 is image row h0 and column 0 image column w0 - 1, of one
 // octet; row r goes to slot r & mask. Outside the image zeros. `terms_apart` chunks lie between hi and lo.
 template <class X, int MODE, int CP, int THREADS>
 __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& x, const Options& o, int octet, int h0,
-                                      int w0, int first, int rows, int mask) {
+    int w0, int first, int rows, int mask) {
   constexpr int V = TypeOf<X>::vector, GROUPS = TILE_WIDTH / V, WORDS = V * sizeof(X) / 4;
   constexpr bool RAW = (MODE == BF16X1 && TypeOf<X>::dtype == BF16) || (MODE == F16X1 && TypeOf<X>::dtype == F16);
   const int frames = min(8, x.frames - octet * 8);
@@ -134,8 +126,7 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
   float edges[8];
   if (edge) {
     const int h = h0 + edge_r, w = side ? w0 + TILE_WIDTH : w0 - 1;
-    const bool in = h >= 0 && h < x.height && w >= 0 && (w < x.width || planted<RIGHT_EDGE>) &&
-                    edge_c < x.channels;
+    const bool in = h >= 0 && h < x.height && w >= 0 && (w < x.width || planted<RIGHT_EDGE>) && edge_c < x.channels;
     const X* p = x.x + int64_t(octet) * 8 * x.frame + edge_c * x.channel + h * x.row + w * x.column;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
@@ -196,8 +187,8 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
 // it; rows wrap at MASK. `packed`: the octet pair's fragments. One loop over the taps, not unrolled: ptxas would keep
 // many fragments in flight and spill.
 template <int MODE, int CP, int MASK>
-__device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const uint4* s, int terms_apart,
-                                         const uint32_t* packed, int words, int row) {
+__device__ __forceinline__ void convolve(
+    float (&acc)[Tile<CP>::MT][4][4], const uint4* s, int terms_apart, const uint32_t* packed, int words, int row) {
   constexpr int XT = Terms<MODE>::N, LW = Tile<CP>::LANE_WORDS;
   constexpr bool HALF = MODE == F16X1;
   const int lane = threadIdx.x & 31, n = lane & 7, matrix = lane >> 3, column = 8 * (n >> 1) + (n & 1);
@@ -278,8 +269,8 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
 struct GatePrologue {
   float mean, tap[3 * MAX_CHANNELS], bias;
 
-  static __device__ __forceinline__ float mean_of(const Shape& s, const Options& o, const Layout& l,
-                                                  const float* prepared, int64_t b, int plane) {
+  static __device__ __forceinline__ float mean_of(
+      const Shape& s, const Options& o, const Layout& l, const float* prepared, int64_t b, int plane) {
     const float4* part =
         reinterpret_cast<const float4*>(prepared + l.means + (b * s.frames * s.channels + plane) * SEGMENTS);
     float sum = 0.f;
@@ -289,11 +280,11 @@ struct GatePrologue {
       sum += (v.x + v.y) + (v.z + v.w);
     }
     const int c = plane % s.channels;
-    return fmaf(sum * __fdividef(1.f, float(s.height) * float(s.width)), of_channel(o.scale, c),
-                of_channel(o.shift, c));
+    return fmaf(
+        sum * __fdividef(1.f, float(s.height) * float(s.width)), of_channel(o.scale, c), of_channel(o.shift, c));
   }
-  __device__ __forceinline__ void begin(const Shape& s, const Options& o, const Layout& l, const float* prepared,
-                                        int64_t b) {
+  __device__ __forceinline__ void begin(
+      const Shape& s, const Options& o, const Layout& l, const float* prepared, int64_t b) {
     const int lane = threadIdx.x & 31, C = s.channels, c = lane % C;
     if (!o.cwem) return;
     mean = lane < s.frames * C ? mean_of(s, o, l, prepared, b, lane) : 0.f;
@@ -305,7 +296,7 @@ struct GatePrologue {
     }
   }
   __device__ __forceinline__ void end(float* gates, float* means, const Shape& s, const Options& o, const Layout& l,
-                                      const float* prepared, const Array& given, int64_t b) const {
+      const float* prepared, const Array& given, int64_t b) const {
     const int C = s.channels, planes = s.frames * C, lane = threadIdx.x & 31;
     const float offset = o.multiplicative ? o.offset : 0.f;
     if (!o.cwem) {

@@ -57,16 +57,16 @@ template <int V> struct Place {
 };
 
 // The logistic function of z + bias.
-template <int V> __device__ __forceinline__ void prior(float (&s)[V], const WideParams& p, int64_t at, bool seen,
-                                                       float bias) {
+template <int V>
+__device__ __forceinline__ void prior(float (&s)[V], const WideParams& p, int64_t at, bool seen, float bias) {
   float z[V] = {};
   if (seen) load_pixels<V>(z, p.wide.z.data, p.wide.z.dtype, at);
 #pragma unroll
   for (int e = 0; e < V; ++e) s[e] = logistic2(-LOG2E * (z[e] + bias));
 }
 
-template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
-    join_kernel(const __grid_constant__ WideParams p) {
+template <int V>
+__global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) join_kernel(const __grid_constant__ WideParams p) {
   const Place<V> at(p);
   const Wide& o = p.wide;
   const int C = p.shape.channels;
@@ -89,8 +89,8 @@ template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
   }
 }
 
-template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
-    part_kernel(const __grid_constant__ WideParams p) {
+template <int V>
+__global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) part_kernel(const __grid_constant__ WideParams p) {
   SOAP_SHARED(float, gathered);  // (WARPS, 32 * V): each warp's sum over its channels of what reaches the frame's prior
   const Place<V> at(p);
   const Wide& o = p.wide;

@@ -49,12 +49,12 @@ template <class X> __device__ __forceinline__ void plane_sums(const WindowSums& 
   if (threadIdx.x >= 9) return;
   const int i = threadIdx.x / 3, j = threadIdx.x % 3;  // tap (0, .) does not see the last row, (2, .) not the first
   float v = total -
-            (i == 0   ? last_row
-             : i == 2 ? first_row
-                      : 0.f) -
-            (j == 0   ? last_column
-             : j == 2 ? first_column
-                      : 0.f);
+            (i == 0      ? last_row
+                : i == 2 ? first_row
+                         : 0.f) -
+            (j == 0      ? last_column
+                : j == 2 ? first_column
+                         : 0.f);
   if (i != 1 && j != 1) v += to_float((i == 0 ? bottom : x)[j == 0 ? (p.width - 1) * p.x.column : 0]);
   p.sums[plane * 9 + threadIdx.x] = v;
 }
@@ -67,9 +67,8 @@ __global__ void __launch_bounds__(THREADS, 2) window_sums_kernel(const __grid_co
 }
 
 // A pixel gets the gradient of every tap that sees it.
-__global__ void __launch_bounds__(THREADS)
-    window_sums_backward_kernel(const float* __restrict__ grad, void* __restrict__ dx, int dtype, int height,
-                                int width) {
+__global__ void __launch_bounds__(THREADS) window_sums_backward_kernel(
+    const float* __restrict__ grad, void* __restrict__ dx, int dtype, int height, int width) {
   const int64_t plane = blockIdx.x, area = int64_t(height) * width;
   float d[9];
 #pragma unroll
@@ -101,7 +100,7 @@ void window_sums(int64_t images, int channels, int height, int width, const Fram
 void window_sums_backward(int64_t planes, int height, int width, const float* grad, void* dx, int dtype, void* stream) {
   const int64_t chunks = (int64_t(height) * width + THREADS * 8 - 1) / (THREADS * 8);
   SOAP_LAUNCH(window_sums_backward_kernel, dim3(unsigned(planes), unsigned(chunks < 64 ? chunks : 64)), THREADS, 0,
-              stream, grad, dx, dtype, height, width);
+      stream, grad, dx, dtype, height, width);
   launched("window_sums_backward");
 }
 
