@@ -65,38 +65,29 @@ double run_sum(const float* p, int64_t n) {
   return total;
 }
 
-template <class E> double sum_as(const Source& x, int64_t offset, int height, int width, Margins* margins) {
-  const E* p = static_cast<const E*>(x.data) + offset;
-  const int64_t last_row = (height - 1) * x.row, last_col = (width - 1) * x.col;
+template <class E> double rows_sum(const E* p, const Source& x, int height, int width) {
   double total = 0;
   for (int r = 0; r < height; ++r) total += row_sum(p + r * x.row, x.col, width);
-  if (margins) {
-    margins->top = row_sum(p, x.col, width);
-    margins->bottom = row_sum(p + last_row, x.col, width);
-    margins->left = row_sum(p, x.row, height);
-    margins->right = row_sum(p + last_col, x.row, height);
-  }
   return total;
 }
 
-template <> double sum_as<float>(const Source& x, int64_t offset, int height, int width, Margins* margins) {
-  const float* p = static_cast<const float*>(x.data) + offset;
-  const int64_t last_row = (height - 1) * x.row, last_col = (width - 1) * x.col;
+double rows_sum(const float* p, const Source& x, int height, int width) {
+  if (x.col != 1) return rows_sum<float>(p, x, height, width);
+  if (x.row == width) return run_sum(p, static_cast<int64_t>(height) * width);
   double total = 0;
-  if (x.col == 1 && x.row == width) {
-    total = run_sum(p, static_cast<int64_t>(height) * width);
-  } else if (x.col == 1) {
-    for (int r = 0; r < height; ++r) total += run_sum(p + r * x.row, width);
-  } else {
-    for (int r = 0; r < height; ++r) total += row_sum(p + r * x.row, x.col, width);
-  }
+  for (int r = 0; r < height; ++r) total += run_sum(p + r * x.row, width);
+  return total;
+}
+
+template <class E> double sum_as(const Source& x, int64_t offset, int height, int width, Margins* margins) {
+  const E* p = static_cast<const E*>(x.data) + offset;
   if (margins) {
     margins->top = row_sum(p, x.col, width);
-    margins->bottom = row_sum(p + last_row, x.col, width);
+    margins->bottom = row_sum(p + (height - 1) * x.row, x.col, width);
     margins->left = row_sum(p, x.row, height);
-    margins->right = row_sum(p + last_col, x.row, height);
+    margins->right = row_sum(p + (width - 1) * x.col, x.row, height);
   }
-  return total;
+  return rows_sum(p, x, height, width);
 }
 
 double plane_total(const Source& x, int64_t clip, int plane, int height, int width, Margins* margins) {
