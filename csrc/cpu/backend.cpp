@@ -143,7 +143,7 @@ void lay_out(
 }
 
 Folded fold_and_lay_out(const Stages& s, const SoapCall& call, Pool& pool, Laid& out) {
-  const Folded folded = fold(call.weights, each_of(call.shape, pool));
+  Folded folded = fold(call.weights, each_of(call.shape, pool));
   // HMEM's first frame is never the later tuple, so it has no 3x3 taps: strict leaves those zeros out, with their NaN.
   const Priors priors{&folded.stencil, &folded.conv, &folded.conv_bias, call.shape.channels};
   lay_out(s, call.shape, call.x, call.strict, priors, pool, out);

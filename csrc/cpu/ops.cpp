@@ -53,13 +53,8 @@ Dtype dtype_of(ScalarType t) {
 Shape shape_of(const Tensor& x) {
   const auto s = x.sizes();
   const size_t d = s.size();
-  Shape out;
-  out.clips = s[0];
-  out.frames = d == 5 ? static_cast<int>(s[1]) : 1;
-  out.channels = static_cast<int>(s[d - 3]);
-  out.height = static_cast<int>(s[d - 2]);
-  out.width = static_cast<int>(s[d - 1]);
-  return out;
+  const auto size = [&](size_t k) { return static_cast<int>(s[k]); };
+  return {s[0], d == 5 ? size(1) : 1, size(d - 3), size(d - 2), size(d - 1)};
 }
 
 // A tensor as a Source or a Sink, with the table of planes that they point into.
@@ -234,11 +229,9 @@ PYBIND11_MODULE(_cpp, m) {
   m.def(
       "isas",
       []() {
-        std::vector<std::string> names;
-        for (const Stages* s : available_stages()) names.emplace_back(s->name);
-        pybind11::list out;
-        for (const std::string& n : names) out.append(n);
-        return out;
+        pybind11::list names;
+        for (const Stages* s : available_stages()) names.append(s->name);
+        return names;
       },
       "The instruction sets that this machine can run, best first.");
   m.def("isa", []() { return std::string(stages().name); }, "The instruction set in use.");

@@ -65,11 +65,7 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
   const int index = int(blockIdx.x % p.tiles), h0 = index / p.tiles_wide * ROWS, w0 = index % p.tiles_wide * TILE_WIDTH;
   const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8, h = h0 + row,
             w = w0 + column;
-  if (j == 3) {
-    GatePrologue prologue;
-    prologue.begin(s, o, p.layout, p.prepared, b);
-    prologue.end(gates, gates + planes, s, o, p.layout, p.prepared, p.gate, b);
-  }
+  if (j == 3) GatePrologue::whole(gates, gates + planes, p, b);
   load_tile(tile, p.x, s, o, CP, b, h0, w0);
   __syncthreads();
   float acc[8][8] = {};
@@ -112,11 +108,7 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
   const int part = int(blockIdx.x % p.parts), tiles = p.tiles_wide * p.tiles_high;
   const int begin = int(int64_t(tiles) * part / p.parts), end = int(int64_t(tiles) * (part + 1) / p.parts);
   const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8;
-  if (j == 3) {
-    GatePrologue prologue;
-    prologue.begin(s, o, p.layout, p.prepared, b);
-    prologue.end(gates, gates + planes, s, o, p.layout, p.prepared, p.gate, b);
-  }
+  if (j == 3) GatePrologue::whole(gates, gates + planes, p, b);
   float dw[6][9] = {}, bias_sum = 0.f, gate_sum[8] = {};
 #pragma unroll 1
   for (int index = begin; index < end; ++index) {
