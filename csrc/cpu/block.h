@@ -563,12 +563,10 @@ SOAP_INLINE void product(const float* V0, const float* V1, const float* weight, 
   }
 }
 
-// Products of outputs [group * plan.group, ...) for one block, or for it and the next. M[o][point].
+// Products of outputs [group * plan.group, ...) for one or two blocks. M[o][point].
 template <bool Strict, int Pair>
 static __attribute__((noinline)) void products(const Conv& conv, const Plan& plan, int group, const float* V0,
-    float* M0, const Ahead& ahead, const Ahead& beside) {
-  const float* V1 = Pair == 2 ? V0 + plan.v_block : V0;
-  float* M1 = Pair == 2 ? M0 + plan.m_block : M0;
+    const float* V1, float* M0, float* M1, const Ahead& ahead, const Ahead& beside) {
   const int I = plan.inputs, first = group * plan.group;
   const int count =
       round_up(plan.outputs, OUTPUTS) - first < plan.group ? round_up(plan.outputs, OUTPUTS) - first : plan.group;

@@ -111,9 +111,14 @@ void fuse_blocks(const Fuse& f, int64_t clip, int64_t first, int64_t last, float
     }
     const Ahead ahead = plan.outputs ? look_ahead(f.x, clip, grid, q + n, last, H, W, -1, WINDOW) : Ahead{};
     for (int g = 0; g < groups; ++g) {
-      for (int k = 0; k < n && plan.outputs; k += 2) {
-        const auto multiply = k + 1 < n ? products<Strict, 2> : products<Strict, 1>;
-        multiply(f.conv, plan, g, buf.V + k * plan.v_block, buf.M + k * plan.m_block, k + g ? Ahead{} : ahead, {});
+      if (plan.outputs) {
+        for (int k = 0; k < n; k += 2) {
+          const float* V = buf.V + k * plan.v_block;
+          float* M = buf.M + k * plan.m_block;
+          if (k + 1 < n)
+            products<Strict, 2>(f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k + g ? Ahead{} : ahead, {});
+          else products<Strict, 1>(f.conv, plan, g, V, V, M, M, k + g ? Ahead{} : ahead, {});
+        }
       }
       for (int k = 0; k < n; ++k)
         finish_block<Strict, Linear>(f, plan, g, clip, block[k], buf.M + k * plan.m_block, buf.prior + k * prior_block);

@@ -320,10 +320,16 @@ void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, flo
     }
     const Ahead ahead = plan.outputs ? look_ahead(f.x, clip, grid, q + n, last, H, W, -1, WINDOW) : Ahead{};
     for (int g = 0; g < groups; ++g) {
-      for (int k = 0; k < n && plan.outputs; k += 2) {
-        const Ahead beside = g ? Ahead{} : look_ahead(w.grad, clip, grid, q + k, last, H, W, 0, TILE);
-        const auto multiply = k + 1 < n ? products<Strict, 2> : products<Strict, 1>;
-        multiply(f.conv, plan, g, buf.V + k * plan.v_block, buf.M + k * plan.m_block, k + g ? Ahead{} : ahead, beside);
+      if (plan.outputs) {
+        for (int k = 0; k < n; k += 2) {
+          const float* V = buf.V + k * plan.v_block;
+          float* M = buf.M + k * plan.m_block;
+          const Ahead beside = g ? Ahead{} : look_ahead(w.grad, clip, grid, q + k, last, H, W, 0, TILE);
+          if (k + 1 < n)
+            products<Strict, 2>(
+                f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k + g ? Ahead{} : ahead, beside);
+          else products<Strict, 1>(f.conv, plan, g, V, V, M, M, k + g ? Ahead{} : ahead, beside);
+        }
       }
       for (int k = 0; k < n; ++k) {
         differentiate<Strict>(w, plan, sizes, g, clip, block[k], buf.M + k * plan.m_block, buf.prior + k * slots_block,
