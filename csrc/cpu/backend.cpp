@@ -61,8 +61,7 @@ class Scratch {
 };
 
 // Tasks 0 .. count - 1, handed out in turn. body(take): take() gives the next task or -1.
-template <class Body>
-void share(Pool& pool, int64_t count, const Body& body) {
+template <class Body> void share(Pool& pool, int64_t count, const Body& body) {
   std::atomic<int64_t> next{0};
   const auto take = [&]() {
     const int64_t k = next.fetch_add(1, std::memory_order_relaxed);
@@ -76,33 +75,33 @@ void share(Pool& pool, int64_t count, const Body& body) {
   pool.spread(static_cast<int>(std::min<int64_t>(pool.threads(), count)), run);
 }
 
+// task(k) for each k on its own.
+template <class Task> void share_each(Pool& pool, int64_t count, const Task& task) {
+  share(pool, count, [&](const auto& take) {
+    for (int64_t k = take(); k >= 0; k = take()) task(k);
+  });
+}
+
 // For the folds: frames are done before a second thread has woken up.
 Each each_of(const Shape& shape, Pool& pool) {
   return [&pool, wide = shape.planes() > 64](int count, const std::function<void(int)>& task) {
-    if (wide)
-      return share(pool, count, [&](const auto& take) {
-        for (int64_t k = take(); k >= 0; k = take()) task(static_cast<int>(k));
-      });
+    if (wide) return share_each(pool, count, [&](int64_t k) { task(static_cast<int>(k)); });
     for (int k = 0; k < count; ++k) task(k);
   };
 }
 
 // A convolution's weights laid out for the products. One thread for frames (tens of microseconds).
-Scratch lay_out(const Stages& s, const std::vector<float>& conv, int inputs, int outputs, bool strict, double factor,
-                Pool& pool) {
+Scratch lay_out(
+    const Stages& s, const std::vector<float>& conv, int inputs, int outputs, bool strict, double factor, Pool& pool) {
   const int groups = s.conv_groups(outputs);
   const size_t size = s.conv_group_size(inputs, strict);
   Scratch laid(groups * size);
-  const auto all = [&](const auto& take) {
-    for (int64_t g = take(); g >= 0; g = take())
-      s.layout_conv(conv.data(), inputs, outputs, strict, factor, static_cast<int>(g), laid.get() + g * size);
+  const auto lay = [&](int64_t g) {
+    s.layout_conv(conv.data(), inputs, outputs, strict, factor, static_cast<int>(g), laid.get() + g * size);
   };
-  if (groups <= 8) {
-    int64_t g = 0;
-    all([&]() { return g < groups ? g++ : int64_t{-1}; });
-  } else {
-    share(pool, groups, all);
-  }
+  if (groups > 8) share_each(pool, groups, lay);
+  else
+    for (int g = 0; g < groups; ++g) lay(g);
   return laid;
 }
 
@@ -120,8 +119,8 @@ struct Priors {
   int centre_inputs;
 };
 
-void lay_out(const Stages& s, const Shape& shape, const Source& x, bool strict, const Priors& p, Pool& pool,
-             Laid& out) {
+void lay_out(
+    const Stages& s, const Shape& shape, const Source& x, bool strict, const Priors& p, Pool& pool, Laid& out) {
   const int P = shape.planes();
   out.fuse.shape = shape;
   out.fuse.x = out.fuse.base = x;
@@ -141,6 +140,14 @@ void lay_out(const Stages& s, const Shape& shape, const Source& x, bool strict, 
     s.layout_stencil(p.stencil->data(), shape.channels, strict, -LOG2E, out.stencil.data());
     out.fuse.stencil.weight = out.stencil.data();
   }
+}
+
+Folded fold_and_lay_out(const Stages& s, const SoapCall& call, Pool& pool, Laid& out) {
+  Folded folded = fold(call.weights, each_of(call.shape, pool));
+  // HMEM's first frame is never the later tuple, so it has no 3x3 taps: strict leaves those zeros out, with their NaN.
+  const Priors priors{&folded.stencil, &folded.conv, &folded.conv_bias, call.shape.channels};
+  lay_out(s, call.shape, call.x, call.strict, priors, pool, out);
+  return folded;
 }
 
 // Bands are cut between groups of blocks; between pairs where there are few (a layer of features).
@@ -164,7 +171,7 @@ void fuse_clips(const Stages& s, const Fuse& f, int64_t first, int64_t last, Poo
     const Scratch scratch(s.fuse_scratch(f));
     for (int64_t k = take(); k >= 0; k = take())
       s.fuse(f, first + k / bands, band_begin(blocks, k % bands, bands), band_begin(blocks, k % bands + 1, bands),
-             scratch.get());
+          scratch.get());
   });
 }
 
@@ -204,10 +211,8 @@ void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& po
   const Stages& s = stages();
   const Shape& shape = call.shape;
   const int P = shape.planes(), T = shape.frames, C = shape.channels;
-  const Folded folded = fold(call.weights, each_of(shape, pool));
   Laid laid;
-  // HMEM's first frame is never the later tuple, so it has no 3x3 taps: strict leaves those zeros out, with their NaN.
-  lay_out(s, shape, call.x, call.strict, {&folded.stencil, &folded.conv, &folded.conv_bias, C}, pool, laid);
+  const Folded folded = fold_and_lay_out(s, call, pool, laid);
   Fuse& f = laid.fuse;
   f.y = y;
   if (!call.weights.cwem) return fuse_clips(s, f, 0, shape.clips, pool);
@@ -237,11 +242,9 @@ void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& po
   Numbers mean((shape.clips - whole) * P);
   constexpr int TOGETHER = 4;
   const int runs = (P + TOGETHER - 1) / TOGETHER;
-  share(pool, (shape.clips - whole) * runs, [&](const auto& take) {
-    for (int64_t k = take(); k >= 0; k = take()) {
-      const int first = static_cast<int>(k % runs) * TOGETHER;
-      plane_means(s, call, whole + k / runs, first, std::min(TOGETHER, P - first), &mean[k / runs * P + first]);
-    }
+  share_each(pool, (shape.clips - whole) * runs, [&](int64_t k) {
+    const int first = static_cast<int>(k % runs) * TOGETHER;
+    plane_means(s, call, whole + k / runs, first, std::min(TOGETHER, P - first), &mean[k / runs * P + first]);
   });
   for (int64_t n = whole; n < shape.clips; ++n) finish_gate(n, mean.data() + (n - whole) * P);
   fuse_clips(s, f, whole, shape.clips, pool);
@@ -251,8 +254,8 @@ namespace {
 
 // The way back to x through conv and stencil: one convolution from the planes of dz (conv's outputs, then the stencil's
 // slots) to those of x, with turned weights.
-std::vector<float> turned_weights(const Shape& shape, const std::vector<float>& conv, const Numbers& stencil,
-                                  bool interleaved) {
+std::vector<float> turned_weights(
+    const Shape& shape, const std::vector<float>& conv, const Numbers& stencil, bool interleaved) {
   const int T = shape.frames, C = shape.channels, P = shape.planes();
   const int from_conv = conv.empty() ? 0 : P, inputs = from_conv + (stencil.empty() ? 0 : T);
   std::vector<float> w(static_cast<size_t>(P) * inputs * 9, 0.f);
@@ -321,9 +324,8 @@ PriorGradients sweep_all(const Stages& s, Sweep& w, Pool& pool) {
       const int64_t band = chunks.bands > 1 ? q % chunks.bands : 0;
       for (int64_t n = first; n < last; ++n)
         s.sweep(w, n, band_begin(blocks, band, chunks.bands), band_begin(blocks, band + 1, chunks.bands), scratch.get(),
-                gate.data() + (n * chunks.bands + band) * P);
-      s.sweep_end(
-          w, scratch.get(),
+            gate.data() + (n * chunks.bands + band) * P);
+      s.sweep_end(w, scratch.get(),
           {conv.get() + q * conv_size, bias.data() + q * outputs, stencil.empty() ? nullptr : stencil.data() + q * 27});
     }
   });
@@ -332,13 +334,9 @@ PriorGradients sweep_all(const Stages& s, Sweep& w, Pool& pool) {
     d.conv.resize(static_cast<size_t>(outputs) * w.forward.conv.inputs * 9);
     d.conv_bias = reduce(bias, chunks.count);
     const int groups = (outputs + s.gradient_group(outputs) - 1) / s.gradient_group(outputs);
-    const auto all = [&](const auto& take) {
-      for (int64_t k = take(); k >= 0; k = take())
-        reduce_conv(conv.get(), chunks.count,
-                    {w.forward.conv.inputs, outputs, I, O, O / groups, s.gradient_group(outputs)}, static_cast<int>(k),
-                    d.conv.data());
-    };
-    share(pool, w.forward.conv.inputs, all);
+    const ConvParts parts{w.forward.conv.inputs, outputs, I, O, O / groups, s.gradient_group(outputs)};
+    share_each(pool, parts.inputs,
+        [&](int64_t k) { reduce_conv(conv.get(), chunks.count, parts, static_cast<int>(k), d.conv.data()); });
   }
   if (!stencil.empty()) d.stencil = reduce(stencil, chunks.count);
   // By clip and plane: the bands of a clip, in order.
@@ -356,54 +354,53 @@ struct Back {
   Scratch dz{0};
 };
 
-void open_back(const Shape& shape, const Fuse& f, Sweep& w, Back& back) {
-  back.inputs = f.conv.outputs + (f.stencil.weight ? shape.frames : 0);
+void open_back(Sweep& w, Back& back) {
+  const Shape& shape = w.forward.shape;
+  back.inputs = w.forward.conv.outputs + (w.forward.stencil.weight ? shape.frames : 0);
   if (!back.inputs) return;
   back.dz = Scratch(static_cast<size_t>(shape.clips) * back.inputs * shape.pixels());
   for (int p = 0; p < back.inputs; ++p) back.planes.push_back(p * shape.pixels());
   w.dz = {back.dz.get(), Dtype::f32, back.inputs * shape.pixels(), shape.width, 1, back.planes.data()};
 }
 
+Source source_of(const Sink& y) { return {y.data, y.dtype, y.clip, y.row, y.col, y.plane, nullptr, nullptr}; }
+
 // dx = base + constant + conv back of dz.
-void close_back(const Stages& s, const Shape& shape, bool strict, const std::vector<float>& conv,
-                const Numbers& stencil, bool interleaved, const Back& back, const Source& base, const float* constant,
-                const Sink& dx, Pool& pool) {
+void close_back(const Stages& s, const Sweep& w, const std::vector<float>& conv, const Numbers& stencil,
+    const Back& back, const Source& base, const float* constant, const Sink& dx, Pool& pool) {
   Fuse f;
-  f.shape = shape;
+  f.shape = w.forward.shape;
   f.mode = Mode::linear;
   f.base = base;
-  f.x = back.inputs
-            ? Source{back.dz.get(), Dtype::f32, back.inputs * shape.pixels(), shape.width, 1, back.planes.data(),
-                     nullptr,       nullptr}
-            : base;
+  f.x = back.inputs ? source_of(w.dz) : base;
   f.y = dx;
   f.gate = constant;
-  f.conv.strict = strict;
+  f.conv.strict = w.forward.conv.strict;
   Scratch laid(0);
   if (back.inputs) {
-    laid = lay_out(s, turned_weights(shape, conv, stencil, interleaved), back.inputs, shape.planes(), strict, 1., pool);
+    const std::vector<float> turned = turned_weights(f.shape, conv, stencil, w.forward.stencil.interleaved);
+    laid = lay_out(s, turned, back.inputs, f.shape.planes(), f.conv.strict, 1., pool);
     f.conv.inputs = back.inputs;
-    f.conv.outputs = shape.planes();
+    f.conv.outputs = f.shape.planes();
     f.conv.weight = laid.get();
   }
-  fuse_clips(s, f, 0, shape.clips, pool);
+  fuse_clips(s, f, 0, f.shape.clips, pool);
 }
 
 }  // namespace
 
-std::vector<Numbers> soap_backward(const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx,
-                                   bool needs_weights, Pool& pool) {
+std::vector<Numbers> soap_backward(
+    const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx, bool needs_weights, Pool& pool) {
   const Stages& s = stages();
   const Shape& shape = call.shape;
   const int P = shape.planes(), T = shape.frames, C = shape.channels;
-  const Folded folded = fold(call.weights, each_of(shape, pool));
   Laid laid;
-  lay_out(s, shape, call.x, call.strict, {&folded.stencil, &folded.conv, &folded.conv_bias, C}, pool, laid);
+  const Folded folded = fold_and_lay_out(s, call, pool, laid);
   Sweep w;
   w.forward = laid.fuse;
   w.grad = grad;
   Back back;
-  if (dx.data) open_back(shape, laid.fuse, w, back);
+  if (dx.data) open_back(w, back);
   const PriorGradients d = sweep_all(s, w, pool);
 
   FoldedGradients g{d.stencil, Numbers(folded.taps.size(), 0.), Numbers(folded.bias.size(), 0.), d.conv, d.conv_bias};
@@ -421,8 +418,7 @@ std::vector<Numbers> soap_backward(const SoapCall& call, const Source& grad, con
     }
   }
   if (dx.data)
-    close_back(s, shape, call.strict, folded.conv, folded.stencil, false, back, grad,
-               constant.empty() ? nullptr : constant.data(), dx, pool);
+    close_back(s, w, folded.conv, folded.stencil, back, grad, constant.empty() ? nullptr : constant.data(), dx, pool);
   return needs_weights ? unfold(call.weights, g, each_of(shape, pool)) : std::vector<Numbers>{};
 }
 
@@ -456,33 +452,31 @@ PriorGradients fuse_priors_backward(const PriorsCall& call, const Source& grad, 
   Back back;
   Source base = grad;
   if (dx.data) {
-    open_back(call.shape, laid.fuse, w, back);
+    open_back(w, back);
     if (call.multiplicative) {
       w.dbase = dx;
-      base = {dx.data, dx.dtype, dx.clip, dx.row, dx.col, dx.plane, nullptr, nullptr};
+      base = source_of(dx);
     }
   }
   PriorGradients d = sweep_all(s, w, pool);
   if (dx.data && (back.inputs || !call.multiplicative))
-    close_back(s, call.shape, call.strict, call.conv, call.stencil, call.interleaved, back, base, nullptr, dx, pool);
+    close_back(s, w, call.conv, call.stencil, back, base, nullptr, dx, pool);
   return d;
 }
 
 void window_sums_forward(const Shape& shape, const Source& x, float* out, Pool& pool) {
   const Stages& s = stages();
   const int64_t planes = shape.planes();
-  share(pool, shape.clips * planes, [&](const auto& take) {
-    for (int64_t k = take(); k >= 0; k = take())
-      s.window_sums(x, k / planes, static_cast<int>(k % planes), shape.height, shape.width, out + k * 9);
+  share_each(pool, shape.clips * planes, [&](int64_t k) {
+    s.window_sums(x, k / planes, static_cast<int>(k % planes), shape.height, shape.width, out + k * 9);
   });
 }
 
 void window_sums_backward(const Shape& shape, const float* grad, const Sink& dx, Pool& pool) {
   const Stages& s = stages();
   const int64_t planes = shape.planes();
-  share(pool, shape.clips * planes, [&](const auto& take) {
-    for (int64_t k = take(); k >= 0; k = take())
-      s.window_sums_backward(dx, k / planes, static_cast<int>(k % planes), shape.height, shape.width, grad + k * 9);
+  share_each(pool, shape.clips * planes, [&](int64_t k) {
+    s.window_sums_backward(dx, k / planes, static_cast<int>(k % planes), shape.height, shape.width, grad + k * 9);
   });
 }
 

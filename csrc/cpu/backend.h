@@ -35,8 +35,8 @@ struct SoapCall {
 void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& pool);
 
 // The gradients of the weights, as SoapCall::weights.tensor; none unless wanted. dx.data null: not wanted.
-std::vector<Numbers> soap_backward(const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx,
-                                   bool needs_weights, Pool& pool);
+std::vector<Numbers> soap_backward(
+    const SoapCall& call, const Source& grad, const float* prepared, const Sink& dx, bool needs_weights, Pool& pool);
 
 // Priors given as they are. Null or empty: not there.
 struct PriorsCall {

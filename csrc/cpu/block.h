@@ -73,8 +73,7 @@ SOAP_INLINE void locate(const Blocks& grid, int64_t block, int height, int width
 
 // ---- reading and writing pixels of any type and stride ----
 
-template <class E>
-SOAP_INLINE void convert_row(const E* p, int64_t step, int n, float* out) {
+template <class E> SOAP_INLINE void convert_row(const E* p, int64_t step, int n, float* out) {
   if (step == 1) {
     for (int j = 0; j < n; ++j) out[j] = to_float(p[j]);
   } else {
@@ -95,7 +94,7 @@ SOAP_INLINE void convert_row(const float* p, int64_t step, int n, float* out) {
 // Rows [row, row + rows) and columns [col, col + cols) of a plane, zero outside of the image, into out (stride STAGE).
 template <class E>
 SOAP_INLINE void stage_as(const Source& x, int64_t offset, int plane, int row, int rows, int col, int cols, int height,
-                          int width, float* out) {
+    int width, float* out) {
   const int begin = col < 0 ? -col : 0, end = col + cols > width ? width - col : cols;
   for (int k = 0; k < rows; ++k, out += STAGE) {
     const int r = row + k;
@@ -119,15 +118,13 @@ SOAP_INLINE void stage_as(const Source& x, int64_t offset, int plane, int row, i
   }
 }
 
-[[maybe_unused]] static __attribute__((noinline)) void stage(const Source& x, int64_t clip, int plane, int row,
-                                                             int rows, int col, int cols, int height, int width,
-                                                             float* out) {
+[[maybe_unused]] static __attribute__((noinline)) void stage(
+    const Source& x, int64_t clip, int plane, int row, int rows, int col, int cols, int height, int width, float* out) {
   const int64_t offset = clip * x.clip + x.plane[plane];
   by_dtype(x.dtype, [&](auto e) { stage_as<decltype(e)>(x, offset, plane, row, rows, col, cols, height, width, out); });
 }
 
-template <class E>
-SOAP_INLINE void write_as(const Sink& y, int64_t offset, const Segment& g, const float* in) {
+template <class E> SOAP_INLINE void write_as(const Sink& y, int64_t offset, const Segment& g, const float* in) {
   for (int k = 0; k < g.rows; ++k) {
     E* p = static_cast<E*>(y.data) + offset + (g.row + k) * y.row + g.col * y.col;
     if (y.col == 1)
@@ -138,8 +135,8 @@ SOAP_INLINE void write_as(const Sink& y, int64_t offset, const Segment& g, const
 }
 
 // Four rows of L pixels (stride L) of one segment.
-[[maybe_unused]] static __attribute__((noinline)) void write(const Sink& y, int64_t clip, int plane, const Segment& g,
-                                                             const float* in) {
+[[maybe_unused]] static __attribute__((noinline)) void write(
+    const Sink& y, int64_t clip, int plane, const Segment& g, const float* in) {
   const int64_t offset = clip * y.clip + y.plane[plane];
   by_dtype(y.dtype, [&](auto e) { write_as<decltype(e)>(y, offset, g, in); });
 }
@@ -152,8 +149,8 @@ struct Centre {
   int64_t row;
 };
 
-SOAP_INLINE Centre centre(const Source& x, bool in_place, int64_t clip, int plane, const Segment& g, int height,
-                          int width, float* buffer) {
+SOAP_INLINE Centre centre(
+    const Source& x, bool in_place, int64_t clip, int plane, const Segment& g, int height, int width, float* buffer) {
   if (in_place && g.rows == TILE && g.cols == L) {
     const float* p = static_cast<const float*>(x.data) + clip * x.clip + x.plane[plane];
     return {p + g.row * x.row + g.col, x.row};
@@ -198,12 +195,14 @@ SOAP_INLINE void gradient_transform(v d0, v d1, v d2, v d3, v* z) {  // A d
 }
 
 // The weights' transform; in double, since it is done once.
-static constexpr double G[6][3] = {{1. / 4, 0, 0},
-                                   {-1. / 6, -1. / 6, -1. / 6},
-                                   {-1. / 6, 1. / 6, -1. / 6},
-                                   {1. / 24, 1. / 12, 1. / 6},
-                                   {1. / 24, -1. / 12, 1. / 6},
-                                   {0, 0, 1}};
+static constexpr double G[6][3] = {
+    {1. / 4, 0, 0},
+    {-1. / 6, -1. / 6, -1. / 6},
+    {-1. / 6, 1. / 6, -1. / 6},
+    {1. / 24, 1. / 12, 1. / 6},
+    {1. / 24, -1. / 12, 1. / 6},
+    {0, 0, 1},
+};
 
 // Which pixels of a block's windows lie in the image, for loads that zero the others without touching them: by segment,
 // the lanes of the load at column -1 and of the one at column 3; bit k of `rows` for row k.
@@ -242,8 +241,8 @@ SOAP_INLINE v ld_inside(const float* p, const Inside&, const uint16_t (&)[4], in
 
 // One plane of a block: 4 windows (pointer to row -1, column -1; row stride) to 36 vectors, `step` floats apart.
 template <bool Strict, bool Masked>
-SOAP_INLINE void transform_window(const float* const (&p)[4], const int64_t (&row)[4], const Inside& in, float* out,
-                                  int64_t step) {
+SOAP_INLINE void transform_window(
+    const float* const (&p)[4], const int64_t (&row)[4], const Inside& in, float* out, int64_t step) {
   v t[WINDOW][WINDOW];
   SOAP_UNROLL(6)
   for (int k = 0; k < WINDOW; ++k) {
@@ -277,8 +276,7 @@ SOAP_INLINE void transform_window(const float* const (&p)[4], const int64_t (&ro
 }
 
 // Products of one output (36 or 16 vectors) to its 16 positions.
-template <bool Strict>
-SOAP_INLINE void positions(const float* m, v (&z)[TILE][TILE]) {
+template <bool Strict> SOAP_INLINE void positions(const float* m, v (&z)[TILE][TILE]) {
   if (Strict) {
     SOAP_UNROLL(16)
     for (int k = 0; k < POSITIONS; ++k) z[k / 4][k % 4] = ld(m + k * L);
@@ -289,7 +287,7 @@ SOAP_INLINE void positions(const float* m, v (&z)[TILE][TILE]) {
   for (int q = 0; q < WINDOW; ++q) {
     v o[TILE];
     output_transform(ld(m + q * L), ld(m + (6 + q) * L), ld(m + (12 + q) * L), ld(m + (18 + q) * L),
-                     ld(m + (24 + q) * L), ld(m + (30 + q) * L), o);
+        ld(m + (24 + q) * L), ld(m + (30 + q) * L), o);
     SOAP_UNROLL(4)
     for (int k = 0; k < TILE; ++k) t[k][q] = o[k];
   }
@@ -298,8 +296,7 @@ SOAP_INLINE void positions(const float* m, v (&z)[TILE][TILE]) {
 }
 
 // 16 positions to 36 points (or the positions as they are), vectors `in` and `out` floats apart.
-template <bool Strict>
-SOAP_INLINE void spread(const v (&d)[TILE][TILE], float* out, int64_t step) {
+template <bool Strict> SOAP_INLINE void spread(const v (&d)[TILE][TILE], float* out, int64_t step) {
   if (Strict) {
     SOAP_UNROLL(16)
     for (int k = 0; k < POSITIONS; ++k) st(out + k * step, d[k / 4][k % 4]);
@@ -356,8 +353,7 @@ SOAP_INLINE int stencil_plane(const Fuse& f, int slot, int c) {
 }
 
 // Rows [above, above + rows) of the segments of one plane, into the first-level cache.
-template <int Rows>
-SOAP_INLINE void fetch_near(const Source& x, int64_t clip, int plane, const Block& b, int above) {
+template <int Rows> SOAP_INLINE void fetch_near(const Source& x, int64_t clip, int plane, const Block& b, int above) {
   const float* base = static_cast<const float*>(x.data) + clip * x.clip + x.plane[plane];
   for (int s = 0; s < 4; ++s) {
     const Segment& g = b.segment[s];
@@ -369,7 +365,7 @@ SOAP_INLINE void fetch_near(const Source& x, int64_t clip, int plane, const Bloc
 
 // The windows of plane `i` of a block, in place or staged into `buffer` (4 x 6 x STAGE).
 SOAP_INLINE void windows(const Source& x, bool in_place, int64_t clip, int plane, const Block& b, int height, int width,
-                         float* buffer, const float* (&p)[4], int64_t (&row)[4]) {
+    float* buffer, const float* (&p)[4], int64_t (&row)[4]) {
   const float* base = static_cast<const float*>(x.data) + (in_place ? clip * x.clip + x.plane[plane] : 0);
   for (int s = 0; s < 4; ++s) {
     const Segment& g = b.segment[s];
@@ -401,8 +397,8 @@ SOAP_INLINE void slot_mean(const Plan& plan, const float* V, int channels, int c
 
 // Inputs of one block: V for the conv, means for the stencil.
 template <bool Strict>
-static __attribute__((noinline)) void load_block(const Fuse& f, const Plan& plan, int64_t clip, const Block& b,
-                                                 float* V, float* mean) {
+static __attribute__((noinline)) void load_block(
+    const Fuse& f, const Plan& plan, int64_t clip, const Block& b, float* V, float* mean) {
   alignas(64) float buffer[4 * WINDOW * STAGE];
   const bool in_place = direct(f.x);
   const int H = f.shape.height, W = f.shape.width, C = f.shape.channels;
@@ -495,8 +491,8 @@ SOAP_INLINE void stencil_products(const float* weight, const Plan& plan, const f
 
 // s(stencil) of each slot of a block: 16 positions, computed once and used by all channels.
 template <bool Strict>
-static __attribute__((noinline)) void priors(const Fuse& f, const Plan& plan, const float* mean,
-                                             float* products_of_slot, float* prior) {
+static __attribute__((noinline)) void priors(
+    const Fuse& f, const Plan& plan, const float* mean, float* products_of_slot, float* prior) {
   for (int t = 0; t < plan.slots; ++t) {
     v z[TILE][TILE];
     stencil_products<Strict>(f.stencil.weight, plan, mean, t, products_of_slot);
@@ -516,7 +512,7 @@ struct Ahead {
 
 // Blocks next and next + 1, if before last: `rows` rows from row `above` of each segment on.
 SOAP_INLINE Ahead look_ahead(const Source& x, int64_t clip, const Blocks& grid, int64_t next, int64_t last, int height,
-                             int width, int above, int rows) {
+    int width, int above, int rows) {
   Ahead a = {};
   if (x.dtype != Dtype::f32 || x.col != 1) return a;
   a.row = x.row * 4;
@@ -528,8 +524,8 @@ SOAP_INLINE Ahead look_ahead(const Source& x, int64_t clip, const Blocks& grid, 
     for (int s = 0; s < 4; ++s) {
       const Segment& g = b.segment[s];
       if (g.rows == TILE && g.row + above >= 0 && g.row + above + rows <= height)
-        a.base[h][s] = reinterpret_cast<const char*>(static_cast<const float*>(x.data) + clip * x.clip +
-                                                     (g.row + above) * x.row + g.col);
+        a.base[h][s] = reinterpret_cast<const char*>(
+            static_cast<const float*>(x.data) + clip * x.clip + (g.row + above) * x.row + g.col);
     }
   }
   return a;
@@ -546,8 +542,7 @@ SOAP_INLINE const char* to_ask(const Ahead& a, int h, int step) {
 // for outstanding misses never fill and the arithmetic goes on.
 template <int Pair, int Asks>
 SOAP_INLINE void product(const float* V0, const float* V1, const float* weight, int first, int last, v (&a)[OUTPUTS],
-                         v (&b)[OUTPUTS], const char* ask0, const char* ask1, const int64_t* planes0,
-                         const int64_t* planes1) {
+    v (&b)[OUTPUTS], const char* ask0, const char* ask1, const int64_t* planes0, const int64_t* planes1) {
   SOAP_UNROLL(1)
   for (int i = first; i < last; ++i) {
     if (Asks >= 1) prefetch(ask0 + planes0[i] * 4);
@@ -571,8 +566,7 @@ SOAP_INLINE void product(const float* V0, const float* V1, const float* weight, 
 // Products of outputs [group * plan.group, ...) for one or two blocks. M[o][point].
 template <bool Strict, int Pair>
 static __attribute__((noinline)) void products(const Conv& conv, const Plan& plan, int group, const float* V0,
-                                               const float* V1, float* M0, float* M1, const Ahead& ahead,
-                                               const Ahead& beside) {
+    const float* V1, float* M0, float* M1, const Ahead& ahead, const Ahead& beside) {
   const int I = plan.inputs, first = group * plan.group;
   const int count =
       round_up(plan.outputs, OUTPUTS) - first < plan.group ? round_up(plan.outputs, OUTPUTS) - first : plan.group;
@@ -592,7 +586,7 @@ static __attribute__((noinline)) void products(const Conv& conv, const Plan& pla
         for (int tap = 0; tap < 9; ++tap) {
           const int64_t at = ((k / 4 + tap / 3) * WINDOW + k % 4 + tap % 3) * plan.v_step;
           product<Pair, 0>(V0 + at, V1 + at, w + static_cast<int64_t>(tap) * I * OUTPUTS,
-                           tap == 4 ? 0 : conv.centre_inputs, I, a, b, nullptr, nullptr, nullptr, nullptr);
+              tap == 4 ? 0 : conv.centre_inputs, I, a, b, nullptr, nullptr, nullptr, nullptr);
         }
       } else {
         const float *x = V0 + k * plan.v_step, *y = V1 + k * plan.v_step,

@@ -19,7 +19,7 @@ std::vector<Tuple> tuples_of(const Weights& w) {
   for (size_t k = 0; k < sizes; ++k) {
     const int o = w.tuple_sizes[k];
     all.push_back({o, w.frames - o, first_map, w.tensor[at + 2 * k].data(), w.tensor[at + 2 * k + 1].data(),
-                   w.tensor[at + 2 * sizes + 2 * k].data(), w.tensor[at + 2 * sizes + 2 * k + 1].data()});
+        w.tensor[at + 2 * sizes + 2 * k].data(), w.tensor[at + 2 * sizes + 2 * k + 1].data()});
     first_map += w.frames - o;
   }
   return all;
@@ -224,7 +224,7 @@ void gate_forward(const Folded& f, int T, int C, const double* means, double* ga
 }
 
 void gate_backward(const Folded& f, int T, int C, const double* means, const double* gate, const double* dgate,
-                   FoldedGradients& d, double* dmeans) {
+    FoldedGradients& d, double* dmeans) {
   for (int i = 0; i < T * C; ++i) dmeans[i] = 0;
   for (int t = 0; t < T; ++t)
     for (int p = 0; p < C; ++p) {

@@ -47,6 +47,6 @@ void gate_forward(const Folded& f, int frames, int channels, const double* means
 
 // Adds to d.taps and d.bias, and gives the gradient of the means.
 void gate_backward(const Folded& f, int frames, int channels, const double* means, const double* gate,
-                   const double* dgate, FoldedGradients& d, double* dmeans);
+    const double* dgate, FoldedGradients& d, double* dmeans);
 
 }  // namespace soap::cpu

@@ -24,7 +24,7 @@ enum class Store { general, plain, stream };
 // The last step for one output plane of a block. M: its products, null without a conv; prior: its slot's, or null.
 template <bool Strict, bool Linear>
 SOAP_INLINE void finish_plane(const Fuse& f, int64_t clip, int plane, const Block& b, const float* M,
-                              const float* prior, bool base_in_place, Store store) {
+    const float* prior, bool base_in_place, Store store) {
   alignas(64) float pixels[4][TILE * STAGE];
   alignas(64) float out[4][TILE * L];
   const int H = f.shape.height, W = f.shape.width;
@@ -75,8 +75,8 @@ SOAP_INLINE void finish_plane(const Fuse& f, int64_t clip, int plane, const Bloc
 }
 
 template <bool Strict, bool Linear>
-__attribute__((noinline)) void finish_block(const Fuse& f, const Plan& plan, int group, int64_t clip, const Block& b,
-                                            const float* M, const float* prior) {
+__attribute__((noinline)) void finish_block(
+    const Fuse& f, const Plan& plan, int group, int64_t clip, const Block& b, const float* M, const float* prior) {
   const int first = group * plan.group, planes = f.shape.planes();
   const int last = plan.outputs ? (first + plan.group < planes ? first + plan.group : planes) : planes;
   const bool base_in_place = direct(f.base);
@@ -89,7 +89,7 @@ __attribute__((noinline)) void finish_block(const Fuse& f, const Plan& plan, int
     if (base_in_place && plane + 1 < last) fetch_near<TILE>(f.base, clip, plane + 1, b, 0);
     const int slot = plane / f.shape.channels;
     finish_plane<Strict, Linear>(f, clip, plane, b, plan.outputs ? M + (plane - first) * plan.m_step : nullptr,
-                                 plan.slots ? prior + slot * POSITIONS * L : nullptr, base_in_place, store);
+        plan.slots ? prior + slot * POSITIONS * L : nullptr, base_in_place, store);
   }
 }
 

@@ -53,13 +53,8 @@ Dtype dtype_of(ScalarType t) {
 Shape shape_of(const Tensor& x) {
   const auto s = x.sizes();
   const size_t d = s.size();
-  Shape out;
-  out.clips = s[0];
-  out.frames = d == 5 ? static_cast<int>(s[1]) : 1;
-  out.channels = static_cast<int>(s[d - 3]);
-  out.height = static_cast<int>(s[d - 2]);
-  out.width = static_cast<int>(s[d - 1]);
-  return out;
+  const auto size = [&](size_t k) { return static_cast<int>(s[k]); };
+  return {s[0], d == 5 ? size(1) : 1, size(d - 3), size(d - 2), size(d - 1)};
 }
 
 // A tensor as a Source or a Sink, with the table of planes that they point into.
@@ -75,14 +70,8 @@ struct View {
   }
 
   Source source() const {
-    return {tensor.const_data_ptr(),
-            dtype_of(tensor.scalar_type()),
-            clip,
-            row,
-            col,
-            planes.data(),
-            scale.empty() ? nullptr : scale.data(),
-            shift.empty() ? nullptr : shift.data()};
+    return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type()), clip, row, col, planes.data(),
+        scale.empty() ? nullptr : scale.data(), shift.empty() ? nullptr : shift.data()};
   }
   Sink sink() const {
     return {tensor.mutable_data_ptr(), dtype_of(tensor.scalar_type()), clip, row, col, planes.data()};
@@ -119,25 +108,21 @@ const Tensor& in_large_pages(const Tensor& t) {
 
 // Weights are small and many: fp32 is read and written where it lies, since a conversion by torch costs more than SOAP
 // itself on a small clip.
-template <class T>
-std::vector<T> numbers_of(const Tensor& t) {
+template <class T> std::vector<T> numbers_of(const Tensor& t) {
   const Tensor floats = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
   STD_TORCH_CHECK(floats.is_contiguous(), "soap_kernels on the CPU takes contiguous weights");
   const float* p = static_cast<const float*>(floats.const_data_ptr());
   return std::vector<T>(p, p + floats.numel());
 }
 
-template <class T>
-std::vector<T> numbers_of(const MaybeTensor& t) {
-  return t ? numbers_of<T>(*t) : std::vector<T>{};
-}
+template <class T> std::vector<T> numbers_of(const MaybeTensor& t) { return t ? numbers_of<T>(*t) : std::vector<T>{}; }
 
 float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 void fill(const Tensor& t, const Numbers& numbers) { std::copy(numbers.begin(), numbers.end(), floats_of(t)); }
 
-SoapCall call_of(const View& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes,
-                 bool strict) {
+SoapCall call_of(
+    const View& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict) {
   SoapCall call;
   call.shape = x.shape;
   call.x = x.source();
@@ -154,7 +139,7 @@ SoapCall call_of(const View& x, const Tensors& weights, bool three_dem, bool cwe
 }
 
 void soap_op(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
-             const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
+    const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
   TorchPool pool;
   View in(x);
   in.normalize(mean, std);
@@ -163,15 +148,14 @@ void soap_op(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem,
 }
 
 void soap_backward_op(const Tensor& grad, const Tensor& x, const Tensor& prepared, const Tensors& weights,
-                      bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict, const Floats& mean,
-                      const Floats& std, const MaybeTensor& dx, const Tensors& dweights) {
+    bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict, const Floats& mean, const Floats& std,
+    const MaybeTensor& dx, const Tensors& dweights) {
   TorchPool pool;
   View in(x);
   in.normalize(mean, std);
   const View upstream(grad), out(dx ? in_large_pages(*dx) : x);
-  const std::vector<Numbers> found =
-      soap_backward(call_of(in, weights, three_dem, cwem, tuple_sizes, strict), upstream.source(), floats_of(prepared),
-                    dx ? out.sink() : Sink{}, !dweights.empty(), pool);
+  const std::vector<Numbers> found = soap_backward(call_of(in, weights, three_dem, cwem, tuple_sizes, strict),
+      upstream.source(), floats_of(prepared), dx ? out.sink() : Sink{}, !dweights.empty(), pool);
   for (size_t k = 0; k < dweights.size(); ++k) fill(dweights[k], found[k]);
 }
 
@@ -188,7 +172,7 @@ void window_sums_backward_op(const Tensor& grad, const Tensor& dx) {
 }
 
 PriorsCall priors_of(const View& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
-                     const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict) {
+    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict) {
   PriorsCall call;
   call.shape = x.shape;
   call.x = x.source();
@@ -204,23 +188,22 @@ PriorsCall priors_of(const View& x, const MaybeTensor& stencil, const MaybeTenso
 }
 
 void fuse_priors_op(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
-                    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict,
-                    const Tensor& y) {
+    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict, const Tensor& y) {
   TorchPool pool;
   const View in(x), out(in_large_pages(y));
-  fuse_priors_forward(priors_of(in, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict),
-                      out.sink(), pool);
+  fuse_priors_forward(
+      priors_of(in, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict), out.sink(), pool);
 }
 
 void fuse_priors_backward_op(const Tensor& grad, const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate,
-                             const MaybeTensor& weight, const MaybeTensor& bias, bool multiplicative, double offset,
-                             bool interleaved, bool strict, const MaybeTensor& dx, const MaybeTensor& dstencil,
-                             const MaybeTensor& dgate, const MaybeTensor& dweight, const MaybeTensor& dbias) {
+    const MaybeTensor& weight, const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved,
+    bool strict, const MaybeTensor& dx, const MaybeTensor& dstencil, const MaybeTensor& dgate,
+    const MaybeTensor& dweight, const MaybeTensor& dbias) {
   TorchPool pool;
   const View in(x), upstream(grad), out(dx ? in_large_pages(*dx) : x);
   const PriorGradients d =
       fuse_priors_backward(priors_of(in, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict),
-                           upstream.source(), dx ? out.sink() : Sink{}, pool);
+          upstream.source(), dx ? out.sink() : Sink{}, pool);
   if (dstencil) fill(*dstencil, d.stencil);
   if (dgate) fill(*dgate, d.gate);
   if (dweight) fill(*dweight, d.conv);
@@ -246,11 +229,9 @@ PYBIND11_MODULE(_cpp, m) {
   m.def(
       "isas",
       []() {
-        std::vector<std::string> names;
-        for (const Stages* s : available_stages()) names.emplace_back(s->name);
-        pybind11::list out;
-        for (const std::string& n : names) out.append(n);
-        return out;
+        pybind11::list names;
+        for (const Stages* s : available_stages()) names.append(s->name);
+        return names;
       },
       "The instruction sets that this machine can run, best first.");
   m.def("isa", []() { return std::string(stages().name); }, "The instruction set in use.");

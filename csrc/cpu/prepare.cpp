@@ -9,8 +9,7 @@ struct Margins {  // sums of the first and last row, the first and last column
 };
 
 // The sum of a row of n pixels. Eight chains of additions cover the latency; a row is short enough for fp32.
-template <class E>
-double row_sum(const E* p, int64_t step, int n) {
+template <class E> double row_sum(const E* p, int64_t step, int n) {
   alignas(64) float line[8 * L];
   double total = 0;
   for (int j = 0; j < n; j += 8 * L) {
@@ -27,8 +26,7 @@ double row_sum(const E* p, int64_t step, int n) {
 // Runs of n fp32 numbers, N of them side by side: more streams from memory at once, and a quarter of the time less.
 constexpr int STREAMS = 4;
 
-template <int N>
-SOAP_INLINE void run_sums(const float* const* p, int64_t n, double* total) {
+template <int N> SOAP_INLINE void run_sums(const float* const* p, int64_t n, double* total) {
   constexpr int CHAINS = STREAMS / N < 2 ? 4 : 8;        // of additions, to cover their latency
   constexpr int64_t STEP = CHAINS * L, RUN = 64 * STEP;  // so many before the fp32 chains go to double
   constexpr int64_t AHEAD = 256;
@@ -67,40 +65,29 @@ double run_sum(const float* p, int64_t n) {
   return total;
 }
 
-template <class E>
-double sum_as(const Source& x, int64_t offset, int height, int width, Margins* margins) {
-  const E* p = static_cast<const E*>(x.data) + offset;
-  const int64_t last_row = (height - 1) * x.row, last_col = (width - 1) * x.col;
+template <class E> double rows_sum(const E* p, const Source& x, int height, int width) {
   double total = 0;
   for (int r = 0; r < height; ++r) total += row_sum(p + r * x.row, x.col, width);
-  if (margins) {
-    margins->top = row_sum(p, x.col, width);
-    margins->bottom = row_sum(p + last_row, x.col, width);
-    margins->left = row_sum(p, x.row, height);
-    margins->right = row_sum(p + last_col, x.row, height);
-  }
   return total;
 }
 
-template <>
-double sum_as<float>(const Source& x, int64_t offset, int height, int width, Margins* margins) {
-  const float* p = static_cast<const float*>(x.data) + offset;
-  const int64_t last_row = (height - 1) * x.row, last_col = (width - 1) * x.col;
+double rows_sum(const float* p, const Source& x, int height, int width) {
+  if (x.col != 1) return rows_sum<float>(p, x, height, width);
+  if (x.row == width) return run_sum(p, static_cast<int64_t>(height) * width);
   double total = 0;
-  if (x.col == 1 && x.row == width) {
-    total = run_sum(p, static_cast<int64_t>(height) * width);
-  } else if (x.col == 1) {
-    for (int r = 0; r < height; ++r) total += run_sum(p + r * x.row, width);
-  } else {
-    for (int r = 0; r < height; ++r) total += row_sum(p + r * x.row, x.col, width);
-  }
+  for (int r = 0; r < height; ++r) total += run_sum(p + r * x.row, width);
+  return total;
+}
+
+template <class E> double sum_as(const Source& x, int64_t offset, int height, int width, Margins* margins) {
+  const E* p = static_cast<const E*>(x.data) + offset;
   if (margins) {
     margins->top = row_sum(p, x.col, width);
-    margins->bottom = row_sum(p + last_row, x.col, width);
+    margins->bottom = row_sum(p + (height - 1) * x.row, x.col, width);
     margins->left = row_sum(p, x.row, height);
-    margins->right = row_sum(p + last_col, x.row, height);
+    margins->right = row_sum(p + (width - 1) * x.col, x.row, height);
   }
-  return total;
+  return rows_sum(p, x, height, width);
 }
 
 double plane_total(const Source& x, int64_t clip, int plane, int height, int width, Margins* margins) {
@@ -148,8 +135,7 @@ void window_sums(const Source& x, int64_t clip, int plane, int height, int width
   }
 }
 
-template <class E>
-void spread_sums(const Sink& dx, int64_t offset, int height, int width, const float* grad) {
+template <class E> void spread_sums(const Sink& dx, int64_t offset, int height, int width, const float* grad) {
   for (int r = 0; r < height; ++r) {
     float taps[3];  // by column of the taps, of those rows of taps that see row r
     for (int j = 0; j < 3; ++j) taps[j] = (r < height - 1 ? grad[j] : 0.f) + grad[3 + j] + (r > 0 ? grad[6 + j] : 0.f);

@@ -47,21 +47,45 @@ constexpr int L = 16;
 // Register tiles, measured. 24 accumulators of the 32 registers.
 constexpr int OUTPUTS = 12;  // forward product: outputs x 2 blocks of tiles, one broadcast weight for both
 constexpr int INPUTS = 8;    // weight gradient: inputs x VECTORS vectors of outputs
+#define SOAP_MM(name) _mm512_##name
+#elif SOAP_ISA == 1
+using v = __m256;
+using vi = int32_t __attribute__((vector_size(32)));
+constexpr int L = 8;
+constexpr int OUTPUTS = 6;
+constexpr int INPUTS = 4;
+#define SOAP_MM(name) _mm256_##name
+#else
+using v = float __attribute__((vector_size(16)));
+using vi = int32_t __attribute__((vector_size(16)));
+constexpr int L = 4;
+constexpr int OUTPUTS = 6;
+constexpr int INPUTS = 4;
+#endif
 constexpr int VECTORS = 3;
-SOAP_INLINE v ld(const float* p) { return _mm512_loadu_ps(p); }
-SOAP_INLINE void st(float* p, v a) { _mm512_storeu_ps(p, a); }
-SOAP_INLINE void stream(float* p, v a) { _mm512_stream_ps(p, a); }
-SOAP_INLINE v set1(float a) { return _mm512_set1_ps(a); }
-SOAP_INLINE v set_pair(const float* p) { return _mm512_castpd_ps(_mm512_set1_pd(ld64(p))); }
-SOAP_INLINE v fma(v a, v b, v c) { return _mm512_fmadd_ps(a, b, c); }
-SOAP_INLINE v fnma(v a, v b, v c) { return _mm512_fnmadd_ps(a, b, c); }
-SOAP_INLINE v lo32(v a, v b) { return _mm512_unpacklo_ps(a, b); }
-SOAP_INLINE v hi32(v a, v b) { return _mm512_unpackhi_ps(a, b); }
-SOAP_INLINE v lo64(v a, v b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
-SOAP_INLINE v hi64(v a, v b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
+
+#if SOAP_ISA >= 1
+SOAP_INLINE v ld(const float* p) { return SOAP_MM(loadu_ps)(p); }
+SOAP_INLINE void st(float* p, v a) { SOAP_MM(storeu_ps)(p, a); }
+SOAP_INLINE void stream(float* p, v a) { SOAP_MM(stream_ps)(p, a); }
+SOAP_INLINE v set1(float a) { return SOAP_MM(set1_ps)(a); }
+SOAP_INLINE v set_pair(const float* p) { return SOAP_MM(castpd_ps)(SOAP_MM(set1_pd)(ld64(p))); }
+SOAP_INLINE v fma(v a, v b, v c) { return SOAP_MM(fmadd_ps)(a, b, c); }
+SOAP_INLINE v fnma(v a, v b, v c) { return SOAP_MM(fnmadd_ps)(a, b, c); }
+SOAP_INLINE v lo32(v a, v b) { return SOAP_MM(unpacklo_ps)(a, b); }
+SOAP_INLINE v hi32(v a, v b) { return SOAP_MM(unpackhi_ps)(a, b); }
+SOAP_INLINE v lo64(v a, v b) {
+  return SOAP_MM(castpd_ps)(SOAP_MM(unpacklo_pd)(SOAP_MM(castps_pd)(a), SOAP_MM(castps_pd)(b)));
+}
+SOAP_INLINE v hi64(v a, v b) {
+  return SOAP_MM(castpd_ps)(SOAP_MM(unpackhi_pd)(SOAP_MM(castps_pd)(a), SOAP_MM(castps_pd)(b)));
+}
 // A maximum/minimum whose second operand passes when it is NaN.
-SOAP_INLINE v max_keep(v a, v b) { return _mm512_max_ps(a, b); }
-SOAP_INLINE v min_keep(v a, v b) { return _mm512_min_ps(a, b); }
+SOAP_INLINE v max_keep(v a, v b) { return SOAP_MM(max_ps)(a, b); }
+SOAP_INLINE v min_keep(v a, v b) { return SOAP_MM(min_ps)(a, b); }
+#endif
+
+#if SOAP_ISA == 2
 SOAP_INLINE v round(v a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SOAP_INLINE v scale2(v a, v n) { return _mm512_scalef_ps(a, n); }  // a * 2^n
 SOAP_INLINE v reciprocal(v d) {  // an estimate of 14 bits and one Newton step: a third of a division's cycles
@@ -73,25 +97,6 @@ SOAP_INLINE v ld_head(const float* p, int n) {  // the first n lanes, zeros afte
 }
 SOAP_INLINE void st_head(float* p, v a, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a); }
 #elif SOAP_ISA == 1
-using v = __m256;
-using vi = int32_t __attribute__((vector_size(32)));
-constexpr int L = 8;
-constexpr int OUTPUTS = 6;
-constexpr int INPUTS = 4;
-constexpr int VECTORS = 3;
-SOAP_INLINE v ld(const float* p) { return _mm256_loadu_ps(p); }
-SOAP_INLINE void st(float* p, v a) { _mm256_storeu_ps(p, a); }
-SOAP_INLINE void stream(float* p, v a) { _mm256_stream_ps(p, a); }
-SOAP_INLINE v set1(float a) { return _mm256_set1_ps(a); }
-SOAP_INLINE v set_pair(const float* p) { return _mm256_castpd_ps(_mm256_set1_pd(ld64(p))); }
-SOAP_INLINE v fma(v a, v b, v c) { return _mm256_fmadd_ps(a, b, c); }
-SOAP_INLINE v fnma(v a, v b, v c) { return _mm256_fnmadd_ps(a, b, c); }
-SOAP_INLINE v lo32(v a, v b) { return _mm256_unpacklo_ps(a, b); }
-SOAP_INLINE v hi32(v a, v b) { return _mm256_unpackhi_ps(a, b); }
-SOAP_INLINE v lo64(v a, v b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
-SOAP_INLINE v hi64(v a, v b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
-SOAP_INLINE v max_keep(v a, v b) { return _mm256_max_ps(a, b); }
-SOAP_INLINE v min_keep(v a, v b) { return _mm256_min_ps(a, b); }
 SOAP_INLINE v round(v a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SOAP_INLINE v scale2(v a, v n) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
@@ -106,12 +111,6 @@ SOAP_INLINE __m256i head(int n) {
 SOAP_INLINE v ld_head(const float* p, int n) { return _mm256_maskload_ps(p, head(n)); }
 SOAP_INLINE void st_head(float* p, v a, int n) { _mm256_maskstore_ps(p, head(n), a); }
 #else
-using v = float __attribute__((vector_size(16)));
-using vi = int32_t __attribute__((vector_size(16)));
-constexpr int L = 4;
-constexpr int OUTPUTS = 6;
-constexpr int INPUTS = 4;
-constexpr int VECTORS = 3;
 SOAP_INLINE v ld(const float* p) {
   v a;
   memcpy(&a, p, sizeof a);
@@ -234,9 +233,9 @@ SOAP_INLINE v add_pairs(v a, v b) {
 // the table's index in the low bits. At 2^60 and above the plain and AVX-512 forms stop growing.
 #if SOAP_ISA == 2
 SOAP_INLINE v one_plus_exp2(v t) {
-  const v table = _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f,
-                                 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f,
-                                 1.75625216f, 1.83400809f, 1.91520656f);
+  const v table =
+      _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+          1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f);
   const v magic = set1(786432.f);  // 1.5 * 2^19: steps of 1/16
   const v m = t + magic, n = m - magic, r = t - n;
   const v p = fma(fma(set1(0.240226507f), r, set1(0.693187833f)), r, set1(1.f));
@@ -299,31 +298,29 @@ SOAP_INLINE float to_float(uint8_t a) { return a; }
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
-SOAP_INLINE float to_float(bf16 a) {
-  const uint32_t b = static_cast<uint32_t>(a.bits) << 16;
-  float f;
-  memcpy(&f, &b, sizeof f);
-  return f;
+SOAP_INLINE uint32_t bits_of(float a) {
+  uint32_t b;
+  memcpy(&b, &a, sizeof b);
+  return b;
 }
+SOAP_INLINE float of_bits(uint32_t b) {
+  float a;
+  memcpy(&a, &b, sizeof a);
+  return a;
+}
+
+SOAP_INLINE float to_float(bf16 a) { return of_bits(static_cast<uint32_t>(a.bits) << 16); }
 
 SOAP_INLINE float to_float(f16 a) {
 #if SOAP_ISA >= 1
   return _cvtsh_ss(a.bits);
 #else
   const uint32_t sign = static_cast<uint32_t>(a.bits & 0x8000u) << 16, rest = a.bits & 0x7fffu;
-  float f;
-  uint32_t b;
-  if (rest >= 0x7c00u) {  // infinity, NaN
-    b = sign | 0x7f800000u | ((rest & 0x3ffu) << 13);
-    memcpy(&f, &b, sizeof f);
-  } else if (rest >= 0x400u) {
-    b = sign | ((rest << 13) + 0x38000000u);
-    memcpy(&f, &b, sizeof f);
-  } else {  // zero, subnormal: exact as an integer times 2^-24
-    f = static_cast<float>(rest) * 5.9604644775390625e-8f;
-    f = sign ? -f : f;
-  }
-  return f;
+  if (rest >= 0x7c00u) return of_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));  // infinity, NaN
+  if (rest >= 0x400u) return of_bits(sign | ((rest << 13) + 0x38000000u));
+  const float f =
+      static_cast<float>(rest) * 5.9604644775390625e-8f;  // zero, subnormal: exact as an integer times 2^-24
+  return sign ? -f : f;
 #endif
 }
 
@@ -331,8 +328,7 @@ SOAP_INLINE void from_float(float a, float& out) { out = a; }
 SOAP_INLINE void from_float(float a, uint8_t& out) { out = static_cast<uint8_t>(a); }
 
 SOAP_INLINE void from_float(float a, bf16& out) {
-  uint32_t b;
-  memcpy(&b, &a, sizeof b);
+  const uint32_t b = bits_of(a);
   out.bits = a == a ? static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16) : uint16_t{0x7fc0};
 }
 
@@ -340,9 +336,7 @@ SOAP_INLINE void from_float(float a, f16& out) {
 #if SOAP_ISA >= 1
   out.bits = _cvtss_sh(a, _MM_FROUND_TO_NEAREST_INT);
 #else
-  uint32_t b;
-  memcpy(&b, &a, sizeof b);
-  const uint32_t sign = (b >> 16) & 0x8000u, rest = b & 0x7fffffffu;
+  const uint32_t b = bits_of(a), sign = (b >> 16) & 0x8000u, rest = b & 0x7fffffffu;
   if (rest > 0x7f800000u) {
     out.bits = 0x7e00;
   } else if (rest >= 0x477ff000u) {  // rounds to more than 65504
@@ -351,18 +345,13 @@ SOAP_INLINE void from_float(float a, f16& out) {
     const uint32_t r = rest - 0x38000000u;
     out.bits = static_cast<uint16_t>(sign | ((r + 0xfffu + ((r >> 13) & 1u)) >> 13));
   } else {  // subnormal: adding 0.5 leaves the rounded value in the low bits
-    float f;
-    memcpy(&f, &rest, sizeof f);
-    f += 0.5f;
-    memcpy(&b, &f, sizeof b);
-    out.bits = static_cast<uint16_t>(sign | (b - 0x3f000000u));
+    out.bits = static_cast<uint16_t>(sign | (bits_of(of_bits(rest) + 0.5f) - 0x3f000000u));
   }
 #endif
 }
 
 // work(element) with an element of the type that `dtype` names.
-template <class Work>
-SOAP_INLINE void by_dtype(Dtype dtype, const Work& work) {
+template <class Work> SOAP_INLINE void by_dtype(Dtype dtype, const Work& work) {
   switch (dtype) {
     case Dtype::f32: return work(float{});
     case Dtype::bf16: return work(bf16{});

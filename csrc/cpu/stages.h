@@ -13,10 +13,7 @@ enum class Dtype : int32_t { f32, f16, bf16, u8 };
 
 struct Shape {
   int64_t clips = 0;
-  int frames = 0;
-  int channels = 0;
-  int height = 0;
-  int width = 0;
+  int frames = 0, channels = 0, height = 0, width = 0;
 
   int planes() const { return frames * channels; }
   int64_t pixels() const { return static_cast<int64_t>(height) * width; }
@@ -129,14 +126,8 @@ struct Stages {
   void (*sweep_end)(const Sweep&, float* scratch, const ChunkGradients&);
 };
 
-namespace plain {
-extern const Stages stages;
-}
-namespace avx2 {
-extern const Stages stages;
-}
-namespace avx512 {
-extern const Stages stages;
-}
+namespace plain { extern const Stages stages; }
+namespace avx2 { extern const Stages stages; }
+namespace avx512 { extern const Stages stages; }
 
 }  // namespace soap::cpu

@@ -80,7 +80,7 @@ int64_t lay(const Plan& p, const Sizes& s, int planes, float* base, Buffers* out
 
 // The incoming gradient of one plane of a block: 4 rows of each segment, then tiles in lanes.
 SOAP_INLINE void gradient_tiles(const Source& g, bool in_place, int64_t clip, int plane, const Block& b, int height,
-                                int width, v (&e)[TILE][TILE]) {
+    int width, v (&e)[TILE][TILE]) {
   alignas(64) float buffer[4][TILE * STAGE];
   SOAP_UNROLL(4)
   for (int s = 0; s < 4; ++s) {
@@ -108,8 +108,8 @@ SOAP_INLINE void write_tiles(const Sink& to, int64_t clip, int plane, const Bloc
 // (gate) and over channels (stencil).
 template <bool Strict>
 __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, const Sizes& sizes, int group,
-                                             int64_t clip, const Block& b, const float* M, const float* prior,
-                                             float* gathered, float* D, float* bias, float* gate) {
+    int64_t clip, const Block& b, const float* M, const float* prior, float* gathered, float* D, float* bias,
+    float* gate) {
   const Fuse& f = w.forward;
   const int H = f.shape.height, W = f.shape.width, C = f.shape.channels, planes = f.shape.planes();
   const int first = group * plan.group;
@@ -178,8 +178,7 @@ __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, c
 // dz of the stencil's slots, and the products with the means around them.
 template <bool Strict>
 __attribute__((noinline)) void differentiate_stencil(const Sweep& w, const Plan& plan, int64_t clip, const Block& b,
-                                                     const float* mean, const float* prior, const float* gathered,
-                                                     float* spread_slots, float* acc) {
+    const float* mean, const float* prior, const float* gathered, float* spread_slots, float* acc) {
   const v one = set1(1.f);
   for (int t = 0; t < plan.slots; ++t) {
     v d[TILE][TILE];
@@ -236,7 +235,7 @@ __attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* t
 // by side even and odd ones apart. strict: 16 windows of V meet positions of Z.
 template <int N, int From, int Side, bool Strict>
 SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind, int input,
-                            int vector, int blocks, float* dU) {
+    int vector, int blocks, float* dU) {
   const int row = Side * sizes.outputs_padded;
   dU += vector * L;
   v a[INPUTS][N];
@@ -272,8 +271,8 @@ SOAP_INLINE void accumulate(const Plan& plan, const Sizes& sizes, const float* V
 }
 
 template <int From, int Side, bool Strict>
-SOAP_INLINE void accumulate_row(const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind,
-                                int input, int blocks, float* dU) {
+SOAP_INLINE void accumulate_row(
+    const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int kind, int input, int blocks, float* dU) {
   const int vectors = sizes.outputs_padded * Side / L;
   int k = 0;
   for (; k + VECTORS <= vectors; k += VECTORS)
@@ -284,8 +283,8 @@ SOAP_INLINE void accumulate_row(const Plan& plan, const Sizes& sizes, const floa
 
 // `centre`: so many of the first inputs have a gradient at their centre tap alone, which only points that see it need.
 template <int Side, bool Strict>
-__attribute__((noinline)) void weight_products(const Plan& plan, const Sizes& sizes, const float* V, const float* Z,
-                                               int centre, int blocks, float* dU) {
+__attribute__((noinline)) void weight_products(
+    const Plan& plan, const Sizes& sizes, const float* V, const float* Z, int centre, int blocks, float* dU) {
   constexpr int FRAME = 3;  // inputs of a first frame left out of a tile that has others
   for (int kind = 0; kind < sizes.kinds; ++kind) {
     const int from = (Strict ? kind == 4 : sees_centre(kind)) ? 0 : centre;
@@ -327,14 +326,14 @@ void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, flo
           float* M = buf.M + k * plan.m_block;
           const Ahead beside = g ? Ahead{} : look_ahead(w.grad, clip, grid, q + k, last, H, W, 0, TILE);
           if (k + 1 < n)
-            products<Strict, 2>(f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k + g ? Ahead{} : ahead,
-                                beside);
+            products<Strict, 2>(
+                f.conv, plan, g, V, V + plan.v_block, M, M + plan.m_block, k + g ? Ahead{} : ahead, beside);
           else products<Strict, 1>(f.conv, plan, g, V, V, M, M, k + g ? Ahead{} : ahead, beside);
         }
       }
       for (int k = 0; k < n; ++k) {
         differentiate<Strict>(w, plan, sizes, g, clip, block[k], buf.M + k * plan.m_block, buf.prior + k * slots_block,
-                              buf.gathered + k * slots_block, buf.D, buf.bias, buf.gate);
+            buf.gathered + k * slots_block, buf.D, buf.bias, buf.gate);
         if (plan.outputs)
           turn<Strict>(sizes, buf.D, buf.turned, buf.Z + static_cast<int64_t>(k) * L * sizes.outputs_padded);
       }
@@ -345,8 +344,7 @@ void sweep_blocks(const Sweep& w, int64_t clip, int64_t first, int64_t last, flo
     if (plan.slots)
       for (int k = 0; k < n; ++k)
         differentiate_stencil<Strict>(w, plan, clip, block[k], buf.mean + k * plan.mean_block,
-                                      buf.prior + k * slots_block, buf.gathered + k * slots_block, buf.spread_slots,
-                                      buf.stencil);
+            buf.prior + k * slots_block, buf.gathered + k * slots_block, buf.spread_slots, buf.stencil);
   }
   for (int p = 0; p < planes; ++p) gate[p] += sum(ld(buf.gate + p * L));
 }

@@ -94,6 +94,9 @@ template <bool HALF> __device__ __forceinline__ uint32_t pack(float a, float b) 
     return *reinterpret_cast<uint32_t*>(&h);
   }
 }
+template <bool HALF> __device__ __forceinline__ uint4 pack8(const float* v) {
+  return make_uint4(pack<HALF>(v[0], v[1]), pack<HALF>(v[2], v[3]), pack<HALF>(v[4], v[5]), pack<HALF>(v[6], v[7]));
+}
 __device__ __forceinline__ float low_bf16(uint32_t p) { return __uint_as_float(p << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t p) { return __uint_as_float(p & 0xffff0000u); }
 // What rounding to bf16 left behind, again as bf16.
@@ -145,22 +148,18 @@ struct Fragment { uint32_t v[4]; };
 // An address in shared memory, for arithmetic in bytes.
 using Address = uint32_t;
 __device__ __forceinline__ Address address_of(const void* p) { return Address(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void ldmatrix_x4(Fragment& f, Address row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
-               : "r"(row));
-}
-__device__ __forceinline__ void ldmatrix_x2(uint32_t& a, uint32_t& b, Address row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row));
-}
-__device__ __forceinline__ void ldmatrix_x4_trans(Fragment& f, Address row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
-               : "r"(row));
-}
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t& a, uint32_t& b, Address row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row));
-}
+// As they lie in memory, or each 8x8 matrix transposed.
+#define SOAP_LDMATRIX(SUFFIX, FORM)                                                                                \
+  __device__ __forceinline__ void ldmatrix_x4##SUFFIX(Fragment& f, Address row) {                                  \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" FORM ".shared.b16 {%0,%1,%2,%3}, [%4];"                           \
+        : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])                                                   \
+        : "r"(row));                                                                                               \
+  }                                                                                                                \
+  __device__ __forceinline__ void ldmatrix_x2##SUFFIX(uint32_t& a, uint32_t& b, Address row) {                     \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" FORM ".shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(row)); \
+  }
+SOAP_LDMATRIX(, "")
+SOAP_LDMATRIX(_trans, ".trans")
 // c (16x8, fp32) += a (16x16, row major) * b (16x8, column major)
 template <bool HALF> __device__ __forceinline__ void mma_k16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
   if constexpr (HALF)

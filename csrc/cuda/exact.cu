@@ -9,8 +9,8 @@ namespace {
 constexpr int ROWS = 8, PITCH = 36, PLANE = (ROWS + 2) * PITCH, PIXELS = ROWS * TILE_WIDTH, THREADS = 128;
 
 // The tile with its halo as fp32, [column of the folded weight][row][column].
-__device__ __forceinline__ void load_tile(float* tile, const Frames& x, const Shape& s, const Options& o, int CP,
-                                          int64_t b, int h0, int w0) {
+__device__ __forceinline__ void load_tile(
+    float* tile, const Frames& x, const Shape& s, const Options& o, int CP, int64_t b, int h0, int w0) {
   for (int i = threadIdx.x; i < CP * 8 * (ROWS + 2) * HALO_WIDTH; i += THREADS) {
     const int column = i % HALO_WIDTH, row = i / HALO_WIDTH % (ROWS + 2), k = i / HALO_WIDTH / (ROWS + 2), c = k / 8,
               t = k % 8;
@@ -25,8 +25,8 @@ __device__ __forceinline__ void load_tile(float* tile, const Frames& x, const Sh
 }
 
 // acc[frame][pixel] of row group j, for 8 pixels from (row, column) on.
-__device__ __forceinline__ void convolve_exact(float (&acc)[8][8], const float* tile, const float* prepared,
-                                               const Layout& l, int j, int row, int column) {
+__device__ __forceinline__ void convolve_exact(
+    float (&acc)[8][8], const float* tile, const float* prepared, const Layout& l, int j, int row, int column) {
 #pragma unroll
   for (int t = 0; t < 8; ++t)
 #pragma unroll
@@ -65,11 +65,7 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
   const int index = int(blockIdx.x % p.tiles), h0 = index / p.tiles_wide * ROWS, w0 = index % p.tiles_wide * TILE_WIDTH;
   const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8, h = h0 + row,
             w = w0 + column;
-  if (j == 3) {
-    GatePrologue prologue;
-    prologue.begin(s, o, p.layout, p.prepared, b);
-    prologue.end(gates, gates + planes, s, o, p.layout, p.prepared, p.gate, b);
-  }
+  if (j == 3) GatePrologue::whole(gates, gates + planes, p, b);
   load_tile(tile, p.x, s, o, CP, b, h0, w0);
   __syncthreads();
   float acc[8][8] = {};
@@ -93,7 +89,7 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
       out[e] = o.multiplicative ? v * sum : v + sum;
     }
     store_plane(p.y, b * p.y.clip + t * p.y.frame + j * p.y.channel + h * p.y.row + w * p.y.column, out,
-                p.vector_y && p.y.column == 1, s.width - w);
+        p.vector_y && p.y.column == 1, s.width - w);
   }
 }
 
@@ -112,11 +108,7 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
   const int part = int(blockIdx.x % p.parts), tiles = p.tiles_wide * p.tiles_high;
   const int begin = int(int64_t(tiles) * part / p.parts), end = int(int64_t(tiles) * (part + 1) / p.parts);
   const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8;
-  if (j == 3) {
-    GatePrologue prologue;
-    prologue.begin(s, o, p.layout, p.prepared, b);
-    prologue.end(gates, gates + planes, s, o, p.layout, p.prepared, p.gate, b);
-  }
+  if (j == 3) GatePrologue::whole(gates, gates + planes, p, b);
   float dw[6][9] = {}, bias_sum = 0.f, gate_sum[8] = {};
 #pragma unroll 1
   for (int index = begin; index < end; ++index) {
@@ -143,8 +135,8 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
           const bool in = t < s.frames && j < s.channels && h < s.height && w + e < s.width;
           const int64_t pixel = (((b * s.frames + t) * s.channels + j) * s.height + h) * int64_t(s.width) + w + e;
           const float grad = in ? load_any(p.grad.data, p.grad.dtype,
-                                           b * p.grad.clip + t * p.grad.frame + j * p.grad.channel + h * p.grad.row +
-                                               (w + e) * p.grad.column)
+                                      b * p.grad.clip + t * p.grad.frame + j * p.grad.channel + h * p.grad.row +
+                                          (w + e) * p.grad.column)
                                 : 0.f;
           const float z = logistic2(acc[t][e]);
           if (in && p.through)

@@ -292,17 +292,8 @@ __global__ void __launch_bounds__(THREADS, 2) finish_kernel(const __grid_constan
     all.flat.load(whole);
     __syncthreads();
   }
-  const Finish p{all,
-                 all.shape,
-                 all.options,
-                 all.layout,
-                 all.w,
-                 all.d,
-                 all.flat,
-                 all.numel,
-                 whole,
-                 folds && all.copied_sums ? sums : all.sums,
-                 gated && all.copied_gates ? gates : all.gates};
+  const Finish p{all, all.shape, all.options, all.layout, all.w, all.d, all.flat, all.numel, whole,
+      folds && all.copied_sums ? sums : all.sums, gated && all.copied_gates ? gates : all.gates};
   if (block < all.motion_blocks) {
 #pragma unroll 1
     for (int k = 0; k < p.w.num_sizes; ++k) {
@@ -347,26 +338,23 @@ __global__ void __launch_bounds__(THREADS, 2) finish_kernel(const __grid_constan
 }  // namespace
 
 // The weights, and room to work; what is left of FINISH_MEMORY holds copies of the sums.
-size_t finish_memory(const Shape& shape, const Options& options, const Weights& weights) {
-  const int C = shape.channels;
+size_t finish_memory(const Call& call) {
+  const int C = call.shape.channels;
   int largest = 32;
-  for (int k = 0; options.hmem && k < weights.num_sizes; ++k) {
-    const int motion = weights.tuple_sizes[k] * C * C * 9;
-    largest = motion > largest ? motion : largest;
-  }
-  const int64_t held = FlatWeights(weights, shape, options).total();
+  for (int k = 0; call.options.hmem && k < call.weights.num_sizes; ++k)
+    largest = max(largest, call.weights.tuple_sizes[k] * C * C * 9);
+  const int64_t held = FlatWeights(call).total();
   return sizeof(float) * size_t(align4(held) + align4(largest + C * 9 + C + 3 * C * C + 1));
 }
 
-void finish(const Shape& shape, const Options& options, const Weights& weights, const float* prepared,
-            const float* sums, const float* gates, const Weights& dweights, float* dmeans, void* stream) {
+void finish(const Call& call, const float* prepared, const float* sums, const float* gates, const Weights& dweights,
+    float* dmeans, void* stream) {
+  const Shape& shape = call.shape;
+  const Options& options = call.options;
+  const Weights& weights = call.weights;
   const SweepPlan plan = plan_sweep(shape, options);
-  FinishParams p{shape, options, layout(shape, options), weights, dweights, FlatWeights(weights, shape, options)};
-  p.prepared = prepared;
-  p.sums = sums;
-  p.gates = gates;
-  p.dmeans = dmeans;
-  p.numel = plan.numel;
+  FinishParams p{shape, options, layout(shape, options), weights, dweights, FlatWeights(call), prepared, sums, gates,
+      dmeans, plan.numel};
   const int C = shape.channels;
   if (options.hmem && dweights.restore.data) {
     for (int k = 0; k < weights.num_sizes; ++k) p.motion_blocks += weights.tuple_sizes[k] * C;
@@ -382,7 +370,7 @@ void finish(const Shape& shape, const Options& options, const Weights& weights, 
   const int blocks = p.motion_blocks + p.project_blocks + p.frame_blocks + p.stencil_blocks + p.cwem_blocks +
                      p.direct_blocks + p.mean_blocks;
   if (blocks == 0) return;
-  const size_t needed = finish_memory(shape, options, weights);
+  const size_t needed = finish_memory(call);
   const int64_t room = (FINISH_MEMORY - int64_t(needed)) / int64_t(sizeof(float));
   if (options.rows() && plan.sums <= room) p.copied_sums = int(plan.sums);
   if (options.cwem && plan.gates % 4 == 0 && plan.gates <= room - p.copied_sums) p.copied_gates = int(plan.gates);

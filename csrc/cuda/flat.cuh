@@ -18,7 +18,9 @@ struct FlatWeights {
 
   int total() const { return begin[count]; }
 
-  FlatWeights(const Weights& w, const Shape& s, const Options& o) {
+  explicit FlatWeights(const Call& call) {
+    const Weights& w = call.weights;
+    const Options& o = call.options;
     begin[0] = 0;
     const auto add = [this](const Array& a, int64_t numel) {
       array[count] = a;
@@ -26,7 +28,7 @@ struct FlatWeights {
       begin[count + 1] = begin[count] + int(numel);
       return begin[count++];
     };
-    const int C = s.channels, R = w.hidden;
+    const int C = call.shape.channels, R = w.hidden;
     if (o.stencil) stencil = add(w.stencil, 27);
     if (o.cwem) {
       expand = add(w.expand, R * C);
@@ -42,8 +44,8 @@ struct FlatWeights {
         project[k] = add(w.project[k], C * planes);
         project_bias[k] = add(w.project_bias[k], C);
       }
-      restore = add(w.restore, int64_t(s.frames) * w.num_maps);
-      restore_bias = add(w.restore_bias, s.frames);
+      restore = add(w.restore, int64_t(call.shape.frames) * w.num_maps);
+      restore_bias = add(w.restore_bias, call.shape.frames);
     }
   }
 

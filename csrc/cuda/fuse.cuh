@@ -24,18 +24,17 @@ __device__ __forceinline__ void store8(void* y, int dtype, int64_t i, const floa
     float4* p = reinterpret_cast<float4*>(static_cast<float*>(y) + i);
     p[0] = make_float4(v[0], v[1], v[2], v[3]);
     p[1] = make_float4(v[4], v[5], v[6], v[7]);
-  } else if (dtype == F16) {
-    *reinterpret_cast<uint4*>(static_cast<f16*>(y) + i) =
-        make_uint4(pack<true>(v[0], v[1]), pack<true>(v[2], v[3]), pack<true>(v[4], v[5]), pack<true>(v[6], v[7]));
   } else {
-    *reinterpret_cast<uint4*>(static_cast<bf16*>(y) + i) =
-        make_uint4(pack<false>(v[0], v[1]), pack<false>(v[2], v[3]), pack<false>(v[4], v[5]), pack<false>(v[6], v[7]));
+    uint4* p = reinterpret_cast<uint4*>(static_cast<uint16_t*>(y) + i);
+    if (dtype == F16) *p = pack8<true>(v);
+    else *p = pack8<false>(v);
   }
 }
 
 // 8 consecutive pixels of one plane; beyond `count` zeros.
-template <class X> __device__ __forceinline__ void load8(float* v, const X* p, int64_t step, int count, bool vector,
-                                                         float scale, float shift) {
+template <class X>
+__device__ __forceinline__ void load8(
+    float* v, const X* p, int64_t step, int count, bool vector, float scale, float shift) {
   if (vector && count >= 8) {
     constexpr int V = TypeOf<X>::vector, WORDS = V * sizeof(X) / 4;
 #pragma unroll
@@ -82,12 +81,12 @@ __global__ void __launch_bounds__(128, SOAP_FUSE_BLOCKS) fuse_kernel(const __gri
             w0 = tile % p.tiles_wide * TILE_WIDTH;
   const Clip<X> x = clip_of<X>(p.x, s, b, p.vector_x);
   GatePrologue prologue;
-  if (threadIdx.x >= 96) prologue.begin(s, o, p.layout, p.prepared, b);
+  if (threadIdx.x >= 96) prologue.begin(p, b);
   if (o.rows())
 #pragma unroll 1
     for (int from = 0; from < octets; ++from)
       stage<X, MODE, CP, 128>(shared + from * OCTET, terms_apart, x, o, from, h0 - 1, w0, 0, HALO_ROWS, 31);
-  if (threadIdx.x >= 96) prologue.end(gates, means, s, o, p.layout, p.prepared, p.gate, b);
+  if (threadIdx.x >= 96) prologue.end(gates, means, p, b);
   if (!planted<TILE_BARRIER>) __syncthreads();
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, w = w0 + 8 * q;
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(128, SOAP_FUSE_BLOCKS) fuse_kernel(const __gri
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
         convolve<MODE, CP, 31>(acc, shared + from * OCTET, terms_apart,
-                               packed + (octet * octets + from) * 9 * Tile<CP>::LANE_WORDS * 32, p.layout.words, row);
+            packed + (octet * octets + from) * 9 * Tile<CP>::LANE_WORDS * 32, p.layout.words, row);
 
     // This thread owns frame t: all channels and the 3DEM row, 8 consecutive pixels.
     if (t >= s.frames || w >= s.width) continue;

@@ -63,7 +63,7 @@ struct Options {
   bool multiplicative, interleaved;
   float offset;
   int mode;
-  float scale[MAX_CHANNELS], shift[MAX_CHANNELS];  // uint8 input: value * scale + shift
+  float scale[MAX_CHANNELS] = {1.f, 1.f, 1.f}, shift[MAX_CHANNELS];  // uint8 input: value * scale + shift
 
   // Whether frames of fp16 or uint8 go as two bf16 terms backward, too: the range of a gradient is not fp16's.
   SOAP_BOTH bool split(int x_dtype, int grad_dtype) const {
@@ -72,6 +72,14 @@ struct Options {
   SOAP_BOTH bool conv() const { return hmem || direct; }
   SOAP_BOTH bool gate() const { return cwem || given_gate; }
   SOAP_BOTH bool rows() const { return conv() || stencil; }  // anything for the convolution to do
+};
+
+// A call, as every stage takes it.
+struct Call {
+  Shape shape;
+  Frames x;
+  Options options{};
+  Weights weights{};
 };
 
 // Where things lie in `prepared`, in floats, each at a multiple of 4.
@@ -106,6 +114,7 @@ inline Layout layout(const Shape& s, const Options& o) {
 
 // Rows of partial sums that a sweep leaves: `parts` a clip, each `numel` floats a pair of octets; `gates` beside them.
 struct SweepPlan {
+  int tiles_wide, tiles_high;     // of a clip
   int parts;                      // blocks a clip
   int64_t numel;                  // 9 * rows of an octet * columns of an octet + rows of an octet
   int64_t partial, gate_partial;  // floats in all
@@ -115,22 +124,20 @@ struct SweepPlan {
 SweepPlan plan_sweep(const Shape&, const Options&);
 
 // What folding, forward and backward of an instance need: bytes of shared memory of the largest block.
-size_t shared_memory(const Shape&, const Options&, const Weights&, int x_dtype, int grad_dtype);
+size_t shared_memory(const Call&, int grad_dtype);
 
 // dense: the folded weights once more, plain, ((C + 1) * T, TC, 3, 3); null unless wanted.
-void prepare(const Shape&, const Options&, const Frames& x, const Weights&, float* prepared, float* dense,
-             void* stream);
-void fuse(const Shape&, const Options&, const Frames& x, const Weights&, const float* prepared, const Frames& y,
-          void* stream);
+void prepare(const Call&, float* prepared, float* dense, void* stream);
+void fuse(const Call&, const float* prepared, const Frames& y, void* stream);
 // dz: (B, (C + 1) * T, H, W) fp32 of rows j * T + t, and through: (B, T, C, H, W) fp32, what reaches x past the priors
 // of the multiplicative form; both null unless x needs a gradient.
-void sweep(const Shape&, const Options&, const Frames& x, const Frames& grad, const Weights&, const float* prepared,
-           float* partial, float* gate_partial, float* dz, float* through, void* stream);
-void reduce(const Shape&, const Options&, const float* prepared, const float* partial, const float* gate_partial,
-            float* sums, float* gates, void* stream);
+void sweep(const Call&, const Frames& grad, const float* prepared, float* partial, float* gate_partial, float* dz,
+    float* through, void* stream);
+void reduce(const Call&, const float* prepared, const float* partial, const float* gate_partial, float* sums,
+    float* gates, void* stream);
 // dweights: an Array per member of Weights that is on. dmeans: (B, T, C) gradient of the plane means, or null.
-void finish(const Shape&, const Options&, const Weights&, const float* prepared, const float* sums, const float* gates,
-            const Weights& dweights, float* dmeans, void* stream);
+void finish(const Call&, const float* prepared, const float* sums, const float* gates, const Weights& dweights,
+    float* dmeans, void* stream);
 
 // x: (N, C, H, W) as Frames with clip = image, frame = unused (1), channel.
 void window_sums(int64_t images, int channels, int height, int width, const Frames& x, float* sums, void* stream);
@@ -141,11 +148,11 @@ struct Wide {
   Array z;            // rows of HMEM's planes (frame-major) if `planes`, then of 3DEM's frames if `stencil`
   const float* bias;  // (T * C) or null
   const float* gate;  // (B, T, C) or null
-  void* dz;           // backward: like z
-  float* direct;      // backward, multiplicative: (B, T, C, H, W), what reaches x past the priors; null unless needed
-  float* shares;      // backward: (2, B, T, C, chunks), sums over pixels of the gates' and of the bias' gradient
   bool planes, stencil, multiplicative;
   float offset;
+  void* dz;       // backward: like z
+  float* direct;  // backward, multiplicative: (B, T, C, H, W), what reaches x past the priors; null unless needed
+  float* shares;  // backward: (2, B, T, C, chunks), sums over pixels of the gates' and of the bias' gradient
 
   SOAP_BOTH int rows(const Shape& s) const { return (planes ? s.frames * s.channels : 0) + (stencil ? s.frames : 0); }
 };

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -34,7 +33,7 @@ void* stream_of(const Tensor& x) {
   void* stream = nullptr;
 #ifndef SOAP_CUDA_SHIM
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
-                  "no current CUDA stream");
+      "no current CUDA stream");
 #endif
   return stream;
 }
@@ -52,26 +51,13 @@ int dtype_of(ScalarType t) {
 int dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
 Array array_of(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
+Array array_of(const MaybeTensor& t) { return t ? array_of(*t) : Array{}; }
 
 Frames frames_of(const Tensor& x) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4), dtype_of(x)};
 }
 
 Shape shape_of(const Tensor& x) { return {x.size(0), int(x.size(1)), int(x.size(2)), int(x.size(3)), int(x.size(4))}; }
-
-// A call, as the kernels take it.
-struct Call {
-  Shape shape;
-  Frames x;
-  Options options{};
-  Weights weights{};
-
-  Call() { std::fill(options.scale, options.scale + MAX_CHANNELS, 1.f); }
-  explicit Call(const Tensor& t) : Call() {
-    shape = shape_of(t);
-    x = frames_of(t);
-  }
-};
 
 // How the folded convolution is multiplied out.
 Mode mode_of(int x, int y, bool strict, bool fast) {
@@ -82,8 +68,10 @@ Mode mode_of(int x, int y, bool strict, bool fast) {
   return y == F32 && !fast ? BF16X3 : F16X1;
 }
 
-void set_tuple_sizes(Call& call, const Ints& tuple_sizes) {
+void set_parts(Call& call, bool three_dem, bool cwem, const Ints& tuple_sizes) {
   STD_TORCH_CHECK(tuple_sizes.size() <= MAX_TUPLE_SIZES, "soap_kernels on CUDA: too many tuple sizes");
+  call.options.stencil = three_dem;
+  call.options.cwem = cwem;
   call.options.hmem = !tuple_sizes.empty();
   for (const int64_t o : tuple_sizes) {
     call.weights.tuple_sizes[call.weights.num_sizes++] = int(o);
@@ -118,33 +106,32 @@ void set_weights(Weights& w, const Tensors& tensors, const Options& o) {
 
 // `y`: the output or its gradient.
 Call soap_call(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
-               bool fast, const Floats& mean, const Floats& std, const Tensor& y) {
-  Call call(x);
+    bool fast, const Floats& mean, const Floats& std, const Tensor& y) {
+  Call call{shape_of(x), frames_of(x)};
   Options& o = call.options;
-  o.stencil = three_dem;
-  o.cwem = cwem;
   o.mode = mode_of(dtype_of(x), dtype_of(y), strict, fast);
   for (size_t c = 0; c < mean.size(); ++c) {  // from uint8 to normalised frames
     o.scale[c] = float(1 / (255 * std[c]));
     o.shift[c] = float(-mean[c] / std[c]);
   }
-  set_tuple_sizes(call, tuple_sizes);
+  set_parts(call, three_dem, cwem, tuple_sizes);
   set_weights(call.weights, weights, o);
   return call;
 }
 
-void set_priors(Weights& w, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& conv,
-                const MaybeTensor& bias) {
-  if (stencil) w.stencil = array_of(*stencil);
-  if (gate) w.gate = array_of(*gate);
-  if (conv) w.conv = array_of(*conv);
-  if (bias) w.conv_bias = array_of(*bias);
+Weights priors_of(
+    const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight, const MaybeTensor& bias) {
+  Weights w{};
+  w.stencil = array_of(stencil);
+  w.gate = array_of(gate);
+  w.conv = array_of(weight);
+  w.conv_bias = array_of(bias);
+  return w;
 }
 
 Call priors_call(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
-                 const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict,
-                 bool fast) {
-  Call call(x);
+    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict, bool fast) {
+  Call call{shape_of(x), frames_of(x), {}, priors_of(stencil, gate, weight, bias)};
   Options& o = call.options;
   o.stencil = stencil.has_value();
   o.given_gate = gate.has_value();
@@ -153,7 +140,6 @@ Call priors_call(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor&
   o.interleaved = interleaved;
   o.offset = float(offset);
   o.mode = mode_of(dtype_of(x), dtype_of(x), strict, fast);
-  set_priors(call.weights, stencil, gate, weight, bias);
   return call;
 }
 
@@ -168,12 +154,12 @@ void prepare_in(const Tensor& prepared, const Call& c, void* stream) {
   // Without rows `prepare` writes no biases. The other kernels read them all the same, and take the result 0 times.
   Tensor all = prepared;
   if (!c.options.rows()) torch::stable::zero_(all);
-  prepare(c.shape, c.options, c.x, c.weights, data(prepared), nullptr, stream);
+  prepare(c, data(prepared), nullptr, stream);
 }
 
 // dz, through, dense and dmeans are for x's gradient: see kernels.h.
 void go_back(const Call& c, const Tensor& grad, const Tensor& prepared, const Weights& dweights, const MaybeTensor& dz,
-             const MaybeTensor& through, const MaybeTensor& dense, const MaybeTensor& dmeans, void* stream) {
+    const MaybeTensor& through, const MaybeTensor& dense, const MaybeTensor& dmeans, void* stream) {
   const float* p = data(prepared);
   const SweepPlan plan = plan_sweep(c.shape, c.options);
   const Tensor workspace = floats(grad, plan.partial + plan.gate_partial + plan.sums + plan.gates);
@@ -181,45 +167,40 @@ void go_back(const Call& c, const Tensor& grad, const Tensor& prepared, const We
   float* sums = partial + plan.partial;
   float* gates = sums + plan.sums;
   float* gate_partial = gates + plan.gates;
-  sweep(c.shape, c.options, c.x, frames_of(grad), c.weights, p, partial, gate_partial, data(dz), data(through), stream);
-  reduce(c.shape, c.options, p, partial, gate_partial, sums, gates, stream);
-  finish(c.shape, c.options, c.weights, p, sums, gates, dweights, data(dmeans), stream);
-  if (dense) {
-    Options plain = c.options;
-    plain.cwem = false;
-    const Tensor scratch = floats(grad, layout(c.shape, plain).total);
-    prepare(c.shape, plain, c.x, c.weights, data(scratch), data(dense), stream);
-  }
+  sweep(c, frames_of(grad), p, partial, gate_partial, data(dz), data(through), stream);
+  reduce(c, p, partial, gate_partial, sums, gates, stream);
+  finish(c, p, sums, gates, dweights, data(dmeans), stream);
+  if (!dense) return;
+  Call plain = c;
+  plain.options.cwem = false;
+  const Tensor scratch = floats(grad, layout(c.shape, plain.options).total);
+  prepare(plain, data(scratch), data(dense), stream);
 }
 
 // Of `prepared` the floats whatever the clips and those a clip, and the shared memory in bytes of the largest block.
 std::tuple<int64_t, int64_t, int64_t> sizes_op(int64_t frames, int64_t channels, int64_t hidden, ScalarType x,
-                                               ScalarType y, bool three_dem, bool cwem, bool conv,
-                                               const Ints& tuple_sizes, bool strict, bool fast) {
-  Call call;
-  call.shape = {1, int(frames), int(channels), 1, 1};
-  Options& o = call.options;
-  o.stencil = three_dem;
-  o.cwem = cwem;
-  o.direct = conv;
-  o.mode = mode_of(dtype_of(x), dtype_of(y), strict, fast);
-  set_tuple_sizes(call, tuple_sizes);
+    ScalarType y, bool three_dem, bool cwem, bool conv, const Ints& tuple_sizes, bool strict, bool fast) {
+  Call call{{1, int(frames), int(channels), 1, 1}, {}};
+  call.x.dtype = dtype_of(x);
+  call.options.direct = conv;
+  call.options.mode = mode_of(dtype_of(x), dtype_of(y), strict, fast);
+  set_parts(call, three_dem, cwem, tuple_sizes);
   call.weights.hidden = int(hidden);
-  const Layout l = layout(call.shape, o);
-  return {l.means, l.total - l.means, int64_t(shared_memory(call.shape, o, call.weights, dtype_of(x), dtype_of(y)))};
+  const Layout l = layout(call.shape, call.options);
+  return {l.means, l.total - l.means, int64_t(shared_memory(call, dtype_of(y)))};
 }
 
 void soap_op(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
-             bool fast, const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
+    bool fast, const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
   const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, y);
   prepare_in(prepared, c, stream_of(x));
-  fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), stream_of(x));
+  fuse(c, data(prepared), frames_of(y), stream_of(x));
 }
 
 void soap_backward_op(const Tensor& grad, const Tensor& x, const Tensor& prepared, const Tensors& weights,
-                      bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict, bool fast, const Floats& mean,
-                      const Floats& std, const Tensors& dweights, const MaybeTensor& dz, const MaybeTensor& through,
-                      const MaybeTensor& dense, const MaybeTensor& dmeans) {
+    bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict, bool fast, const Floats& mean, const Floats& std,
+    const Tensors& dweights, const MaybeTensor& dz, const MaybeTensor& through, const MaybeTensor& dense,
+    const MaybeTensor& dmeans) {
   const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, grad);
   Weights d{};
   if (!dweights.empty()) {
@@ -230,24 +211,22 @@ void soap_backward_op(const Tensor& grad, const Tensor& x, const Tensor& prepare
 }
 
 void fuse_priors_op(const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate, const MaybeTensor& weight,
-                    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict,
-                    bool fast, const Tensor& y) {
+    const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved, bool strict, bool fast,
+    const Tensor& y) {
   const Call c = priors_call(x, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict, fast);
   const Tensor prepared = floats(x, layout(c.shape, c.options).total);
   prepare_in(prepared, c, stream_of(x));
-  fuse(c.shape, c.options, c.x, c.weights, data(prepared), frames_of(y), stream_of(x));
+  fuse(c, data(prepared), frames_of(y), stream_of(x));
 }
 
 void fuse_priors_backward_op(const Tensor& grad, const Tensor& x, const MaybeTensor& stencil, const MaybeTensor& gate,
-                             const MaybeTensor& weight, const MaybeTensor& bias, bool multiplicative, double offset,
-                             bool interleaved, bool strict, bool fast, const MaybeTensor& dstencil,
-                             const MaybeTensor& dgate, const MaybeTensor& dweight, const MaybeTensor& dbias,
-                             const MaybeTensor& dz, const MaybeTensor& through, const MaybeTensor& dense) {
+    const MaybeTensor& weight, const MaybeTensor& bias, bool multiplicative, double offset, bool interleaved,
+    bool strict, bool fast, const MaybeTensor& dstencil, const MaybeTensor& dgate, const MaybeTensor& dweight,
+    const MaybeTensor& dbias, const MaybeTensor& dz, const MaybeTensor& through, const MaybeTensor& dense) {
   const Call c = priors_call(x, stencil, gate, weight, bias, multiplicative, offset, interleaved, strict, fast);
   const Tensor prepared = floats(x, layout(c.shape, c.options).total);
   prepare_in(prepared, c, stream_of(x));
-  Weights d{};
-  set_priors(d, dstencil, dgate, dweight, dbias);
+  const Weights d = priors_of(dstencil, dgate, dweight, dbias);
   go_back(c, grad, prepared, d, dz, through, dense, std::nullopt, stream_of(x));
 }
 
@@ -261,32 +240,25 @@ void window_sums_op(const Tensor& x, const Tensor& sums) {
 
 void window_sums_backward_op(const Tensor& grad, const Tensor& dx) {
   window_sums_backward(dx.size(0) * dx.size(1), int(dx.size(2)), int(dx.size(3)), data(grad), dx.data_ptr(),
-                       dtype_of(dx), stream_of(dx));
+      dtype_of(dx), stream_of(dx));
 }
 
 Wide wide_of(const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& gate, bool planes, bool stencil,
-             bool multiplicative, double offset) {
-  Wide w{};
-  if (z) w.z = array_of(*z);
-  w.bias = data(bias);
-  w.gate = data(gate);
-  w.planes = planes;
-  w.stencil = stencil;
-  w.multiplicative = multiplicative;
-  w.offset = float(offset);
-  return w;
+    bool multiplicative, double offset) {
+  return {
+      array_of(z), data(bias), data(gate), planes, stencil, multiplicative, float(offset), nullptr, nullptr, nullptr};
 }
 
 void join_op(const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias, const MaybeTensor& gate, bool planes,
-             bool stencil, bool multiplicative, double offset, const Tensor& y) {
+    bool stencil, bool multiplicative, double offset, const Tensor& y) {
   const Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
   join(w, shape_of(x), frames_of(x), frames_of(y), stream_of(x));
 }
 
 // Fills dz and direct; returns the sums over pixels of the gradient of the gates and of the bias, (2, B, T, C, chunks).
 Tensor part_op(const Tensor& grad, const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias,
-               const MaybeTensor& gate, bool planes, bool stencil, bool multiplicative, double offset,
-               const MaybeTensor& dz, const MaybeTensor& direct) {
+    const MaybeTensor& gate, bool planes, bool stencil, bool multiplicative, double offset, const MaybeTensor& dz,
+    const MaybeTensor& direct) {
   Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
   const Shape shape = shape_of(x);
   const int64_t chunks = wide_chunks(shape, frames_of(x), frames_of(grad));

@@ -189,16 +189,10 @@ template <class X> __device__ __forceinline__ void sum_segment(const Prepare& p,
                int64_t(frame % s.frames) * p.x.frame + int64_t(plane % s.channels) * p.x.channel;
   float total = 0.f;
   if (p.linear) {
-    constexpr int V = TypeOf<X>::vector, WORDS = V * sizeof(X) / 4;
+    constexpr int V = TypeOf<X>::vector;
     const int64_t vectors = area / V, begin = vectors * segment / SEGMENTS, end = vectors * (segment + 1) / SEGMENTS;
 #pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
-      const Words<WORDS> w = load_words<WORDS>(x + i * V);
-      float part = 0.f;
-#pragma unroll
-      for (int k = 0; k < V; ++k) part += unpack<X>(w, k);
-      total += part;
-    }
+    for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) total += vector_sum(x + i * V);
   } else {
     const int begin = int(int64_t(s.height) * segment / SEGMENTS),
               end = int(int64_t(s.height) * (segment + 1) / SEGMENTS);
@@ -229,25 +223,25 @@ __global__ void __launch_bounds__(THREADS) prepare_kernel(const __grid_constant_
 
 }  // namespace
 
-size_t prepare_memory(const Shape& shape, const Options& options, const Weights& weights) {
+size_t prepare_memory(const Call& call) {
+  const Weights& w = call.weights;
   int64_t moved = 0;
-  for (int k = 0; options.hmem && k < weights.num_sizes; ++k) moved += weights.tuple_sizes[k] * shape.channels * 9;
-  const int64_t held = FlatWeights(weights, shape, options).total();
-  return sizeof(float) * size_t(align4(held) + layout(shape, options).columns * 9 + (moved > 32 ? moved : 32));
+  for (int k = 0; call.options.hmem && k < w.num_sizes; ++k) moved += w.tuple_sizes[k] * call.shape.channels * 9;
+  const int64_t held = FlatWeights(call).total(), weight = layout(call.shape, call.options).columns * 9;
+  return sizeof(float) * size_t(align4(held) + weight + (moved > 32 ? moved : 32));
 }
 
-void prepare(const Shape& shape, const Options& options, const Frames& x, const Weights& weights, float* prepared,
-             float* dense, void* stream) {
-  Prepare p{shape, options, layout(shape, options), x, weights, FlatWeights(weights, shape, options), prepared,
-            dense, false};
+void prepare(const Call& call, float* prepared, float* dense, void* stream) {
+  const Shape& shape = call.shape;
+  const Options& options = call.options;
+  const Frames& x = call.x;
+  Prepare p{shape, options, layout(shape, options), x, call.weights, FlatWeights(call), prepared, dense, false};
   const int64_t planes = shape.clips * shape.frames * shape.channels;
   const int64_t blocks = (options.rows() ? p.layout.rows : 0) + (options.cwem ? shape.channels + planes * SEGMENTS : 0);
   if (blocks == 0) return;
   const int vector = x.dtype == F32 ? 4 : 8;
-  p.linear = x.column == 1 && x.row == shape.width && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
-             x.clip % vector == 0 && x.frame % vector == 0 && x.channel % vector == 0 &&
-             int64_t(shape.height) * shape.width % vector == 0;
-  const size_t shared = prepare_memory(shape, options, weights);
+  p.linear = whole_planes(x, shape.width, vector) && int64_t(shape.height) * shape.width % vector == 0;
+  const size_t shared = prepare_memory(call);
   allow_shared(prepare_kernel, shared);
   SOAP_LAUNCH(prepare_kernel, unsigned(blocks), THREADS, shared, stream, p);
   launched("prepare");

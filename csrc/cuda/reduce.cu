@@ -63,28 +63,24 @@ __global__ void __launch_bounds__(THREADS) reduce_kernel(const __grid_constant__
 #pragma unroll 4
     for (int64_t r = slice; r < p.rows; r += SLICES) {
       const float4 u = from[r * columns];
-      v.x += u.x;
-      v.y += u.y;
-      v.z += u.z;
-      v.w += u.w;
+      v = make_float4(v.x + u.x, v.y + u.y, v.z + u.z, v.w + u.w);
     }
   shared[threadIdx.x] = v;
   __syncthreads();
   if (slice > 0 || column >= columns) return;
   for (int k = 1; k < SLICES; ++k) {
     const float4 u = shared[k * COLUMNS + threadIdx.x];
-    v.x += u.x;
-    v.y += u.y;
-    v.z += u.z;
-    v.w += u.w;
+    v = make_float4(v.x + u.x, v.y + u.y, v.z + u.z, v.w + u.w);
   }
   reinterpret_cast<float4*>(p.sums + pair * p.numel)[column] = v;
 }
 
 }  // namespace
 
-void reduce(const Shape& shape, const Options& options, const float* prepared, const float* partial,
-            const float* gate_partial, float* sums, float* gates, void* stream) {
+void reduce(const Call& call, const float* prepared, const float* partial, const float* gate_partial, float* sums,
+    float* gates, void* stream) {
+  const Shape& shape = call.shape;
+  const Options& options = call.options;
   const SweepPlan plan = plan_sweep(shape, options);
   Reduce p{shape, options, layout(shape, options), prepared, partial, gate_partial, sums, gates, plan.numel};
   p.rows = shape.clips * plan.parts;

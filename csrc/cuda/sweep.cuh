@@ -26,24 +26,18 @@ struct SweepParams {
 };
 
 void sweep_exact(const SweepParams& p, void* stream);
-size_t fuse_memory(const Shape&, const Options&, int dtype);
+size_t fuse_memory(const Call&);
 size_t exact_memory(const Layout&, const Shape&, bool sweep);
-size_t prepare_memory(const Shape&, const Options&, const Weights&);
-size_t finish_memory(const Shape&, const Options&, const Weights&);
+size_t prepare_memory(const Call&);
+size_t finish_memory(const Call&);
 
 // 8 consecutive values of any floating type, from a 16-byte boundary.
 __device__ __forceinline__ void load8_float(float* v, const void* from, int dtype, int64_t i) {
   if (dtype == F32) {
-    const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(from) + i);
-    const float4 a = p[0], b = p[1];
-    v[0] = a.x;
-    v[1] = a.y;
-    v[2] = a.z;
-    v[3] = a.w;
-    v[4] = b.x;
-    v[5] = b.y;
-    v[6] = b.z;
-    v[7] = b.w;
+    const float* p = static_cast<const float*>(from) + i;
+    const Words<4> a = load_words<4>(p), b = load_words<4>(p + 4);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = unpack<float>(e < 4 ? a : b, e % 4);
   } else {
     const Words<4> w = load_words<4>(static_cast<const uint16_t*>(from) + i);
 #pragma unroll
@@ -115,11 +109,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
   const Clip<X> x = clip_of<X>(p.x, s, b, p.vector_x);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, n = lane & 7,
             matrix = lane >> 3;
-  if (p.through && warp == 5) {
-    GatePrologue prologue;
-    prologue.begin(s, o, p.layout, p.prepared, b);
-    prologue.end(gates, means, s, o, p.layout, p.prepared, p.gate, b);
-  }
+  if (p.through && warp == 5) GatePrologue::whole(gates, means, p, b);
   const uint32_t* packed = reinterpret_cast<const uint32_t*>(p.prepared + p.layout.packed) +
                            int64_t(to) * octets * 9 * Tile<CP>::LANE_WORDS * 32;
   const int kernel_row = warp % 3, share = warp / 3, t = to * 8 + g;
@@ -138,8 +128,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
     if (o.rows())
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
-        stage<X, MODE, CP, SWEEP_THREADS>(shared + from * S::OCTET, terms_apart, x, o, from, 0, w0,
-                                          fresh ? h0 - 1 : h0 + 1, fresh ? 8 : 6, 7);
+        stage<X, MODE, CP, SWEEP_THREADS>(
+            shared + from * S::OCTET, terms_apart, x, o, from, 0, w0, fresh ? h0 - 1 : h0 + 1, fresh ? 8 : 6, 7);
     const int h = h0 + warp, w = w0 + 8 * q;
     if (p.grad_layout != SCALAR && t < s.frames && h < s.height && w < s.width) {  // read after the convolution
       const char* at = static_cast<const char*>(p.grad.data);
@@ -163,7 +153,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
 #pragma unroll 1
       for (int from = 0; from < octets; ++from)
         convolve<MODE, CP, 7>(acc, shared + from * S::OCTET, terms_apart, packed + from * 9 * Tile<CP>::LANE_WORDS * 32,
-                              p.layout.words, h - 1);
+            p.layout.words, h - 1);
     {
       float v[CP][8], common[8] = {};
       load_gradient<CP>(v, p, b, t, h, w);
@@ -189,7 +179,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
           if (c >= s.channels) continue;
           float u[8];
           load8(u, x.x + t * x.frame + c * x.channel + h * x.row + w * x.column, x.column, s.width - w, x.vector, 1.f,
-                0.f);
+              0.f);
 #pragma unroll
           for (int e = 0; e < 8; ++e) v[c][e] *= u[e];
         }
@@ -211,13 +201,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
           d[e] = u * fmaf(-z, z, z);
           bias_sum[j] += d[e];
         }
-        uint4* at = dz + (warp * 4 + q) * ROWS + ((j * 8 + g) ^ (2 * q));
-        const uint32_t high[4] = {pack<false>(d[0], d[1]), pack<false>(d[2], d[3]), pack<false>(d[4], d[5]),
-                                  pack<false>(d[6], d[7])};
-        at[0] = make_uint4(high[0], high[1], high[2], high[3]);
-        if constexpr (XT == 2)
-          at[S::DZ] = make_uint4(pack_rest(d[0], d[1], high[0]), pack_rest(d[2], d[3], high[1]),
-                                 pack_rest(d[4], d[5], high[2]), pack_rest(d[6], d[7], high[3]));
+        put<MODE>(dz + (warp * 4 + q) * ROWS + ((j * 8 + g) ^ (2 * q)), S::DZ, d);
         if (p.dz && inside && only == 0 && (j < s.channels || j == CP)) {
           const int row = (j == CP ? s.channels : j) * s.frames + t;
           const float on = (j == CP ? o.stencil : o.conv()) ? 1.f : 0.f;
@@ -329,8 +313,8 @@ template <class X, int MODE, int CP> void launch_sweep(const SweepParams& p, voi
   const size_t shared = SweepShared<X, MODE, CP>::bytes(p.layout, p.shape.frames * p.shape.channels);
   allow_shared(sweep_kernel<X, MODE, CP>, shared);
   SOAP_LAUNCH((sweep_kernel<X, MODE, CP>),
-              dim3(unsigned(p.shape.clips * p.parts), unsigned(p.layout.octets * p.layout.octets)), SWEEP_THREADS,
-              shared, stream, p);
+      dim3(unsigned(p.shape.clips * p.parts), unsigned(p.layout.octets * p.layout.octets)), SWEEP_THREADS, shared,
+      stream, p);
   launched("sweep");
 }
 

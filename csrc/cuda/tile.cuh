@@ -68,34 +68,20 @@ template <class X> __device__ __forceinline__ float load_one(const X* p, float s
 }
 
 template <class X> __device__ __forceinline__ Clip<X> clip_of(const Frames& x, const Shape& s, int64_t b, bool vector) {
-  return {static_cast<const X*>(x.data) + b * x.clip,
-          x.frame,
-          x.channel,
-          x.row,
-          x.column,
-          s.frames,
-          s.channels,
-          s.height,
-          s.width,
-          vector};
+  return {static_cast<const X*>(x.data) + b * x.clip, x.frame, x.channel, x.row, x.column, s.frames, s.channels,
+      s.height, s.width, vector};
 }
 
 // `bytes` consecutive pixels as 32-bit words.
 template <int WORDS> struct Words { uint32_t v[WORDS]; };
 template <int WORDS, class X> __device__ __forceinline__ Words<WORDS> load_words(const X* p) {
-  Words<WORDS> w;
   if constexpr (WORDS == 4) {
     const uint4 u = *reinterpret_cast<const uint4*>(p);
-    w.v[0] = u.x;
-    w.v[1] = u.y;
-    w.v[2] = u.z;
-    w.v[3] = u.w;
+    return {{u.x, u.y, u.z, u.w}};
   } else {
     const uint2 u = *reinterpret_cast<const uint2*>(p);
-    w.v[0] = u.x;
-    w.v[1] = u.y;
+    return {{u.x, u.y}};
   }
-  return w;
 }
 
 // Pixel e of a vector of them.
@@ -104,27 +90,34 @@ template <class X, int WORDS> __device__ __forceinline__ float unpack(const Word
   else if constexpr (TypeOf<X>::dtype == BF16) return e & 1 ? high_bf16(w.v[e / 2]) : low_bf16(w.v[e / 2]);
   else if constexpr (TypeOf<X>::dtype == F16)
     return __half2float(__ushort_as_half(uint16_t(e & 1 ? w.v[e / 2] >> 16 : w.v[e / 2] & 0xffffu)));
-  else
-    return __uint_as_float(__byte_perm(w.v[e / 4], 0x4b000000u, 0x7540 + e % 4)) -
-           8388608.f;  // 2^23 + byte, less 2^23: quicker than a conversion
+  else  // 2^23 + byte, less 2^23: quicker than a conversion
+    return __uint_as_float(__byte_perm(w.v[e / 4], 0x4b000000u, 0x7540 + e % 4)) - 8388608.f;
 }
 
+// A chunk of 8 values; of two terms the second, what rounding the first left behind, `terms_apart` chunks on.
 template <int MODE> __device__ __forceinline__ void put(uint4* s, int terms_apart, const float* v) {
-  constexpr bool HALF = MODE == F16X1;
-  uint32_t h[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) h[k] = pack<HALF>(v[2 * k], v[2 * k + 1]);
-  s[0] = make_uint4(h[0], h[1], h[2], h[3]);
+  const uint4 h = pack8<MODE == F16X1>(v);
+  s[0] = h;
   if constexpr (Terms<MODE>::N == 2)
-    s[terms_apart] = make_uint4(pack_rest(v[0], v[1], h[0]), pack_rest(v[2], v[3], h[1]), pack_rest(v[4], v[5], h[2]),
-                                pack_rest(v[6], v[7], h[3]));
+    s[terms_apart] = make_uint4(
+        pack_rest(v[0], v[1], h.x), pack_rest(v[2], v[3], h.y), pack_rest(v[4], v[5], h.z), pack_rest(v[6], v[7], h.w));
+}
+
+// The sum of a vector of pixels.
+template <class X> __device__ __forceinline__ float vector_sum(const X* p) {
+  constexpr int V = TypeOf<X>::vector, WORDS = V * sizeof(X) / 4;
+  const Words<WORDS> w = load_words<WORDS>(p);
+  float sum = 0.f;
+#pragma unroll
+  for (int e = 0; e < V; ++e) sum += unpack<X>(w, e);
+  return sum;
 }
 
 // Rows [first, first + rows) of the tile's halo, whose row 0 is image row h0 and column 0 image column w0 - 1, of one
 // octet; row r goes to slot r & mask. Outside the image zeros. `terms_apart` chunks lie between hi and lo.
 template <class X, int MODE, int CP, int THREADS>
 __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& x, const Options& o, int octet, int h0,
-                                      int w0, int first, int rows, int mask) {
+    int w0, int first, int rows, int mask) {
   constexpr int V = TypeOf<X>::vector, GROUPS = TILE_WIDTH / V, WORDS = V * sizeof(X) / 4;
   constexpr bool RAW = (MODE == BF16X1 && TypeOf<X>::dtype == BF16) || (MODE == F16X1 && TypeOf<X>::dtype == F16);
   const int frames = min(8, x.frames - octet * 8);
@@ -148,8 +141,8 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
     const X* p = x.x + int64_t(octet) * 8 * x.frame + c * x.channel + h * x.row + w * x.column;
     const float scale = of_channel(o.scale, c), shift = of_channel(o.shift, c);
     uint4* out = s + Tile<CP>::chunk(r & mask, 1 + group * V) + c;
-    const int skip =
-        V == 8 || group & 1 ? 2 : 0;  // the last column of the vector is a multiple of 8, where chunk() leaps
+    // The last column of the vector is a multiple of 8, where chunk() leaps.
+    const int skip = V == 8 || group & 1 ? 2 : 0;
     if (in && x.vector) {
       Words<WORDS> v[8];
 #pragma unroll
@@ -195,9 +188,9 @@ __device__ __forceinline__ void stage(uint4* s, int terms_apart, const Clip<X>& 
 // it; rows wrap at MASK. `packed`: the octet pair's fragments. One loop over the taps, not unrolled: ptxas would keep
 // many fragments in flight and spill.
 template <int MODE, int CP, int MASK>
-__device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const uint4* s, int terms_apart,
-                                         const uint32_t* packed, int words, int row) {
-  constexpr int XT = Terms<MODE>::N, LW = Tile<CP>::LANE_WORDS;
+__device__ __forceinline__ void convolve(
+    float (&acc)[Tile<CP>::MT][4][4], const uint4* s, int terms_apart, const uint32_t* packed, int words, int row) {
+  constexpr int XT = Terms<MODE>::N, LW = Tile<CP>::LANE_WORDS, V = CP == 3 ? 4 : 2;
   constexpr bool HALF = MODE == F16X1;
   const int lane = threadIdx.x & 31, n = lane & 7, matrix = lane >> 3, column = 8 * (n >> 1) + (n & 1);
   // Which pixel this lane points ldmatrix at. A tap to the right crosses a multiple of 8, where chunk() leaps by 2,
@@ -207,26 +200,18 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
   const Address at4 = address_of(s + Tile<CP>::chunk(0, column + far4) + (CP == 3 ? matrix & 1 : 0));
   const Address at2 = address_of(s + Tile<CP>::chunk(0, column + far2) + 2);
   const int term_bytes = terms_apart * 16;
-  packed += lane * (CP == 3 ? 4 : 2);
+  packed += lane * V;
   int dc = 0, line = (row & MASK) * Tile<CP>::STRIDE * 16;
 #pragma unroll 1
   for (int tap = 0; tap < 9; ++tap) {
     uint32_t a[XT][LW];
 #pragma unroll
     for (int k = 0; k < XT; ++k) {
-      if constexpr (CP == 3) {
 #pragma unroll
-        for (int e = 0; e < 3; ++e) {
-          const uint4 v = *reinterpret_cast<const uint4*>(packed + k * words + e * 128);
-          a[k][4 * e] = v.x;
-          a[k][4 * e + 1] = v.y;
-          a[k][4 * e + 2] = v.z;
-          a[k][4 * e + 3] = v.w;
-        }
-      } else {
-        const uint2 v = *reinterpret_cast<const uint2*>(packed + k * words);
-        a[k][0] = v.x;
-        a[k][1] = v.y;
+      for (int e = 0; e < LW / V; ++e) {
+        const Words<V> w = load_words<V>(packed + k * words + e * V * 32);
+#pragma unroll
+        for (int i = 0; i < V; ++i) a[k][e * V + i] = w.v[i];
       }
     }
     if constexpr (CP == 3) {
@@ -277,10 +262,11 @@ __device__ __forceinline__ void convolve(float (&acc)[Tile<CP>::MT][4][4], const
 struct GatePrologue {
   float mean, tap[3 * MAX_CHANNELS], bias;
 
-  static __device__ __forceinline__ float mean_of(const Shape& s, const Options& o, const Layout& l,
-                                                  const float* prepared, int64_t b, int plane) {
-    const float4* part =
-        reinterpret_cast<const float4*>(prepared + l.means + (b * s.frames * s.channels + plane) * SEGMENTS);
+  template <class Params> static __device__ __forceinline__ float mean_of(const Params& p, int64_t b, int plane) {
+    const Shape& s = p.shape;
+    const Options& o = p.options;
+    const float* means = p.prepared + p.layout.means;
+    const float4* part = reinterpret_cast<const float4*>(means + (b * s.frames * s.channels + plane) * SEGMENTS);
     float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < SEGMENTS / 4; ++k) {
@@ -288,52 +274,67 @@ struct GatePrologue {
       sum += (v.x + v.y) + (v.z + v.w);
     }
     const int c = plane % s.channels;
-    return fmaf(sum * __fdividef(1.f, float(s.height) * float(s.width)), of_channel(o.scale, c),
-                of_channel(o.shift, c));
+    return fmaf(
+        sum * __fdividef(1.f, float(s.height) * float(s.width)), of_channel(o.scale, c), of_channel(o.shift, c));
   }
-  __device__ __forceinline__ void begin(const Shape& s, const Options& o, const Layout& l, const float* prepared,
-                                        int64_t b) {
-    const int lane = threadIdx.x & 31, C = s.channels, c = lane % C;
-    if (!o.cwem) return;
-    mean = lane < s.frames * C ? mean_of(s, o, l, prepared, b, lane) : 0.f;
-    bias = prepared[l.taps + 3 * C * C + c];
+  template <class Params> __device__ __forceinline__ void begin(const Params& p, int64_t b) {
+    const int lane = threadIdx.x & 31, C = p.shape.channels, c = lane % C;
+    if (!p.options.cwem) return;
+    const float* taps = p.prepared + p.layout.taps;
+    mean = lane < p.shape.frames * C ? mean_of(p, b, lane) : 0.f;
+    bias = taps[3 * C * C + c];
 #pragma unroll
     for (int i = 0; i < 3 * MAX_CHANNELS; ++i) {
       const int dt = i / MAX_CHANNELS, from = i % MAX_CHANNELS;
-      tap[i] = from < C ? prepared[l.taps + (c * 3 + dt) * C + from] : 0.f;
+      tap[i] = from < C ? taps[(c * 3 + dt) * C + from] : 0.f;
     }
   }
-  __device__ __forceinline__ void end(float* gates, float* means, const Shape& s, const Options& o, const Layout& l,
-                                      const float* prepared, const Array& given, int64_t b) const {
+  template <class Params>
+  __device__ __forceinline__ void end(float* gates, float* means, const Params& p, int64_t b) const {
+    const Shape& s = p.shape;
+    const Options& o = p.options;
+    const float* taps = p.prepared + p.layout.taps;
     const int C = s.channels, planes = s.frames * C, lane = threadIdx.x & 31;
     const float offset = o.multiplicative ? o.offset : 0.f;
     if (!o.cwem) {
       for (int i = lane; i < planes; i += 32)
-        gates[i] = offset + (o.given_gate ? load_any(given, b * planes + i) : 0.f);
+        gates[i] = offset + (o.given_gate ? load_any(p.gate, b * planes + i) : 0.f);
       return;
     }
     if (lane < planes) means[lane] = mean;
-    for (int i = lane + 32; i < planes; i += 32) means[i] = mean_of(s, o, l, prepared, b, i);
+    for (int i = lane + 32; i < planes; i += 32) means[i] = mean_of(p, b, i);
     __syncwarp();
 #pragma unroll 1
     for (int i = lane; i < planes; i += 32) {
       const int t = i / C, c = i % C;
-      float z = i < 32 ? bias : prepared[l.taps + 3 * C * C + c];
+      float z = i < 32 ? bias : taps[3 * C * C + c];
 #pragma unroll
       for (int k = 0; k < 3 * MAX_CHANNELS; ++k) {
         const int dt = k / MAX_CHANNELS, from = k % MAX_CHANNELS;
         if (from < C && t + dt >= 1 && t + dt <= s.frames)
-          z = fmaf(i < 32 ? tap[k] : prepared[l.taps + (c * 3 + dt) * C + from], means[(t + dt - 1) * C + from], z);
+          z = fmaf(i < 32 ? tap[k] : taps[(c * 3 + dt) * C + from], means[(t + dt - 1) * C + from], z);
       }
       gates[i] = offset + logistic2(-LOG2E * z);
     }
   }
+  template <class Params>
+  static __device__ __forceinline__ void whole(float* gates, float* means, const Params& p, int64_t b) {
+    GatePrologue prologue;
+    prologue.begin(p, b);
+    prologue.end(gates, means, p, b);
+  }
 };
 
 inline bool vector_rows(const Frames& x, const Shape& s) {
-  const int64_t v = x.dtype == F32 ? 4 : 8, bytes = x.dtype == F32 ? 16 : x.dtype == U8 ? 8 : 16;
+  const int64_t v = x.dtype == F32 ? 4 : 8, bytes = x.dtype == U8 ? 8 : 16;
   return x.column == 1 && s.width % v == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.clip % v == 0 &&
          x.frame % v == 0 && x.channel % v == 0 && x.row % v == 0;
+}
+
+// Planes without gaps, at 16-byte boundaries: their pixels can be taken `v` at a time, as far as they go.
+inline bool whole_planes(const Frames& x, int width, int v) {
+  return x.column == 1 && x.row == width && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.clip % v == 0 &&
+         x.frame % v == 0 && x.channel % v == 0;
 }
 
 }  // namespace soap::cuda

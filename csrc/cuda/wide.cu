@@ -57,16 +57,16 @@ template <int V> struct Place {
 };
 
 // The logistic function of z + bias.
-template <int V> __device__ __forceinline__ void prior(float (&s)[V], const WideParams& p, int64_t at, bool seen,
-                                                       float bias) {
+template <int V>
+__device__ __forceinline__ void prior(float (&s)[V], const WideParams& p, int64_t at, bool seen, float bias) {
   float z[V] = {};
   if (seen) load_pixels<V>(z, p.wide.z.data, p.wide.z.dtype, at);
 #pragma unroll
   for (int e = 0; e < V; ++e) s[e] = logistic2(-LOG2E * (z[e] + bias));
 }
 
-template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
-    join_kernel(const __grid_constant__ WideParams p) {
+template <int V>
+__global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) join_kernel(const __grid_constant__ WideParams p) {
   const Place<V> at(p);
   const Wide& o = p.wide;
   const int C = p.shape.channels;
@@ -89,8 +89,8 @@ template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
   }
 }
 
-template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
-    part_kernel(const __grid_constant__ WideParams p) {
+template <int V>
+__global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) part_kernel(const __grid_constant__ WideParams p) {
   SOAP_SHARED(float, gathered);  // (WARPS, 32 * V): each warp's sum over its channels of what reaches the frame's prior
   const Place<V> at(p);
   const Wide& o = p.wide;
@@ -151,30 +151,24 @@ template <int V> __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4)
   store_pixels<V>(o.dz, o.z.dtype, at.row(p, stencil_row), dz);
 }
 
-// Planes without gaps, at 16-byte boundaries: pixels can be taken 8 at a time.
-bool whole_planes(const Frames& f, const Shape& s) {
-  return f.column == 1 && f.row == s.width && reinterpret_cast<uintptr_t>(f.data) % 16 == 0 && f.clip % 8 == 0 &&
-         f.frame % 8 == 0 && f.channel % 8 == 0;
-}
-
 // As few lanes as possible idle: short planes go pixel by pixel.
-int pixels_a_lane(const Shape& s, bool whole) {
+int pixels_a_lane(const Shape& s, const Frames& x, const Frames& other) {
   const int64_t area = int64_t(s.height) * s.width;
+  const bool whole = whole_planes(x, s.width, 8) && whole_planes(other, s.width, 8);
   return whole && area % 8 == 0 && area >= 128 ? 8 : 1;
 }
 
 }  // namespace
 
 int wide_chunks(const Shape& shape, const Frames& x, const Frames& other) {
-  const int64_t each = 32 * pixels_a_lane(shape, whole_planes(x, shape) && whole_planes(other, shape));
+  const int64_t each = 32 * pixels_a_lane(shape, x, other);
   return int((int64_t(shape.height) * shape.width + each - 1) / each);
 }
 
 void join(const Wide& wide, const Shape& shape, const Frames& x, const Frames& y, void* stream) {
   WideParams p{wide, shape, x, Frames{}, y, int64_t(shape.height) * shape.width, unsigned(wide_chunks(shape, x, y))};
   const int64_t blocks = shape.clips * shape.frames * p.chunks;
-  if (pixels_a_lane(shape, whole_planes(x, shape) && whole_planes(y, shape)) == 8)
-    SOAP_LAUNCH((join_kernel<8>), unsigned(blocks), THREADS, 0, stream, p);
+  if (pixels_a_lane(shape, x, y) == 8) SOAP_LAUNCH((join_kernel<8>), unsigned(blocks), THREADS, 0, stream, p);
   else SOAP_LAUNCH((join_kernel<1>), unsigned(blocks), THREADS, 0, stream, p);
   launched("join");
 }
@@ -183,7 +177,7 @@ void part(const Wide& wide, const Shape& shape, const Frames& x, const Frames& g
   WideParams p{
       wide, shape, x, grad, Frames{}, int64_t(shape.height) * shape.width, unsigned(wide_chunks(shape, x, grad))};
   const int64_t blocks = shape.clips * shape.frames * p.chunks;
-  const int pixels = pixels_a_lane(shape, whole_planes(x, shape) && whole_planes(grad, shape));
+  const int pixels = pixels_a_lane(shape, x, grad);
   const size_t shared = sizeof(float) * THREADS * pixels;
   if (pixels == 8) SOAP_LAUNCH((part_kernel<8>), unsigned(blocks), THREADS, shared, stream, p);
   else SOAP_LAUNCH((part_kernel<1>), unsigned(blocks), THREADS, shared, stream, p);

@@ -20,13 +20,7 @@ template <class X> __device__ __forceinline__ void plane_sums(const WindowSums& 
   if (p.linear) {
     constexpr int V = TypeOf<X>::vector;
 #pragma unroll 4
-    for (int64_t i = threadIdx.x; i < area / V; i += THREADS) {
-      const Words<V * sizeof(X) / 4> w = load_words<V * sizeof(X) / 4>(x + i * V);
-      float part = 0.f;
-#pragma unroll
-      for (int e = 0; e < V; ++e) part += unpack<X>(w, e);
-      total += part;
-    }
+    for (int64_t i = threadIdx.x; i < area / V; i += THREADS) total += vector_sum(x + i * V);
   } else {
     for (int64_t i = threadIdx.x; i < area; i += THREADS)
       total += to_float(x[i / p.width * p.x.row + i % p.width * p.x.column]);
@@ -48,13 +42,9 @@ template <class X> __device__ __forceinline__ void plane_sums(const WindowSums& 
   last_column = block_sum(last_column, scratch);
   if (threadIdx.x >= 9) return;
   const int i = threadIdx.x / 3, j = threadIdx.x % 3;  // tap (0, .) does not see the last row, (2, .) not the first
-  float v = total -
-            (i == 0   ? last_row
-             : i == 2 ? first_row
-                      : 0.f) -
-            (j == 0   ? last_column
-             : j == 2 ? first_column
-                      : 0.f);
+  const float row = i == 0 ? last_row : i == 2 ? first_row : 0.f;
+  const float column = j == 0 ? last_column : j == 2 ? first_column : 0.f;
+  float v = total - row - column;
   if (i != 1 && j != 1) v += to_float((i == 0 ? bottom : x)[j == 0 ? (p.width - 1) * p.x.column : 0]);
   p.sums[plane * 9 + threadIdx.x] = v;
 }
@@ -67,9 +57,8 @@ __global__ void __launch_bounds__(THREADS, 2) window_sums_kernel(const __grid_co
 }
 
 // A pixel gets the gradient of every tap that sees it.
-__global__ void __launch_bounds__(THREADS)
-    window_sums_backward_kernel(const float* __restrict__ grad, void* __restrict__ dx, int dtype, int height,
-                                int width) {
+__global__ void __launch_bounds__(THREADS) window_sums_backward_kernel(
+    const float* __restrict__ grad, void* __restrict__ dx, int dtype, int height, int width) {
   const int64_t plane = blockIdx.x, area = int64_t(height) * width;
   float d[9];
 #pragma unroll
@@ -90,9 +79,8 @@ __global__ void __launch_bounds__(THREADS)
 }  // namespace
 
 void window_sums(int64_t images, int channels, int height, int width, const Frames& x, float* sums, void* stream) {
-  const int64_t v = x.dtype == F32 ? 4 : 8;
-  const bool linear = x.column == 1 && x.row == width && int64_t(height) * width % v == 0 && x.clip % v == 0 &&
-                      x.channel % v == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  const int v = x.dtype == F32 ? 4 : 8;
+  const bool linear = whole_planes(x, width, v) && int64_t(height) * width % v == 0;
   const WindowSums p{x, sums, channels, height, width, linear};
   SOAP_LAUNCH(window_sums_kernel, unsigned(images * channels), THREADS, 32 * sizeof(float), stream, p);
   launched("window_sums");
@@ -101,7 +89,7 @@ void window_sums(int64_t images, int channels, int height, int width, const Fram
 void window_sums_backward(int64_t planes, int height, int width, const float* grad, void* dx, int dtype, void* stream) {
   const int64_t chunks = (int64_t(height) * width + THREADS * 8 - 1) / (THREADS * 8);
   SOAP_LAUNCH(window_sums_backward_kernel, dim3(unsigned(planes), unsigned(chunks < 64 ? chunks : 64)), THREADS, 0,
-              stream, grad, dx, dtype, height, width);
+      stream, grad, dx, dtype, height, width);
   launched("window_sums_backward");
 }
 
