@@ -71,7 +71,7 @@ def install(python: str, folder: Path, lowest: bool) -> Path:
         constraints = folder / "lowest.txt"
         constraints.write_text("\n".join(lower_bounds()) + "\n", encoding="utf-8")
         chosen = ["--constraint", str(constraints)]
-    build_tools = ["setuptools>=77", "wheel", "ninja", "pybind11>=2.13"]
+    build_tools = ["setuptools>=77", "packaging>=24.2", "wheel", "ninja", "pybind11>=2.13"]
     subprocess.run([*pip, *chosen, *build_tools, "torch", "torchvision"], check=True)
     subprocess.run([*pip, *chosen, "--no-build-isolation", "--editable", f"{ROOT}[test]"], check=True)
     return inside
