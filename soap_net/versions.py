@@ -16,7 +16,7 @@ from packaging.version import Version
 
 TESTED = {
     "python": "3.13",
-    "torch": "2.15",
+    "torch": "2.14",
     "torchvision": "0.29",
     "numpy": "2.5",
     "av": "19.0",

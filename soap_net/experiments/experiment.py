@@ -252,8 +252,8 @@ def run_experiment(
     about = _about(experiment, command)
     results = Results({})
     try:
-        while todo := _unfinished(wanted := experiment.runs(seeds, results), folder, results):
-            runs = {f"run {run.folder}": run for run in todo}
+        while unfinished := _unfinished(wanted := experiment.runs(seeds, results), folder, results):
+            runs = {f"run {run.folder}": run for run in unfinished}
             done = perform(
                 [
                     Job(name, partial(_work, experiment, run), run_config(experiment.config, run, folder))
@@ -263,7 +263,7 @@ def run_experiment(
             )
             with closing(done), tqdm(
                 done, desc=experiment.name, unit="run", total=len(wanted), disable=not progress,
-                initial=len(wanted) - len(todo),
+                initial=len(wanted) - len(unfinished),
             ) as bar:  # fmt: skip
                 for job, result in bar:
                     run = runs[job.name]
