@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from soap_kernels import backends
 from soap_net.cli import main
 from soap_net.data.motion import MotionConfig, write_motion
 from soap_net.experiments.command import EXPERIMENTS
@@ -152,8 +153,9 @@ def motion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def world(motion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a reader has, in the current folder."""
+def world(motion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What a reader has, in the current folder; backends that a page registers are gone after it."""
+    registered = backends.names()
     for name in DATA:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(motion)
@@ -170,7 +172,9 @@ def world(motion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "MY_CLIPS").symlink_to("new")
     (tmp_path / "my.yaml").write_text("train: {lr: 1e-4}\n")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    for name in backends.names()[len(registered) :]:
+        backends.unregister(name)
 
 
 def substituted(text: str) -> str:

@@ -144,6 +144,16 @@ def register(backend: Backend) -> None:
     _registered[backend.name] = backend
 
 
+def unregister(name: str) -> None:
+    """Takes a registered backend away again; its name is free.
+
+    Raises:
+        KeyError: no backend was registered under that name.
+    """
+    del _registered[name]
+    _choose.cache_clear()
+
+
 def get(name: str) -> Backend:
     """The backend called ``name``, present or not.
 
