@@ -21,7 +21,7 @@ help:
 	@echo "make install         set up $(VENV) alone"
 	@echo "make demo            set up $(VENV), train and evaluate SOAP-Net on embedded videos, with and without SOAP"
 	@echo "make test            set up $(VENV), run ruff, mypy and the quick tests"
-	@echo "make test-slow       run the tests that take longer"
+	@echo "make test-slow       run the tests that take longer, those of test-gpu-proof among them"
 	@echo "make test-gpu-proof  compile the GPU kernels for four architectures and run them on the CPU"
 	@echo "make test-lowest     test the oldest Python here with the oldest of every dependency (an environment of its own)"
 	@echo "make test-newest     test the newest Python here with the newest of every dependency"
@@ -60,7 +60,7 @@ test: lint
 
 test-slow: $(INSTALLED)
 	@echo "==> Running the slow tests"
-	$(PYTEST) -m "slow and not gpu_proof" $(SLOW)
+	$(PYTEST) -m slow $(SLOW)
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"
