@@ -38,7 +38,7 @@ MOST_PIXELS = 2**24
 LONGEST_SIDE = 2**14
 """Of an image, by its header: a format's decoder may take memory for whole rows."""
 MOST_BYTES = 8 * MOST_PIXELS
-"""Of an image's file, packed in a zip or unpacked: as many as the largest image's pixels take in no format."""
+"""Of an image's file, packed in a zip or unpacked: the most pixels, stored plain with four times 16 bits."""
 MOST_SCANS = 128
 """Of a JPEG, each of which goes over the whole image: encoders write a dozen."""
 
@@ -196,24 +196,22 @@ def _decode_image(data: bytes, path: Path, number: int | None = None) -> Tensor:
     try:
         with _opened(data) as opened:
             excess = _excess(opened, data)
-        if excess:
-            raise ClipError(path, f"{frame}the image has {excess}; scale the frames down")
-        if decode_image is not None and _FOR_TORCHVISION.match(data):
-            # A broken image is left to Pillow, which says in words what is wrong.
-            with suppress(RuntimeError):
-                return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        return _decode_by_pillow(data)
-    except ClipError:
-        raise
+            if not excess:
+                opened.verify()  # a PNG's checksums, which decoding does not look at
+        if not excess:
+            return _pixels(data)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's bound is a higher one
+        excess = f"far more than {MOST_PIXELS} pixels"
     except Exception as error:  # a damaged image fails in as many ways as there are bytes in it
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else said(error)
         raise ClipError(path, f"{frame}the image cannot be decoded ({reason})") from error
+    raise ClipError(path, f"{frame}the image has {excess}; scale the frames down")
 
 
 def _opened(data: bytes) -> Image.Image:
     """Read up to its pixels."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of a size that `_excess` refuses
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
@@ -226,9 +224,11 @@ def _excess(image: Image.Image, data: bytes) -> str:
     return f"{scans} scans, and {MOST_SCANS} are the most" if scans > MOST_SCANS else ""
 
 
-def _decode_by_pillow(data: bytes) -> Tensor:
-    with _opened(data) as opened:
-        opened.verify()  # a PNG's checksums, which decoding does not look at
+def _pixels(data: bytes) -> Tensor:
+    if decode_image is not None and _FOR_TORCHVISION.match(data):
+        # A broken image is left to Pillow, which says in words what is wrong.
+        with suppress(RuntimeError):
+            return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     with _opened(data) as opened:
         opened.info.pop("transparency", None)  # a palette's would be warned of, and is dropped anyway
         if opened.mode.startswith("I"):  # 16 bits a pixel, by Pillow's version "I;16" or "I"
