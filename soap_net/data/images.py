@@ -41,6 +41,8 @@ MOST_BYTES = 8 * MOST_PIXELS
 """Of an image's file, packed in a zip or unpacked: the most pixels, stored plain with four times 16 bits."""
 MOST_SCANS = 128
 """Of a JPEG, each of which goes over the whole image: encoders write a dozen."""
+MOST_PACKED = 2**23
+"""Bytes of a bitmap packed by run lengths, which Pillow reads byte by byte in Python."""
 
 
 class Folder:
@@ -162,11 +164,9 @@ class Zipped:
         data = file.read(stored)
         if entry["method"] == zipfile.ZIP_DEFLATED:
             try:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # and not all that it may hold
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # whatever it holds
             except zlib.error as error:
                 raise ClipError(self.shown, f"frame {number} cannot be unpacked ({error})") from error
-        if len(data) != size:
-            raise ClipError(self.shown, f"frame {number} does not hold the {size} bytes that the zip's directory says")
         if zlib.crc32(data) != entry["crc"]:
             raise ClipError(self.shown, f"frame {number} is damaged (its checksum differs)")
         return data
@@ -221,7 +221,10 @@ def _excess(image: Image.Image, data: bytes) -> str:
     if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
         return f"{width} x {height} pixels, and {MOST_PIXELS} are the most, {LONGEST_SIDE} in a row"
     scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
-    return f"{scans} scans, and {MOST_SCANS} are the most" if scans > MOST_SCANS else ""
+    if scans > MOST_SCANS:
+        return f"{scans} scans, and {MOST_SCANS} are the most"
+    packed = len(data) if image.format == "BMP" and image.info["compression"] in (1, 2) else 0
+    return f"{packed} bytes of run lengths, and {MOST_PACKED} are the most" if packed > MOST_PACKED else ""
 
 
 def _pixels(data: bytes) -> Tensor:
