@@ -95,7 +95,7 @@ def read_split_file(path: Path, split: str = "") -> SplitList:
     Raises UserError for a missing or empty file, one in a form that does not tell the classes, and naming the line
     for one without a class.
     """
-    lines = _read_lines(path)
+    lines = _read_lines(path, f"; say with --data.{split}_split where it is" if split in _WORDS else "")
     form = _form(path, lines)
     clips = tuple(dict.fromkeys(form.parse(path, lines, split)))
     if not clips:
@@ -116,11 +116,11 @@ def refuse_shared(one: SplitList, other: SplitList) -> None:
         )
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path, mend: str = "") -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: the split file cannot be read ({said(error)})") from error
+        raise UserError(f"{path}: the split file cannot be read ({said(error)}){mend}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the split file is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if "/" not in text:  # written on Windows
