@@ -105,6 +105,22 @@ def test_finished_runs_are_neither_repeated_nor_touched(toy: Toy, tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_an_experiment_is_of_one_data_set_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(Toy(Config()), tmp_path / "toy")
+    asked = json.loads((tmp_path / "toy/experiment.json").read_text())
+    assert asked["data.root"] == str(tmp_path / "here" / "data")
+    older = json.dumps({**asked, "data.root": "data"})
+    (tmp_path / "toy/experiment.json").write_text(older)
+    run(Toy(Config()), tmp_path / "toy")
+    (tmp_path / "toy/experiment.json").write_text(json.dumps(asked))
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(UserError, match=r"another experiment: root is '.*here/data' there and '.*there/data' here"):
+        run(Toy(Config()), tmp_path / "toy")
+
+
 def test_more_seeds_may_be_asked_for_later(toy: Toy, tmp_path: Path) -> None:
     run(toy, tmp_path, seeds=1)
     assert toy.done == ["plain-seed0", "better-seed0"]
