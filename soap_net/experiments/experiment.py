@@ -306,11 +306,14 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     """Makes the experiment's folder, or sees that what is in it is this experiment."""
     path = folder / "experiment.json"
     free = {*FREE_TO_CHANGE} - {"data.root"}  # a table is of one data set
-    settings = {k: value for k, value in flatten(to_dict(experiment.config.absolute())).items() if k not in free}
+    embedded = experiment.motion is not None  # such data are made anew wherever the folder is moved to
+    asked = experiment.config if embedded else experiment.config.absolute()
+    settings = {key: value for key, value in flatten(to_dict(asked)).items() if key not in free}
     here = {"experiment": experiment.name, "preset": experiment.preset, **settings}
     if path.exists():
         there = _read_json(path)
-        there["data.root"] = str(Path(str(there.get("data.root", ""))).absolute())  # older versions left it as given
+        if not embedded:  # older versions left it as it was given
+            there["data.root"] = str(Path(str(there.get("data.root"))).absolute())
         if differ := difference(there, here, lambda key: False):
             raise UserError(f"{folder} holds another experiment: {differ}; choose another --out")
     elif folder.is_dir() and any(folder.iterdir()):

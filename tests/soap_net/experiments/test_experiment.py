@@ -116,8 +116,12 @@ def test_an_experiment_is_of_one_data_set_from_any_folder(tmp_path: Path, monkey
     (tmp_path / "toy/experiment.json").write_text(older)
     run(Toy(Config()), tmp_path / "toy")
     (tmp_path / "toy/experiment.json").write_text(json.dumps(asked))
+    embedded = Toy(Config())
+    embedded.motion, embedded.prepare = Path("motion"), lambda: None  # type: ignore[method-assign]
+    run(embedded, tmp_path / "embedded")
     monkeypatch.chdir(tmp_path / "there")
-    with pytest.raises(UserError, match=r"another experiment: root is '.*here/data' there and '.*there/data' here"):
+    run(embedded, tmp_path / "embedded")
+    with pytest.raises(UserError, match=r"experiment: data.root is '.*here/data' there and '.*there/data' here"):
         run(Toy(Config()), tmp_path / "toy")
 
 
@@ -135,7 +139,7 @@ def test_folder_of_another_config_is_refused_in_one_line(toy: Toy, tmp_path: Pat
         run(Toy(from_dict({"train": {"lr": 0.25}})), tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "table.md").read_bytes() == before
-    with pytest.raises(UserError, match=r"another experiment: data\.root is 'data' there and 'others' here"):
+    with pytest.raises(UserError, match=r"experiment: data\.root is '.*/data' there and '.*/others' here"):
         run(Toy(from_dict({"data": {"root": "others"}})), tmp_path)
 
 
