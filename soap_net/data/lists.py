@@ -68,7 +68,10 @@ def _only(files: Sequence[Path], folder: Path, split: str) -> Path:
 
 
 def _published(folder: Path, split: str) -> list[Path]:
-    """Benchmarks' own lists whose names speak of ``split``. Others' files do so too: the form tells."""
+    """Lists of other names that speak of ``split``. Files that are no lists do so too: the form tells.
+
+    Outside a folder ``splits`` only a benchmark's own form is sure to be a list.
+    """
     found: dict[str, Path] = {}
     for path in sorted(path for path in folder.glob("*.*") if path.suffix.lower() in (".txt", ".csv", ".json")):
         family = _HMDB51.fullmatch(path.name)
@@ -76,7 +79,9 @@ def _published(folder: Path, split: str) -> list[Path]:
         named = ("train", "test") if family else _splits_named(path.stem.lower())
         if split in named and key not in found:
             with suppress(UserError):
-                if _form(path, _read_lines(path)).name:
+                lines = _read_lines(path)
+                form = _form(path, lines)
+                if form.name or (folder.name == "splits" and form.parse(path, lines, "")):
                     found[key] = path
     return [*found.values()]
 

@@ -47,6 +47,7 @@ FORMS: dict[str, tuple[str, Callable[[str, str, int], str]]] = {
     "csv without suffix": ("training.csv", lambda label, video, number: f"{label}/{video},{number}"),
     "backslashes": ("train.txt", lambda label, video, number: f"{label}\\{video}.avi"),
     "CRLF": ("trainlist01.txt", lambda label, video, number: f"{label}/{video}.avi\r"),
+    "few-shot of another name": ("my_train_classes.txt", lambda label, video, number: f"{label}/{video}"),
     "few-shot": ("trainlist03.txt", lambda label, video, number: f"{label}/{video}"),
 }
 
@@ -58,7 +59,7 @@ def test_a_list_is_known_by_its_form_and_found_by_its_name(form: str, root: Path
     path.write_text(lines(line), newline="")
     assert find_split_file(root, "train") == path
     assert names(load_split(root, "train")) == {label: ["v_g01", "v_g02"] for label in CLASSES}
-    few_shot = form in ("backslashes", "CRLF", "few-shot")
+    few_shot = form in ("backslashes", "CRLF", "few-shot", "few-shot of another name")
     assert (read_split_file(path).form == "") == few_shot
 
 
@@ -139,6 +140,8 @@ def test_other_files_that_speak_of_a_split_are_no_lists(root: Path) -> None:
     for name, content in (("train_log.txt", "epoch 1: loss 3.2\n"), ("test-results.csv", "run,accuracy\na,81.2\n")):
         (root / "splits" / name).write_text(content)
     (root / "train_settings.json").write_bytes(b"\xff\xfe")
+    (root / "train_files.txt").write_text("a/b\n")
+    (root / "splits" / "train_test_split.txt").write_text("a/b\n")
     assert find_split_file(root, "train") is None
     assert list(load_split(root, "train").classes) == list(CLASSES)
 
