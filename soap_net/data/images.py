@@ -40,7 +40,7 @@ LONGEST_SIDE = 2**14
 MOST_BYTES = 8 * MOST_PIXELS
 """Of an image's file, packed in a zip or unpacked: the most pixels, stored plain with four times 16 bits."""
 MOST_SCANS = 128
-"""Of a JPEG, each of which goes over the whole image: encoders write a dozen."""
+"""Of a progressive JPEG, each of which goes over the whole image: encoders write a dozen."""
 MOST_PACKED = 2**23
 """Bytes of a bitmap packed by run lengths, which Pillow reads byte by byte in Python."""
 
@@ -220,7 +220,7 @@ def _excess(image: Image.Image, data: bytes) -> str:
     width, height = image.size
     if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
         return f"{width} x {height} pixels, and {MOST_PIXELS} are the most, {LONGEST_SIDE} in a row"
-    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    scans = data.count(b"\xff\xda") if image.info.get("progressive") else 0
     if scans > MOST_SCANS:
         return f"{scans} scans, and {MOST_SCANS} are the most"
     packed = len(data) if image.format == "BMP" and image.info["compression"] in (1, 2) else 0
