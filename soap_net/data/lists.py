@@ -52,22 +52,18 @@ def find_split_file(root: Path, split: str) -> Path | None:
     """The split file that belongs to ``root``, None without one. Raises UserError where several could be meant."""
     home = root if root.is_dir() else root.parent
     for folder in (home / "splits", home):
-        for pattern in (f"{split}.txt", f"{split}list*.txt", f"{split}_few_shot.txt"):
-            if files := sorted(folder.glob(pattern)):
-                return _only(files, folder, split)
-        if files := _published(folder, split):
-            return _only(files, folder, split)
+        usual = (f"{split}.txt", f"{split}list*.txt", f"{split}_few_shot.txt")
+        files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in usual)), None)
+        files = files or _lists_of_other_names(folder, split)
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise UserError(f"{folder}: several split files for {split!r} ({names}); say which one to use")
+        if files:
+            return files[0]
     return None
 
 
-def _only(files: Sequence[Path], folder: Path, split: str) -> Path:
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise UserError(f"{folder}: several split files for {split!r} ({names}); say which one to use")
-    return files[0]
-
-
-def _published(folder: Path, split: str) -> list[Path]:
+def _lists_of_other_names(folder: Path, split: str) -> list[Path]:
     """Lists of other names that speak of ``split``. Files that are no lists do so too: the form tells.
 
     Outside a folder ``splits`` only a benchmark's own form is sure to be a list.
@@ -251,12 +247,14 @@ def _numbered_lines(lines: _Lines) -> list[re.Match[str]]:
 def _is_numbered(path: Path, lines: _Lines) -> bool:
     matches = _numbered_lines(lines)
     paths = [match["path"] for match in matches]
-    pairs = {(_folder(match["path"]), re.findall(r"\d+", match["numbers"])[-1]) for match in matches}
+    numbers = [re.findall(r"\d+", match["numbers"]) for match in matches]
+    pairs = {(_folder(name), found[-1]) for name, found in zip(paths, numbers, strict=True)}
     one_to_one = len({folder for folder, _ in pairs}) == len({label for _, label in pairs}) == len(pairs)
-    # "class/video 7" may be a few-shot list's video, too.
-    return bool(matches) and (
+    # "class/video 7" may be a few-shot list's video, too, and "epoch 7" no list's line.
+    return 2 * len({*paths}) > len(matches) > 0 and (
         all(Path(name).suffix.lower() in VIDEO_SUFFIXES for name in paths)
-        or all("," in match["numbers"] for match in matches)
+        or all("," in match["numbers"] and not match["path"].isdecimal() for match in matches)
+        or all(len(found) > 1 for found in numbers)
         or not any("/" in name for name in paths)
         or (one_to_one and len(pairs) < len(matches))
     )
@@ -273,6 +271,8 @@ def _numbered(path: Path, lines: _Lines, split: str) -> list[SplitLine]:
                 "<path> <frames> <label> are understood, without offsets and with one label"
             )
         found.append(SplitLine(numbers[-1], match["path"]))
+    if len({line.label for line in found}) == 1 and all(_folder(line.path) for line in found):
+        return [SplitLine(_folder(line.path), line.path) for line in found]  # one number tells no classes
     return _with_names(found, _names(found))
 
 

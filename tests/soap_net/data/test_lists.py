@@ -76,6 +76,12 @@ def test_numbers_are_the_classes_where_no_folder_names_them(root: Path) -> None:
     assert names(load_split(root, "train")) == {"17": ["0", "1"], "93": ["2", "3"]}
 
 
+@pytest.mark.parametrize("line", ["{}/{}.avi 7", "{}/{} 12 7", "{}/{}.avi,7"])
+def test_folders_are_the_classes_where_all_have_one_number(line: str, root: Path) -> None:
+    (root / "splits" / "train.txt").write_text(lines(lambda label, video, number: line.format(label, video)))
+    assert names(load_split(root, "train")) == {label: ["v_g01", "v_g02"] for label in CLASSES}
+
+
 def test_names_that_end_in_numbers_are_no_class_numbers(root: Path) -> None:
     labels = ["Archery", "Baby Crawling"]
     content = "".join(f"{label}/take {number}\n" for label in labels for number in (1, 2))
@@ -137,7 +143,13 @@ def test_a_form_that_is_known_and_not_understood_is_named(file: str, content: st
 
 
 def test_other_files_that_speak_of_a_split_are_no_lists(root: Path) -> None:
-    for name, content in (("train_log.txt", "epoch 1: loss 3.2\n"), ("test-results.csv", "run,accuracy\na,81.2\n")):
+    others = {
+        "train_log.txt": "epoch 1: loss 3.2\n",
+        "train_epochs.txt": "epoch 1\nepoch 2\n",
+        "train_counts.csv": "epoch,clips\n1,500\n2,500\n",
+        "test-results.csv": "run,accuracy\na,81.2\n",
+    }
+    for name, content in others.items():
         (root / "splits" / name).write_text(content)
     (root / "train_settings.json").write_bytes(b"\xff\xfe")
     (root / "train_files.txt").write_text("a/b\n")
