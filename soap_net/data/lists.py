@@ -255,7 +255,7 @@ def _is_numbered(path: Path, lines: _Lines) -> bool:
         all(Path(name).suffix.lower() in VIDEO_SUFFIXES for name in paths)
         or all("," in match["numbers"] and not match["path"].isdecimal() for match in matches)
         or all(len(found) > 1 for found in numbers)
-        or not any("/" in name for name in paths)
+        or not any("/" in name or "," in match["numbers"] for name, match in zip(paths, matches, strict=True))
         or (one_to_one and len(pairs) < len(matches))
     )
 
