@@ -256,7 +256,7 @@ def _is_numbered(path: Path, lines: _Lines) -> bool:
         or all("," in match["numbers"] and not match["path"].isdecimal() for match in matches)
         or all(len(found) > 1 for found in numbers)
         or not any("/" in name or "," in match["numbers"] for name, match in zip(paths, matches, strict=True))
-        or (one_to_one and len(pairs) < len(matches))
+        or (one_to_one and len(pairs) < len(matches) and all(folder for folder, _ in pairs))
     )
 
 
