@@ -282,6 +282,12 @@ def test_absolute_and_parent_names_are_folders_of_the_zip_alone(
         Clip(path, member="secret").read([0])
 
 
+def test_a_zip_in_a_zip_stays_closed(tmp_path: Path, encode_image: Callable[..., bytes]) -> None:
+    inner = zipped(tmp_path / "inner.zip", {"c/v/1.png": encode_image(np.zeros((4, 4, 3), np.uint8))})
+    assert_refused(zipped(tmp_path / "a.zip", {"c/v/inner.zip": inner.read_bytes()}), "holds no images there")
+    assert_refused(zipped(tmp_path / "b.zip", {"c/v/1.png": inner.read_bytes()}), "frame 0", "not an image")
+
+
 def test_of_members_of_one_name_the_last_counts(
     tmp_path: Path, make_picture: Picture, encode_image: Callable[..., bytes]
 ) -> None:
