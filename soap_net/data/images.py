@@ -247,10 +247,16 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
-def natural(text: str) -> tuple[tuple[int, str], ...]:
+def natural(text: str) -> tuple[tuple[int, str, str], ...]:
     """Sort key that orders runs of digits by value; one form for composed and decomposed letters."""
     parts = re.split(r"([0-9]+)", unicodedata.normalize("NFC", text))
-    return tuple((int(part), part) if position % 2 else (-1, part) for position, part in enumerate(parts))
+    return tuple(_number(part) if position % 2 else (-1, "", part) for position, part in enumerate(parts))
+
+
+def _number(digits: str) -> tuple[int, str, str]:
+    # By their length, as Python turns no text of thousands of digits into a number.
+    value = digits.lstrip("0")
+    return len(value), value, digits
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:

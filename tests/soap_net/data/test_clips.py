@@ -619,6 +619,7 @@ def test_a_video_beside_the_reader_may_have_any_name(
 def test_natural_order_compares_numbers_by_value() -> None:
     names = ["v10", "v9", "v1", "train2", "train10", "a", "10", "9", ""]
     assert sorted(names, key=natural) == ["", "9", "10", "a", "train2", "train10", "v1", "v9", "v10"]
+    assert natural("9" * 5000) < natural("1" + "0" * 5000) < natural("1" + "0" * 4999 + "1")
 
 
 @settings(max_examples=300)
