@@ -30,7 +30,7 @@ from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import load_split
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import autocast, evaluate, refuse_non_finite
+from soap_net.evaluate import autocast, evaluate
 from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
 from soap_net.ranks import Ranks, join
@@ -337,11 +337,7 @@ class Training:
             self.save(self.run.last)
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint: weights and progress, and in last.pt all else it takes to go on.
-
-        Raises UserError for weights that are not finite; the checkpoint that is there stays.
-        """
-        refuse_non_finite(self.model)
+        """Writes a checkpoint: weights and progress, and in last.pt all else it takes to go on."""
         self._saved_episode = self.state.episode
         if self.ranks.first:
             content = {"config": to_dict(self.config), "model": self.model.state_dict(), "progress": asdict(self.state)}

@@ -424,19 +424,6 @@ def test_a_loss_that_is_not_finite_names_the_episode_and_its_clips(tiny_run: Cal
     assert "\n" not in str(raised.value)
 
 
-def test_weights_that_are_not_finite_are_never_saved(tiny_run: Callable[..., Config]) -> None:
-    config = tiny_run(train__val_every=0, train__save_every=2, train__episodes=4)
-
-    def break_at_4(training: Training, step: Step) -> None:
-        if step.episodes.stop == 4:
-            next(training.model.head.parameters()).data[0] = math.inf
-
-    with pytest.raises(UserError, match=r"^head\.\S+: the model's weights are not finite"):
-        train.train(config, progress=False, callback=break_at_4)
-    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 2
-    assert not (config.out / "best.pt").exists()
-
-
 def test_a_validation_of_one_task_claims_no_interval(
     tiny_run: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
