@@ -1,62 +1,113 @@
-"""Your own few-shot classifier: a trained model, a few clips of each of your classes, and clips to tell apart."""
+"""Your own few-shot classifier: a few clips of each of your classes, and clips to tell apart.
+
+It needs no training: by default pretrained features (the preset own_clips), or else the model of a checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from soap_net.calibration import ACCEPT, Calibration, calibrate
 from soap_net.checkpoint import load_model
-from soap_net.config import Amp, DataConfig
+from soap_net.config import Config, DataConfig, from_dict, load_config, to_dict
 from soap_net.data.clips import Clip
 from soap_net.data.images import is_image, natural
 from soap_net.data.splits import load_split
 from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.errors import UserError
 from soap_net.evaluate import CLIPS_PER_CALL, clip_features, refuse_non_finite
+from soap_net.models import build_model
+from soap_net.models.heads import Classes, Embedded, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import pick_device
+from soap_net.supports import Supports, load_supports
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a clip was taken for: `probabilities` by class, the likeliest first; empty with an `error`."""
+    """What a clip was taken for: `probabilities` by class, the likeliest first; empty with an `error`.
+
+    `known` is False where the clip is less like any class than nine in ten of the classes' own clips are.
+    """
 
     clip: str
     probabilities: dict[str, float]
     error: str | None = None
+    known: bool = True
 
     @property
-    def label(self) -> str | None:
+    def nearest(self) -> str | None:
         """The likeliest class, None for a clip that could not be read."""
         return next(iter(self.probabilities), None)
 
+    @property
+    def label(self) -> str | None:
+        """The likeliest class; None for a clip that could not be read or is none of the classes."""
+        return self.nearest if self.known else None
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What the supports come down to: all that it takes to classify."""
+
+    embedded: Embedded
+    classes: Classes
+    calibration: Calibration
+
 
 class Classifier:
-    """Tells apart the classes of which it was shown a few clips, whatever classes the model was trained on.
+    """Tells apart the classes of which it was shown a few clips.
 
-    >>> classifier = Classifier.from_checkpoint(Path("runs/demo/with_soap/best.pt"))
+    >>> classifier = Classifier.from_config()
     >>> classifier.learn(clips_by_class(Path("my_classes")))
     >>> classifier.classify(find_clips(Path("my_clip.mp4")))[0].label
+
+    Args:
+        model: in evaluation mode from here on.
+        config: what it was built or trained with; `data` says how clips are read.
+        checkpoint: where its weights come from, if not from the names in `config`.
+        accept: the share of the classes' own clips to take for known; 1 takes every clip for one of the classes.
+
+    Raises:
+        UserError: the model's weights are not finite, or `accept` is no share.
     """
 
-    def __init__(self, model: SOAPNet, data: DataConfig, *, amp: Amp = "none") -> None:
-        """Raises UserError for a model whose weights are not finite."""
+    def __init__(
+        self, model: SOAPNet, config: Config, *, checkpoint: Path | None = None, accept: float = ACCEPT
+    ) -> None:
         refuse_non_finite(model)
+        if not 0 < accept <= 1:
+            raise UserError(f"accept is {accept}: it is the share of clips to take for known, above 0 and at most 1")
         self.model = model.eval()
-        self.data = data
-        self.amp = amp
-        self.device = next(model.parameters()).device
-        self.classes: tuple[str, ...] = ()
-        self._support = torch.zeros(0)
-        self._labels = torch.zeros(0, dtype=torch.int64)
+        self.config = config
+        self.checkpoint = checkpoint
+        self.accept = accept
+        self.supports: Supports | None = None
+        self._learned: _Learned | None = None
 
     @classmethod
-    def from_checkpoint(cls, path: Path, device: str = "auto") -> Classifier:
+    def from_config(cls, config: Config | None = None, device: str = "auto", *, accept: float = ACCEPT) -> Classifier:
+        """With the net that `config` describes, as it is without training; by default the preset own_clips.
+
+        Raises:
+            UserError: the weights can't be had, or no such device.
+        """
+        config = config or load_config("own_clips")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.episode.seed)  # whatever has no weights to load is the same each time
+            model = build_model(config.model, config.data.frames)
+        return cls(model.to(pick_device(device)), config, accept=accept)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, device: str = "auto", *, accept: float = ACCEPT) -> Classifier:
         """With the model of a checkpoint, and clips read the way it was trained on.
 
         Raises:
@@ -64,7 +115,61 @@ class Classifier:
         """
         # The best kernels that are here: those it was trained with may be another machine's.
         model, config = load_model(path, pick_device(device), backend="auto")
-        return cls(model, config.data, amp=config.train.amp)
+        return cls(model, config, checkpoint=path.absolute(), accept=accept)
+
+    @classmethod
+    def load(cls, path: Path, device: str = "auto", *, checkpoint: Path | None = None) -> Classifier:
+        """What `save` wrote; it answers as it did.
+
+        Args:
+            checkpoint: of a classifier that stands on one, where it lies now, if that has changed.
+
+        Raises:
+            UserError: not a classifier, or the weights that it was made with are not to be had or have changed.
+        """
+        supports, about = load_supports(path)
+        config = from_dict(about.get("config", {}), str(path))
+        origin, accept = about.get("checkpoint"), about.get("accept")
+        if not isinstance(accept, float) or not (origin is None or isinstance(origin, str)):
+            raise UserError(f"{path}: damaged: accept is {accept!r}, checkpoint {origin!r}")
+        if origin is None:
+            if checkpoint is not None:
+                raise UserError(f"{path}: was made without a checkpoint; leave out {checkpoint}")
+            classifier = cls.from_config(config, device, accept=accept)
+        else:
+            classifier = cls.from_checkpoint(checkpoint or Path(origin), device, accept=accept)
+        if fingerprint(classifier.model) != about.get("weights"):
+            source = classifier.checkpoint or f"backbone {config.model.backbone} with weights {config.model.weights}"
+            raise UserError(f"{path}: was made with other weights than those of {source}: learn it anew")
+        classifier._take(supports)
+        return classifier
+
+    @property
+    def data(self) -> DataConfig:
+        """How clips are read."""
+        return self.config.data
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return next(self.model.parameters()).device
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those learnt; none at first."""
+        return self.supports.classes if self.supports else ()
+
+    @property
+    def calibration(self) -> Calibration:
+        """How often to expect right answers, and what is confused with what. Raises UserError before `learn`."""
+        return self._known().calibration
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        """Of a head that chooses by the supports: the weight of each choice; empty for others."""
+        learned, head = self._known(), self.model.head
+        weights = head.choose(learned.embedded, learned.classes).tolist() if head.choices else []
+        return dict(zip(head.choices, weights, strict=True))
 
     def learn(self, support: Mapping[str, Sequence[Clip]], *, progress: bool = False) -> list[str]:
         """Takes on these classes in place of any before; the number of clips may differ from class to class.
@@ -75,8 +180,92 @@ class Classifier:
         Raises:
             UserError: fewer than two classes, or one without a readable clip.
         """
-        if len(support) < 2:
-            raise UserError(f"a classifier needs at least 2 classes, found {len(support)}: {', '.join(support)}")
+        supports, errors = self._read(support, progress)
+        self._take(supports)
+        return errors
+
+    def add(self, support: Mapping[str, Sequence[Clip]], *, progress: bool = False) -> list[str]:
+        """As `learn`, beside the classes and clips learnt before, which are not read again."""
+        supports, errors = self._read(support, progress)
+        self._take(self.supports.joined(supports) if self.supports else supports)
+        return errors
+
+    def drop(self, name: str) -> None:
+        """Forgets a class, or a clip of one named ``class/clip``.
+
+        Raises:
+            UserError: there is none of that name, or fewer than two classes would be left.
+        """
+        self._known()
+        assert self.supports is not None
+        self._take(self.supports.without(name))
+
+    def save(self, path: Path) -> None:
+        """Writes all that was learnt, and what it was learnt with, as safetensors, whole or not at all."""
+        self._known()
+        assert self.supports is not None
+        about: dict[str, Any] = {
+            "config": to_dict(self.config),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "weights": fingerprint(self.model),
+            "accept": float(self.accept),
+        }
+        self.supports.save(path, about)
+
+    @torch.inference_mode()
+    def classify(self, clips: Sequence[Clip], *, progress: bool = False) -> list[Prediction]:
+        """One prediction per clip.
+
+        Raises:
+            UserError: no classes were learnt.
+        """
+        self._known()
+        features, errors = self._features(clips, "query", progress)
+        names = [str(clip.path / clip.member) for clip in clips]
+        rows = zip(names, features, errors, strict=True)
+        return [Prediction(name, {}, error) if error else self.predict(name, row) for name, row, error in rows]
+
+    @torch.inference_mode()
+    def predict(self, name: str, features: Tensor) -> Prediction:
+        """What the clip of that name is taken for, by its ``(N, D)`` features: see `SOAPNet.features`.
+
+        Raises:
+            UserError: no classes were learnt.
+        """
+        learned = self._known()
+        head, calibration = self.model.head, learned.calibration
+        compared = head.compare(learned.embedded, learned.classes, head.embed(features[None]))
+        logits, familiar = compared.logits[0].float(), float(compared.familiar[0])
+        if not bool(logits.isfinite().all()):
+            return Prediction(name, {}, f"{name}: the model's scores of it are not finite")
+        chances = (calibration.sharpness * logits).softmax(0).tolist()
+        ordered = sorted(zip(self.classes, chances, strict=True), key=lambda item: -item[1])
+        return Prediction(name, dict(ordered), known=familiar >= calibration.threshold)
+
+    def _known(self) -> _Learned:
+        if self._learned is None:
+            raise UserError("the classifier knows no classes yet: call learn() first")
+        return self._learned
+
+    @torch.inference_mode()
+    def _take(self, supports: Supports) -> None:
+        if len(supports.classes) < 2:
+            raise UserError(
+                f"a classifier needs at least 2 classes, found {len(supports.classes)}: {', '.join(supports.classes)}"
+            )
+        head = self.model.head
+        if tuple(supports.features.shape[1:]) != (head.frames, head.dim):
+            raise UserError(
+                f"the supports' features are {tuple(supports.features.shape[1:])}, the model's are "
+                f"{(head.frames, head.dim)}: learn them anew"
+            )
+        supports = replace(supports, features=supports.features.to(self.device), labels=supports.labels.to(self.device))
+        classes = group_by_class(supports.labels, len(supports.classes))
+        embedded = head.embed(supports.features)
+        calibration = calibrate(head.held_out(embedded, classes), classes, self.accept)
+        self.supports, self._learned = supports, _Learned(embedded, classes, calibration)
+
+    def _read(self, support: Mapping[str, Sequence[Clip]], progress: bool) -> tuple[Supports, list[str]]:
         clips = [clip for members in support.values() for clip in members]
         labels = [label for label, members in enumerate(support.values()) for _ in members]
         features, errors = self._features(clips, "support", progress)
@@ -85,41 +274,43 @@ class Classifier:
             if label not in {labels[row] for row in good}:
                 reasons = [error for error, owner in zip(errors, labels, strict=True) if owner == label and error]
                 raise UserError(f"class {name!r} has no readable clip{f': {reasons[0]}' if reasons else ''}")
-        self.classes = tuple(support)
-        self._support = features[good]
-        self._labels = torch.tensor([labels[row] for row in good], device=self.device)
-        return [error for error in errors if error]
-
-    @torch.inference_mode()
-    def classify(self, clips: Sequence[Clip], *, progress: bool = False) -> list[Prediction]:
-        """One prediction per clip: the softmax of the head's scores over the classes learnt.
-
-        Raises:
-            UserError: no classes were learnt.
-        """
-        if not self.classes:
-            raise UserError("the classifier knows no classes yet: call learn() first")
-        features, errors = self._features(clips, "query", progress)
-        predictions = []
-        for clip, query, error in zip(clips, features, errors, strict=True):
-            chances: dict[str, float] = {}
-            if error is None:
-                logits = self.model.head(self._support, self._labels, query[None], len(self.classes))[0].float()
-                scores = zip(self.classes, logits.softmax(0).tolist(), strict=True)
-                chances = dict(sorted(scores, key=lambda item: -item[1]))
-                if not bool(logits.isfinite().all()):
-                    chances, error = {}, f"{clip.path / clip.member}: the model's scores of it are not finite"
-            predictions.append(Prediction(str(clip.path / clip.member), chances, error))
-        return predictions
+        classes = tuple(support)
+        names = _distinct(f"{classes[labels[row]]}/{clips[row].path.name}" for row in good)
+        kept = torch.tensor([labels[row] for row in good], device=self.device)
+        return Supports(features[good], kept, classes, tuple(names)), [error for error in errors if error]
 
     def _features(self, clips: Sequence[Clip], what: str, progress: bool) -> tuple[Tensor, list[str | None]]:
         # A few clips are read sooner than processes start.
         data = self.data if len(clips) > 4 * CLIPS_PER_CALL else replace(self.data, workers=0)
         with tqdm(total=len(clips), desc=what, unit="clip", leave=False, disable=None if progress else True) as bar:
             features, errors = clip_features(
-                self.model, clips, data, self.device, amp=self.amp, progress=lambda count: bar.update(count)
+                self.model,
+                clips,
+                data,
+                self.device,
+                amp=self.config.train.amp,
+                progress=lambda count: bar.update(count),
             )
         return features, [None if error is None else str(error) for error in errors]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights and statistics, by name: two models with the same one compute the same."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _distinct(names: Iterator[str]) -> list[str]:
+    """The names, with a number behind those that came before."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found
 
 
 def clips_by_class(folder: Path) -> dict[str, list[Clip]]:

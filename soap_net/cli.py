@@ -174,20 +174,14 @@ def _train(args: list[str]) -> int:
 
 
 def _eval(args: list[str]) -> int:
-    own = _Options("eval", "Evaluate a checkpoint on classes it has never seen.", SETTINGS)
-    own.add_argument("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a run")
+    text = "Evaluate a checkpoint on classes it has never seen, or a pretrained net as it is (by default own_clips)."
+    own = _Options("eval", text, SETTINGS)
+    own.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run")
     own.add_argument("--out", type=Path, help="folder or .json file for the result (by default the run's folder)")
     own.add_argument("--json", action="store_true", help="print the whole result as JSON")
     options, settings = own.parse_known(args)
 
-    from soap_net import checkpoint
-    from soap_net.config import flatten, parse, to_dict
-
-    trained = checkpoint.load(options.checkpoint)["config"]
-    config = parse(settings, base=trained, prog="soap-net eval", source=str(options.checkpoint))
-    keys = flatten(to_dict(config))
-    fixed = [key for key in keys if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
-    _refuse_changes(config, trained, fixed, "an evaluation takes it from the checkpoint")
+    config = _own_clips(settings, "eval") if options.checkpoint is None else _trained(options.checkpoint, settings)
 
     from soap_net.evaluate import evaluate_run
 
@@ -204,9 +198,33 @@ def _eval(args: list[str]) -> int:
     width = max(map(len, result.classes))
     for name, accuracy in result.per_class.items():
         print(f"  {name:<{width}}  {'-' if accuracy is None else f'{accuracy:6.2f} %'}")
+    for name, share in result.chosen.items():
+        print(f"  {name} weighed most in {share:.1f} % of the tasks")
     if result.failed_clips:
         print(f"  {len(result.failed_clips)} clips could not be read and were replaced")
     return 0
+
+
+def _own_clips(settings: list[str], command: str) -> Config:
+    """The config of `settings`, over the preset own_clips where they name no other."""
+    from soap_net.config import parse, presets, read_settings
+
+    named = any(setting.partition("=")[0] == "--config" for setting in settings)
+    base = None if named else read_settings(presets()["own_clips"])
+    return parse(settings, base=base, prog=f"soap-net {command}")
+
+
+def _trained(path: Path, settings: list[str]) -> Config:
+    """The config of a checkpoint with `settings` for its evaluation."""
+    from soap_net import checkpoint
+    from soap_net.config import flatten, parse, to_dict
+
+    trained = checkpoint.load(path)["config"]
+    config = parse(settings, base=trained, prog="soap-net eval", source=str(path))
+    keys = flatten(to_dict(config))
+    fixed = [key for key in keys if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
+    _refuse_changes(config, trained, fixed, "an evaluation takes it from the checkpoint")
+    return config
 
 
 # Settings beside `data` and `eval` that count in an evaluation: where and how precisely the model runs.

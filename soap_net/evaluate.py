@@ -36,7 +36,7 @@ from soap_net.errors import ClipError, UserError, said
 from soap_net.files import write_text
 from soap_net.interrupts import Interrupted
 from soap_net.models.heads import Embedded, FewShotHead, group_by_class
-from soap_net.models.soap_net import SOAPNet
+from soap_net.models.soap_net import SOAPNet, build_model
 from soap_net.ranks import Ranks, join
 from soap_net.runs import RunFolder
 
@@ -67,6 +67,8 @@ class EvalResult:
     classes: list[str]
     confusion: list[list[int]]
     failed_clips: list[str]
+    chosen: dict[str, float] = field(default_factory=dict)
+    """Of a head that chooses by the supports: the share of tasks, in percent, in which each choice weighed most."""
     correct: list[int] = field(default_factory=list, repr=False)
     """Right answers of each task, to compare runs task by task; not written."""
 
@@ -116,7 +118,7 @@ def clip_features(
     Returns:
         ``(len(clips), T, D)`` float32 on `device`, and a list of the same length.
     """
-    features = torch.zeros(len(clips), data.frames, model.backbone.dim, device=device)
+    features = torch.zeros(len(clips), model.head.frames, model.head.dim, device=device)
     errors: list[ClipError | None] = [None] * len(clips)
     dataset = PerClip(clips, clip_loader(data, train=False, memory=memory))
     with contextlib.closing(load(dataset, data.workers, batch_size=CLIPS_PER_CALL)) as batches:
@@ -176,15 +178,21 @@ def evaluate(
     try:
         store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop, memory)
         chosen = store.fill(episodes)
-        correct, confusion = _run_tasks(store, episodes, chosen, config)
+        answers = _run_tasks(store, episodes, chosen, config)
     finally:
         model.train(was_training)
-    return _result(store, config, correct, confusion, time.perf_counter() - began)
+    return _result(store, config, answers, time.perf_counter() - began)
 
 
-def _result(
-    store: _Store, config: EvalConfig, correct: np.ndarray, confusion: np.ndarray, seconds: float
-) -> EvalResult:
+@dataclass
+class _Answers:
+    correct: np.ndarray  # right answers per task
+    confusion: np.ndarray  # over all classes of the split
+    chosen: np.ndarray  # per task: which of the head's choices weighed most
+
+
+def _result(store: _Store, config: EvalConfig, answers: _Answers, seconds: float) -> EvalResult:
+    correct, confusion, names = answers.correct, answers.confusion, store.model.head.choices
     accuracies = 100.0 * correct / (config.way * config.queries)
     answered = confusion.sum(axis=1)
     return EvalResult(
@@ -205,6 +213,7 @@ def _result(
         classes=list(store.clips.classes),
         confusion=confusion.tolist(),
         failed_clips=store.failures,
+        chosen={name: float(100.0 * (answers.chosen == i).mean()) for i, name in enumerate(names)},
         correct=correct.tolist(),
     )
 
@@ -226,7 +235,8 @@ class _Store:
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.features = torch.zeros(0, self.data.frames, self.model.backbone.dim, device=self.ranks.device)
+        head = self.model.head
+        self.features = torch.zeros(0, head.frames, head.dim, device=self.ranks.device)
 
     @contextlib.contextmanager
     def advancing(self, what: str, unit: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -296,20 +306,23 @@ def _run_tasks(
     episodes: Sequence[Episode],
     chosen: list[tuple[list[int], list[int]]],
     config: EvalConfig,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Right answers per task, and the confusion matrix over all classes of the split."""
+) -> _Answers:
     ranks, way = store.ranks, config.way
     device = ranks.device
     support_labels = torch.arange(way, device=device).repeat_interleave(config.shot)
     truth = np.repeat(np.arange(way), config.queries)
     class_ids = np.array([episode.classes for episode in episodes])
     predicted = torch.zeros(len(episodes), len(truth), dtype=torch.int64, device=device)
+    weighed_most = torch.zeros(len(episodes), dtype=torch.int64, device=device)
     head, features = store.model.head, store.features
     classes = group_by_class(support_labels, way)
     embedded = _embed_all(head, features)
 
     def score(support: Embedded, query: Embedded) -> Tensor:
         return head.logits(support, classes, query)
+
+    def choose(support: Embedded) -> Tensor:
+        return head.choose(support, classes)
 
     batched = torch.vmap(score)
     mine = range(ranks.rank, len(episodes), ranks.size)
@@ -328,8 +341,10 @@ def _run_tasks(
                     sides.append(tuple(tensor[rows] for tensor in embedded))
             scores = batched(*sides)
             predicted[tasks] = torch.where(scores.isfinite().all(dim=-1), scores.argmax(dim=-1), -1)
+            if head.choices:
+                weighed_most[tasks] = torch.vmap(choose)(sides[0]).argmax(dim=-1)
             advance(len(tasks))
-    ranks.sum([predicted])
+    ranks.sum([predicted, weighed_most])
     answers = predicted.cpu().numpy()
     if (answers < 0).any():
         task = int(np.flatnonzero((answers < 0).any(axis=1))[0])
@@ -339,8 +354,7 @@ def _run_tasks(
         )
     confusion = np.zeros((len(store.clips.classes),) * 2, dtype=np.int64)
     np.add.at(confusion, (class_ids[:, truth], np.take_along_axis(class_ids, answers, axis=1)), 1)
-    correct: np.ndarray = (answers == truth).sum(axis=1)
-    return correct, confusion
+    return _Answers((answers == truth).sum(axis=1), confusion, weighed_most.cpu().numpy())
 
 
 def _embed_all(head: FewShotHead, features: Tensor) -> Embedded | None:
@@ -356,22 +370,22 @@ def _embed_all(head: FewShotHead, features: Tensor) -> Embedded | None:
 
 
 def evaluate_run(
-    checkpoint: Path,
+    checkpoint: Path | None,
     config: Config,
     *,
     out: Path | None = None,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
-    """Evaluates a checkpoint and writes `eval.json` beside it.
+    """Evaluates a checkpoint, or the net that the config describes as it is, and writes `eval.json`.
 
     A result that can't be written after all is returned all the same, with a warning on stderr.
 
     Args:
-        checkpoint: a run's `best.pt` or `last.pt`.
-        config: its `data`, `eval`, `device`, `train.amp`, `model.soap.backend` and `model.soap.precision` count; all
-            else of the model is the checkpoint's own.
-        out: a .json file, or a folder to put `eval.json` in.
+        checkpoint: a run's `best.pt` or `last.pt`; None leaves the net untrained, with the weights it is built with.
+        config: of a checkpoint's its `data`, `eval`, `device`, `train.amp`, `model.soap.backend` and
+            `model.soap.precision` count; all else of the model is the checkpoint's own.
+        out: a .json file, or a folder to put `eval.json` in; by default the checkpoint's folder, or the config's.
         progress: whether to show progress bars.
         stop: see `evaluate`; `Interrupted` leaves what was written as it was.
 
@@ -381,15 +395,11 @@ def evaluate_run(
     """
     config.check()
     with join(config.device) as ranks:
-        soap = config.model.soap
-        model, trained = load_model(checkpoint, ranks.device, backend=soap.backend, precision=soap.precision)
-        if config.data.frames != trained.data.frames:
-            raise UserError(
-                f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
-            )
+        model = _model(checkpoint, config, ranks.device)
         data, split = config.data, config.eval.split
         clips = load_split(data.root, split, data.split_file(split), data.split_files)
-        target = out if out is not None and out.suffix == ".json" else RunFolder(out or checkpoint.parent).result
+        folder = checkpoint.parent if checkpoint else config.out
+        target = out if out is not None and out.suffix == ".json" else RunFolder(out or folder).result
         if ranks.first:
             _refuse_unwritable(target)
         result = evaluate(
@@ -401,6 +411,18 @@ def evaluate_run(
             except OSError as error:  # hours of evaluation are not to be lost for it
                 print(f"warning: {target}: the result can't be written: {said(error)}", file=sys.stderr)
     return result
+
+
+def _model(checkpoint: Path | None, config: Config, device: torch.device) -> SOAPNet:
+    if checkpoint is None:
+        return build_model(config.model, config.data.frames).to(device).eval()
+    soap = config.model.soap
+    model, trained = load_model(checkpoint, device, backend=soap.backend, precision=soap.precision)
+    if config.data.frames != trained.data.frames:
+        raise UserError(
+            f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
+        )
+    return model
 
 
 def _refuse_unwritable(target: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from soap_kernels import SOAP
 from soap_net.errors import UserError
 from soap_net.models.backbones import Backbone, build_backbone
-from soap_net.models.heads import FewShotHead, build_head
+from soap_net.models.heads import HEADS, FewShotHead, build_head
 
 if TYPE_CHECKING:
     from soap_net.config import ModelConfig
@@ -28,7 +28,7 @@ class SOAPNet(nn.Module):
         soap: SOAP with ``normalize`` set, which then takes the uint8 frames as they are (without ``normalize`` it gets
             them normalised); ``None`` leaves it out.
         backbone: the 2-D net.
-        head: the few-shot head, on ``backbone.dim`` features.
+        head: the few-shot head, on ``backbone.dim`` features; one that takes differences gets features of those too.
         mean, std: per channel, in units of 0..1, for the model's own normalising.
         chunk_frames: the most frames the backbone takes at once; 0 means all.
         checkpoint_backbone: keep no activations of the backbone for backward, but compute them anew: block by block,
@@ -100,7 +100,10 @@ class SOAPNet(nn.Module):
         return self.head(features[: len(support)], support_labels, features[len(support) :], way)
 
     def features(self, clips: Tensor) -> Tensor:
-        """``(B, T, D)`` frame features of ``(B, T, 3, H, W)`` uint8 clips; in evaluation mode a function of each clip.
+        """``(B, N, D)`` features of ``(B, T, 3, H, W)`` uint8 clips; in evaluation mode a function of each clip.
+
+        N is T; for a head that takes differences 2 T - 1: then come the features of each frame's difference to the one
+        before it (as SOAP gave them, or normalised), less those of a difference that is 0 everywhere.
 
         Raises:
             UserError: clips of a wrong shape or dtype.
@@ -109,9 +112,22 @@ class SOAPNet(nn.Module):
         x = (clips.to(self.mean.dtype) / 255 - self.mean) / self.std if self._normalizes else clips
         if self.soap is not None:
             x = self.soap(x)
+        if not self.head.takes_differences:
+            return (
+                self.backbone(x)
+                if self.backbone.takes_clips
+                else self._embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            )
+        changes = x.diff(dim=1)
         if self.backbone.takes_clips:
-            return self.backbone(x)
-        return self._embed(x.flatten(0, 1)).unflatten(0, clips.shape[:2])
+            changes = torch.cat([changes, changes[:, -1:]], dim=1)  # some take one number of frames only
+            shown, changed, still = self.backbone(torch.cat([x, changes, torch.zeros_like(x[:1])])).split(
+                [len(x)] * 2 + [1]
+            )
+            return torch.cat([shown, (changed - still)[:, :-1]], dim=1)
+        images = torch.cat([x.flatten(0, 1), changes.flatten(0, 1), torch.zeros_like(x[0, :1])])
+        shown, changed, still = self._embed(images).split([x.shape[:2].numel(), changes.shape[:2].numel(), 1])
+        return torch.cat([shown.unflatten(0, x.shape[:2]), (changed - still).unflatten(0, changes.shape[:2])], dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
         chunks = -(-len(images) // self.chunk_frames) if self.chunk_frames else 1
@@ -193,7 +209,8 @@ def build_model(config: ModelConfig, frames: int) -> SOAPNet:
         UserError: an unknown name or option, weights that can't be had or don't fit, a setting SOAP refuses.
     """
     backbone = build_backbone(config.backbone, config.weights)
-    head = build_head(config.head, backbone.dim, frames, **config.head_options)
+    images = 2 * frames - 1 if config.head in HEADS and HEADS[config.head].takes_differences else frames
+    head = build_head(config.head, backbone.dim, images, **config.head_options)
     soap = None
     if config.soap.enabled:
         try:

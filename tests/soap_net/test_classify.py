@@ -18,7 +18,7 @@ from soap_net.models import SOAPNet, build_model
 def classifier(tiny_run: Callable[..., Config]) -> Classifier:
     config = tiny_run()
     torch.manual_seed(0)
-    return Classifier(build_model(config.model, config.data.frames), config.data)
+    return Classifier(build_model(config.model, config.data.frames), config)
 
 
 def support(root: Path, shots: dict[int, int]) -> dict[str, list[Clip]]:
@@ -82,7 +82,7 @@ def test_a_model_that_is_not_finite_gives_no_probabilities(
     assert prediction.error == f"{clips['c0'][0].path}: the model's scores of it are not finite"
     next(classifier.model.parameters()).data[0] = math.nan
     with pytest.raises(UserError, match="the model's weights are not finite"):
-        Classifier(classifier.model, classifier.data)
+        Classifier(classifier.model, classifier.config)
 
 
 def test_clips_are_found_in_files_and_folders(tiny_data: Path, tmp_path: Path) -> None:

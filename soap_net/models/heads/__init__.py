@@ -6,12 +6,13 @@ import inspect
 from typing import Any
 
 from soap_net.errors import UserError, did_you_mean
-from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions, group_by_class
+from soap_net.models.heads.base import Classes, Compared, Embedded, FewShotHead, Positions, group_by_class
 from soap_net.models.heads.hyrsm import BiMHMHead, HyRSMHead
 from soap_net.models.heads.otam import OTAMHead
 from soap_net.models.heads.prototype import FrameAverageHead, PrototypeHead
 from soap_net.models.heads.soap import SOAPHead
 from soap_net.models.heads.trx import TRXHead
+from soap_net.models.heads.views import ViewsHead
 
 HEADS: dict[str, type[FewShotHead]] = {
     "soap": SOAPHead,
@@ -21,12 +22,14 @@ HEADS: dict[str, type[FewShotHead]] = {
     "trx": TRXHead,
     "bimhm": BiMHMHead,
     "hyrsm": HyRSMHead,
+    "views": ViewsHead,
 }
 
 __all__ = [
     "HEADS",
     "BiMHMHead",
     "Classes",
+    "Compared",
     "Embedded",
     "FewShotHead",
     "FrameAverageHead",
@@ -36,6 +39,7 @@ __all__ = [
     "PrototypeHead",
     "SOAPHead",
     "TRXHead",
+    "ViewsHead",
     "build_head",
     "group_by_class",
 ]

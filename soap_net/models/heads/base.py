@@ -35,6 +35,10 @@ class Classes(NamedTuple):
         member = torch.zeros(len(self.shots), supports, dtype=torch.int64, device=self.shots.device)
         return member.scatter_add(1, self.shots, self.present.long()) > 0
 
+    def left_out(self, own: Tensor) -> Tensor:
+        """``(S,)`` bool: whether a support's class has others, so that it can be left out; ``own`` (S, way) its class."""
+        return own[:, self.present.sum(dim=1) > 1].any(dim=1)
+
 
 def group_by_class(labels: Tensor, way: int) -> Classes:
     """Group supports by class, whatever their order and however many shots each class has.
@@ -64,6 +68,13 @@ Embedded = tuple[Tensor, ...]
 """N clips as a head compares them: tensors with N first."""
 
 
+class Compared(NamedTuple):
+    """Clips compared with the supports: ``logits`` (N, way), and how much each is like any class, ``familiar`` (N,)."""
+
+    logits: Tensor
+    familiar: Tensor
+
+
 class FewShotHead(nn.Module, ABC):
     """Classifies queries by comparing their frame features with those of a few labelled supports.
 
@@ -73,6 +84,10 @@ class FewShotHead(nn.Module, ABC):
 
     tasks_at_once: ClassVar[int] = 16
     """How many tasks evaluation may run side by side, which takes as many times the memory of one."""
+    takes_differences: ClassVar[bool] = False
+    """Whether the features of the differences of neighbouring frames follow those of a clip's T frames: 2 T - 1."""
+    choices: tuple[str, ...] = ()
+    """Names of what the head chooses among by looking at the supports, if it does."""
 
     def __init__(self, dim: int, frames: int) -> None:
         super().__init__()
@@ -118,6 +133,27 @@ class FewShotHead(nn.Module, ABC):
     @abstractmethod
     def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
         """``(Q, way)`` from S embedded supports, whose grouping is ``classes``, and Q embedded queries."""
+
+    def compare(self, support: Embedded, classes: Classes, query: Embedded) -> Compared:
+        """`logits`, and how much each query is like any class: by default the largest logit."""
+        logits = self.logits(support, classes, query)
+        return Compared(logits, logits.amax(dim=1))
+
+    def held_out(self, support: Embedded, classes: Classes) -> Compared:
+        """`compare` of each of the S supports with the others; rows of classes with one support mean nothing."""
+        labels = classes.one_hot(len(support[0])).long().argmax(dim=0)
+        found = []
+        for row in range(len(labels)):
+            rest = torch.arange(len(labels), device=labels.device) != row
+            if not (labels[rest] == labels[row]).any():
+                rest[row] = True
+            grouped = group_by_class(labels[rest], len(classes.shots))
+            found.append(self.compare(tuple(t[rest] for t in support), grouped, tuple(t[row, None] for t in support)))
+        return Compared(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
+
+    def choose(self, support: Embedded, classes: Classes) -> Tensor:
+        """``(len(choices),)``: the weight of each of `choices`, in a sum of 1."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to choose")
 
 
 class Positions(nn.Module):
