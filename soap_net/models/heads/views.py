@@ -48,7 +48,7 @@ class ViewsHead(FewShotHead):
 
     def __init__(self, dim: int, frames: int, by: str = "auto") -> None:
         super().__init__(dim, frames)
-        if frames < 3 or frames % 2 == 0:
+        if frames < 2:
             raise UserError(f"the head views looks at changes: it needs clips of at least 2 frames (images: {frames})")
         if str(by) not in ("auto", *MIXTURES):
             near = did_you_mean(str(by), ("auto", *MIXTURES))
