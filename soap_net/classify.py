@@ -159,6 +159,10 @@ class Classifier:
         """Those learnt; none at first."""
         return self.supports.classes if self.supports else ()
 
+    def counts(self) -> dict[str, int]:
+        """How many clips of each class it was shown."""
+        return self.supports.counts() if self.supports else {}
+
     @property
     def calibration(self) -> Calibration:
         """How often to expect right answers, and what is confused with what. Raises UserError before `learn`."""

@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from soap_net.errors import UserError, did_you_mean, nearest, said
+from soap_net.errors import UserError, nearest, said
 from soap_net.interrupts import Interrupted
+from soap_net.options import SETTINGS, Options, own_clips, print_json
 
 if TYPE_CHECKING:
     from soap_net.config import Config
 
 Command = Callable[[list[str]], int]
-SETTINGS = "Settings may follow, as in --eval.tasks 1000; `soap-net train --help` lists them all."
-
-
-class _Options(argparse.ArgumentParser):
-    """Options of one command; a mistake raises `UserError` rather than printing the whole usage."""
-
-    def __init__(self, command: str, description: str, epilog: str = "") -> None:
-        super().__init__(prog=f"soap-net {command}", description=description, epilog=epilog, allow_abbrev=False)
-        self._given: list[str] = []
-
-    def error(self, message: str) -> NoReturn:
-        for option in self._given:  # an option is missing: perhaps it is there and misspelt
-            if hint := self._hint(option):
-                raise UserError(f"unknown option {option}{hint}")
-        raise UserError(f"{message}; see {self.prog} --help")
-
-    def parse_known(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Parses what it knows of `args`, and returns the rest beside it."""
-        self._given = list(args)
-        return self.parse_known_args(args)
-
-    def parse_exactly(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parses all of `args`; an unknown one is named together with the nearest there is."""
-        values, rest = self.parse_known(args)
-        if rest:
-            raise UserError(f"unknown option {rest[0]}{self._hint(rest[0])}")
-        return values
-
-    def _hint(self, option: str) -> str:
-        """Names the option that an unknown one was meant to be; empty if it is known, like none, or no option."""
-        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        name = option.partition("=")[0]
-        return did_you_mean(name, known) if name.startswith("--") and name not in known else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,10 +94,6 @@ def _prints() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 def _demo(args: list[str]) -> int:
     from soap_net.config import parse, presets, read_settings
 
@@ -175,13 +138,13 @@ def _train(args: list[str]) -> int:
 
 def _eval(args: list[str]) -> int:
     text = "Evaluate a checkpoint on classes it has never seen, or a pretrained net as it is (by default own_clips)."
-    own = _Options("eval", text, SETTINGS)
+    own = Options("eval", text, SETTINGS)
     own.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run")
     own.add_argument("--out", type=Path, help="folder or .json file for the result (by default the run's folder)")
     own.add_argument("--json", action="store_true", help="print the whole result as JSON")
     options, settings = own.parse_known(args)
 
-    config = _own_clips(settings, "eval") if options.checkpoint is None else _trained(options.checkpoint, settings)
+    config = own_clips(settings, "eval") if options.checkpoint is None else _trained(options.checkpoint, settings)
 
     from soap_net.evaluate import evaluate_run
 
@@ -189,7 +152,7 @@ def _eval(args: list[str]) -> int:
     if not _prints():
         return 0
     if options.json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
         return 0
     print(
         f"{result.shown}  ({result.tasks} tasks, {result.way}-way {result.shot}-shot, "
@@ -203,15 +166,6 @@ def _eval(args: list[str]) -> int:
     if result.failed_clips:
         print(f"  {len(result.failed_clips)} clips could not be read and were replaced")
     return 0
-
-
-def _own_clips(settings: list[str], command: str) -> Config:
-    """The config of `settings`, over the preset own_clips where they name no other."""
-    from soap_net.config import parse, presets, read_settings
-
-    named = any(setting.partition("=")[0] == "--config" for setting in settings)
-    base = None if named else read_settings(presets()["own_clips"])
-    return parse(settings, base=base, prog=f"soap-net {command}")
 
 
 def _trained(path: Path, settings: list[str]) -> Config:
@@ -241,44 +195,20 @@ def _refuse_changes(config: Config, base: Mapping[str, Any], keys: Sequence[str]
             raise UserError(f"--{key} can't be set here: {why}")
 
 
+def _learn(args: list[str]) -> int:
+    from soap_net.own import learn
+
+    return learn(args)
+
+
 def _classify(args: list[str]) -> int:
-    own = _Options(
-        "classify",
-        "Tell your own classes apart: show a trained model a few clips of each, and ask it about others.",
-        "A clip is a video, a folder of frames or a zip of frames.",
-    )
-    own.add_argument("--checkpoint", type=Path, required=True, help="best.pt of a run")
-    own.add_argument("--support", type=Path, required=True, help="folder with one folder of clips per class")
-    own.add_argument("--query", type=Path, required=True, nargs="+", help="clips, or folders of clips, to classify")
-    own.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the best there is)")
-    own.add_argument("--top", type=int, default=3, help="classes to print per clip (default: 3)")
-    own.add_argument("--json", action="store_true", help="print all probabilities as JSON")
-    options = own.parse_exactly(args)
+    from soap_net.own import classify
 
-    from soap_net.classify import Classifier, clips_by_class, find_clips
-
-    support = clips_by_class(options.support)
-    queries = [clip for path in options.query for clip in find_clips(path)]
-    classifier = Classifier.from_checkpoint(options.checkpoint, options.device)
-    for error in classifier.learn(support, progress=True):
-        print(f"warning: {error}; left out of the support", file=sys.stderr)
-    predictions = classifier.classify(queries, progress=True)
-    if options.json:
-        rows = [
-            {"clip": p.clip, "class": p.label, "probabilities": p.probabilities, "error": p.error} for p in predictions
-        ]
-        _print_json(rows)
-    else:
-        width = max(len(prediction.clip) for prediction in predictions)
-        for prediction in predictions:
-            best = list(prediction.probabilities.items())[: max(options.top, 1)]
-            told = "   ".join(f"{100 * chance:5.1f} % {name}" for name, chance in best)
-            print(f"{prediction.clip:<{width}}  {told}" if prediction.error is None else f"error: {prediction.error}")
-    return 2 if any(prediction.error for prediction in predictions) else 0
+    return classify(args)
 
 
 def _report(args: list[str]) -> int:
-    own = _Options("report", "Write one HTML page on runs: curves, accuracies, confusion, and what SOAP does to clips.")
+    own = Options("report", "Write one HTML page on runs: curves, accuracies, confusion, and what SOAP does to clips.")
     own.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     own.add_argument("--out", type=Path, help="the page (by default report.html in the first run's folder)")
     options = own.parse_exactly(args)
@@ -293,7 +223,7 @@ def _report(args: list[str]) -> int:
 
 def _data_check(args: list[str]) -> int:
     root, args = _leading_path(args)
-    own = _Options("data check", "Read every clip of a data set; report what is missing or broken.", SETTINGS)
+    own = Options("data check", "Read every clip of a data set; report what is missing or broken.", SETTINGS)
     own.usage = "soap-net data check [ROOT] [--split train val test] [--json] [--data.workers N ...]"
     own.add_argument("--split", nargs="+", choices=("train", "val", "test"), default=["train", "val", "test"])
     own.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -311,7 +241,7 @@ def _data_check(args: list[str]) -> int:
     splits = {split: data.split_file(split) for split in options.split}
     report = check_data(data.root, splits, sampling=sampling, workers=data.workers)
     if options.json:
-        _print_json(report.as_dict())
+        print_json(report.as_dict())
     else:
         print(report.summary())
     return 0 if report.sound else 2
@@ -338,7 +268,7 @@ def _leading_path(args: list[str]) -> tuple[str | None, list[str]]:
 def _experiment(args: list[str]) -> int:
     from soap_net.experiments.command import EXPERIMENTS, PRESETS, QUICK_SEEDS, SEEDS, build, default_seeds
 
-    own = _Options("experiment", "Put one of the paper's claims to the test: a table, a CSV file and a plot.", SETTINGS)
+    own = Options("experiment", "Put one of the paper's claims to the test: a table, a CSV file and a plot.", SETTINGS)
     own.add_argument("name", help="; ".join(f"{name}: {claim}" for name, (_, claim) in EXPERIMENTS.items()))
     own.add_argument("--preset", default="quick", help=f"{' or '.join(PRESETS)} (default: quick)")
     own.add_argument("--out", type=Path, help="folder; one left unfinished goes on (default: runs/experiments/NAME)")
@@ -363,7 +293,7 @@ def _experiment(args: list[str]) -> int:
 
 
 def _info(args: list[str]) -> int:
-    _Options("info", "Print versions, devices and the kernels' backends.").parse_exactly(args)
+    Options("info", "Print versions, devices and the kernels' backends.").parse_exactly(args)
     import torch
 
     from soap_kernels import backends
@@ -387,7 +317,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (_demo, "the whole way on the embedded videos, with and without SOAP"),
     "train": (_train, "train on the clips of a data set"),
     "eval": (_eval, "evaluate a checkpoint on unseen classes"),
-    "classify": (_classify, "classify your own clips from a few examples per class"),
+    "learn": (_learn, "learn your own classes from a few clips of each, into one file"),
+    "classify": (_classify, "classify clips by what was learnt, or by a few clips of each class"),
     "report": (_report, "write an HTML page on runs"),
     "data check": (_data_check, "read a data set; report missing and broken files"),
     "data motion": (_data_motion, "write the embedded motion data set as video files"),

@@ -1,0 +1,194 @@
+"""The commands for your own clips: `soap-net learn` and `soap-net classify`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from soap_net.errors import UserError
+from soap_net.files import write_text
+from soap_net.options import Options, own_clips
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from soap_net.classify import Classifier, Prediction
+
+CLIPS = "A clip is a video, a folder of frames or a zip of frames."
+ENOUGH = 9
+"""Clips left out from which on a clip can be told to be none of the classes, at nine in ten known."""
+
+
+def learn(args: list[str]) -> int:
+    """Learns classes, or adds to those of a classifier, and writes one file; returns the exit code."""
+    own = Options(
+        "learn", "Learn your own classes from a few clips of each; the classifier is one file, without code.", CLIPS
+    )
+    own.add_argument("--support", type=Path, help="folder with one folder of clips per class")
+    own.add_argument("--out", type=Path, required=True, help="the classifier to write")
+    own.add_argument("--drop", nargs="+", default=[], metavar="NAME", help="classes, or clips as CLASS/CLIP, to forget")
+    _add_sources(own, "a classifier to add to or drop from")
+    options, settings = own.parse_known(args)
+    if options.support is None and not options.drop:
+        raise UserError("say what to learn: --support FOLDER (or --classifier FILE with --drop NAME)")
+    if options.out.is_dir():
+        raise UserError(
+            f"{options.out}: is a folder; name the classifier's file, as in {options.out / 'my.classifier'}"
+        )
+
+    from soap_net.classify import clips_by_class
+
+    support = clips_by_class(options.support) if options.support else {}
+    classifier = _classifier(options, settings, "learn")
+    for name in options.drop:
+        classifier.drop(name)
+    if support:
+        _warn(classifier.add(support, progress=True))
+    classifier.save(options.out)
+    print(f"wrote {options.out}: {', '.join(f'{name} ({n})' for name, n in classifier.counts().items())}")
+    print(_told(classifier))
+    return 0
+
+
+def classify(args: list[str]) -> int:
+    """Classifies clips and prints or writes the answers; returns the exit code, 2 where a clip could not be read."""
+    own = Options("classify", "Tell your own classes apart: by a classifier file, or by a few clips of each.", CLIPS)
+    own.add_argument("--support", type=Path, help="folder with one folder of clips per class")
+    own.add_argument("--query", type=Path, nargs="+", default=[], help="clips, or folders of clips, to classify")
+    own.add_argument("clips", type=Path, nargs="*", metavar="CLIP", help="the same")
+    own.add_argument("--top", type=int, default=3, help="classes to print per clip (default: 3)")
+    form = own.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print all probabilities as JSON")
+    form.add_argument("--csv", action="store_true", help="print all probabilities as CSV")
+    own.add_argument("--out", type=Path, help="write what would be printed into this file (.json and .csv as such)")
+    _add_sources(own, "what `soap-net learn` wrote")
+    options, settings = own.parse_known(args)
+    if options.support is None and options.classifier is None:
+        raise UserError("say what the classes are: --support FOLDER, or --classifier FILE that `soap-net learn` wrote")
+    if not (paths := [*options.query, *options.clips]):
+        raise UserError("say what to classify: clips, or folders of clips")
+
+    from soap_net.classify import clips_by_class, find_clips
+
+    support = clips_by_class(options.support) if options.support else {}
+    queries = [clip for path in paths for clip in find_clips(path)]
+    classifier = _classifier(options, settings, "classify")
+    if support:
+        _warn(classifier.add(support, progress=True))
+        print(_told(classifier), file=sys.stderr)
+    predictions = classifier.classify(queries, progress=True)
+    suffix = options.out.suffix.lower() if options.out else ""
+    if options.json or (suffix == ".json" and not options.csv):
+        text = json.dumps([_row(prediction) for prediction in predictions], indent=2, ensure_ascii=False) + "\n"
+    elif options.csv or suffix == ".csv":
+        text = _csv(predictions, classifier.classes)
+    else:
+        text = "".join(f"{line}\n" for line in _lines(predictions, max(options.top, 1)))
+    if options.out:
+        write_text(options.out, text)
+    else:
+        print(text, end="")
+    return 2 if any(prediction.error for prediction in predictions) else 0
+
+
+def _add_sources(own: Options, about: str) -> None:
+    """The options of `_classifier`."""
+    own.epilog = f"{own.epilog} Settings of the preset own_clips may follow, as in --data.frames 16."
+    own.add_argument("--classifier", type=Path, help=about)
+    own.add_argument("--checkpoint", type=Path, help="best.pt of a run, instead of pretrained features")
+    own.add_argument("--backbone", help="another pretrained net; see `soap-net train --help`, model.backbone")
+    own.add_argument("--weights", help="its weights: a name, or a .pth or .safetensors file")
+    own.add_argument("--by", help="what to look at: auto (default), appearance, motion, differences or both")
+    own.add_argument("--accept", type=float, help="share of the classes' own clips to take for known (default: 0.9)")
+    own.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the best there is)")
+
+
+def _classifier(options: Namespace, settings: list[str], command: str) -> Classifier:
+    """Of a file, of a checkpoint, or of the preset own_clips with what the options change in it."""
+    from soap_net.classify import Classifier
+
+    accept = {} if options.accept is None else {"accept": options.accept}
+    changes = [name for name in ("backbone", "weights", "by") if getattr(options, name) is not None]
+    if options.classifier is not None:
+        if changes or settings or accept:
+            first = (f"--{changes[0]}" if changes else settings[0]) if changes or settings else "--accept"
+            raise UserError(f"{first} can't be set here: the classifier has it from when it was learnt")
+        return Classifier.load(options.classifier, options.device, checkpoint=options.checkpoint)
+    if options.checkpoint is not None:
+        if changes or settings:
+            raise UserError(f"{f'--{changes[0]}' if changes else settings[0]} can't be set here: the checkpoint has it")
+        return Classifier.from_checkpoint(options.checkpoint, options.device, **accept)
+    config = own_clips(settings, command)
+    if options.backbone is not None:
+        config.model.backbone = options.backbone
+    if options.weights is not None:
+        config.model.weights = options.weights
+    if options.by is not None:
+        if config.model.head != "views":
+            raise UserError(f"--by is for the head views, not for {config.model.head}")
+        config.model.head_options = {**config.model.head_options, "by": options.by}
+    return Classifier.from_config(replace(config), options.device, **accept)
+
+
+def _warn(errors: Sequence[str]) -> None:
+    for error in errors:
+        print(f"warning: {error}; left out of the support", file=sys.stderr)
+
+
+def _told(classifier: Classifier) -> str:
+    """What the supports let one expect, in words."""
+    calibration, lines = classifier.calibration, []
+    if calibration.expected is None:
+        lines += [
+            "one clip a class: how often it will be right can't be told, and its percentages are not calibrated; "
+            "give it more clips of each class"
+        ]
+        if len(classifier.chosen) > 1:
+            lines[0] += ", or say what to look at: --by appearance, motion or both"
+        return lines[0]
+    if len(classifier.chosen) > 1:
+        weights = sorted(classifier.chosen.items(), key=lambda item: -item[1])
+        lines.append("looks at " + ", ".join(f"{name} ({100 * weight:.0f} %)" for name, weight in weights))
+    lines.append(f"expect {calibration.expected}")
+    if not calibration.expected.above_chance:
+        lines.append("these clips do not show that the classes can be told apart: take its answers for guesses")
+    if math.isinf(calibration.threshold) and classifier.accept < 1:
+        lines.append(f"every clip will be taken for one of the classes: to tell others it takes {ENOUGH} clips in all")
+    return "\n".join(lines)
+
+
+def _row(prediction: Prediction) -> dict[str, object]:
+    return {
+        "clip": prediction.clip,
+        "class": prediction.label,
+        "known": prediction.known,
+        "probabilities": prediction.probabilities,
+        "error": prediction.error,
+    }
+
+
+def _csv(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["clip", "class", "known", *classes, "error"])
+    for p in predictions:
+        chances = [f"{p.probabilities[name]:.6f}" if p.probabilities else "" for name in classes]
+        rows.writerow([p.clip, p.label or "", p.known, *chances, p.error or ""])
+    return text.getvalue()
+
+
+def _lines(predictions: Sequence[Prediction], top: int) -> list[str]:
+    width = max(len(prediction.clip) for prediction in predictions)
+    lines = []
+    for p in predictions:
+        told = "   ".join(f"{100 * chance:5.1f} % {name}" for name, chance in list(p.probabilities.items())[:top])
+        told = told if p.known else f"none of these ({told.strip()})"
+        lines.append(f"error: {p.error}" if p.error else f"{p.clip:<{width}}  {told}")
+    return lines
