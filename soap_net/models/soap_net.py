@@ -33,7 +33,7 @@ class SOAPNet(nn.Module):
         chunk_frames: the most frames the backbone takes at once; 0 means all.
         checkpoint_backbone: keep no activations of the backbone for backward, but compute them anew: block by block,
             or, with ``chunk_frames``, chunk by chunk, which takes the least memory of all.
-        channels_last: run the backbone in that memory format.
+        channels_last: run a backbone of frames in that memory format.
 
     Chunks change no result of a net in evaluation mode. In training mode BatchNorm normalises each chunk by the chunk's
     own statistics; chunks therefore take every k-th frame, so that each sees all clips, and k chunks together move the
@@ -60,8 +60,9 @@ class SOAPNet(nn.Module):
             raise UserError(f"chunk_frames is {chunk_frames}, expected 0 (all at once) or more")
         if head.dim != backbone.dim:
             raise UserError(f"the head takes {head.dim} features a frame, backbone {backbone.name} has {backbone.dim}")
-        if backbone.takes_clips and (chunk_frames or channels_last):
-            raise UserError(f"backbone {backbone.name} takes whole clips: leave out chunk_frames and channels_last")
+        if backbone.takes_clips and chunk_frames:
+            raise UserError(f"backbone {backbone.name} takes whole clips: leave out chunk_frames")
+        channels_last = channels_last and not backbone.takes_clips
         self.soap = soap
         self.backbone = backbone.to(memory_format=torch.channels_last) if channels_last else backbone
         self.head = head
@@ -225,7 +226,7 @@ def build_model(config: ModelConfig, frames: int) -> SOAPNet:
                 backend=config.soap.backend,
                 precision=config.soap.precision,
                 normalize=(backbone.mean, backbone.std),
-                out_channels_last=config.channels_last,
+                out_channels_last=config.channels_last and not backbone.takes_clips,
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"model.soap: {error}") from error

@@ -39,8 +39,8 @@ class ViewsHead(FewShotHead):
     so logits are log probabilities, and a single clip a class leaves both mixtures equal.
 
     Args:
-        dim: features per image.
-        frames: images per clip: T frames, then their T - 1 differences.
+        dim: features per vector.
+        frames: vectors per clip: those of its frames, then of their differences, as many or one less.
         by: "auto", or a mixture of `MIXTURES`.
     """
 

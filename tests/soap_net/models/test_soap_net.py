@@ -224,6 +224,11 @@ def test_a_3d_backbone_sees_whole_clips_and_gives_a_vector_per_frame(name: str) 
     torch.testing.assert_close(changed[1], features[1])
 
 
+def test_a_3d_backbone_goes_on_as_it_is_where_channels_last_is_set() -> None:
+    plain, last = net("tiny3d").eval(), net("tiny3d", channels_last=True).eval()
+    assert torch.equal(plain.features(clips(2)), last.features(clips(2)))
+
+
 def test_a_3d_backbone_refuses_chunks_of_frames() -> None:
     with pytest.raises(UserError, match="tiny3d takes whole clips"):
         net("tiny3d", chunk_frames=4)
