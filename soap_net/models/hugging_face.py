@@ -56,18 +56,16 @@ def hugging_face(name: str, source: str) -> Built:
         raise UserError(f"backbone {name}: no such folder, and no name of the form owner/model")
     config = _asked(source, transformers.AutoConfig.from_pretrained, trust_remote_code=False)
     if config.model_type == "videomae":
-        frames, size = only(config.num_frames), config.image_size
+        frames, (height, width) = only(config.num_frames), _pair(config.image_size)
     elif config.model_type == "vjepa2":
-        frames, size = at_least(config.tubelet_size, config.tubelet_size), config.crop_size
+        frames, (height, width) = at_least(config.tubelet_size, config.tubelet_size), _pair(config.crop_size)
     else:
         raise UserError(f"backbone {name} is a {config.model_type}, expected videomae or vjepa2")
-    height, width = (size, size) if isinstance(size, int) else size
-    patch = config.patch_size
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    patch_height, patch_width = _pair(config.patch_size)
     classifies = any(one.endswith(CLASSIFIER) for one in config.architectures or ())
     auto = transformers.AutoModelForVideoClassification if classifies else transformers.AutoModel
     net: Any = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    kind = type(net)
+    weights = partial(_weights, type(net), config)
     for part in (net, getattr(net, "vjepa2", None)):
         for unused in ("classifier", "predictor"):
             if hasattr(part, unused):
@@ -86,8 +84,15 @@ def hugging_face(name: str, source: str) -> Built:
         width=only(width),
         frames_per_vector=None if classifies else config.tubelet_size,
     )
-    weights = partial(_weights, kind, config)
-    return Built(backbone, net, UNUSED, {"pretrained": partial(weights, source)}, partial(weights, None))
+
+    def renamed(state: State) -> State:
+        return state if state.keys() <= net.state_dict().keys() else weights(None, state)
+
+    return Built(backbone, net, UNUSED, {"pretrained": partial(weights, source)}, renamed)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _asked(source: str, get: Any, **options: Any) -> Any:
@@ -104,7 +109,7 @@ def _asked(source: str, get: Any, **options: Any) -> Any:
         if local:
             raise UserError(f"{source}: no model of Hugging Face can be read from it: {one_line(error)}") from error
         raise UserError(
-            f"cannot get {source} from Hugging Face's hub ({one_line(error)}): where there is a network, "
+            f"no folder {source}, and cannot get it from Hugging Face's hub ({one_line(error)}): where there is a network, "
             f"hf download {source} --local-dir DIR, then set model.backbone to hf:DIR"
         ) from error
 

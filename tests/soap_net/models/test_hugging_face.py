@@ -132,7 +132,7 @@ def test_what_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     said = one_line("hf:owner/model")
-    assert "cannot get owner/model from Hugging Face's hub" in said
+    assert "no folder owner/model, and cannot get it from Hugging Face's hub" in said
     assert "hf download owner/model --local-dir DIR, then set model.backbone to hf:DIR" in said
     assert "no such folder, and no name of the form owner/model" in one_line(f"hf:{tmp_path / 'none'}")
     (tmp_path / "config.json").write_text("{}")
