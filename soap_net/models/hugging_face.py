@@ -109,8 +109,8 @@ def _asked(source: str, get: Any, **options: Any) -> Any:
         if local:
             raise UserError(f"{source}: no model of Hugging Face can be read from it: {one_line(error)}") from error
         raise UserError(
-            f"no folder {source}, and cannot get it from Hugging Face's hub ({one_line(error)}): where there is a network, "
-            f"hf download {source} --local-dir DIR, then set model.backbone to hf:DIR"
+            f"no folder {source}, and cannot get it from Hugging Face's hub ({one_line(error)}): "
+            f"where there is a network, hf download {source} --local-dir DIR, then set model.backbone to hf:DIR"
         ) from error
 
 
