@@ -87,7 +87,7 @@ class ModelConfig:
     """tiny, resnet18, resnet34, resnet50, vit_b_16, efficientnet_lite0, timm:<name>; of clips tiny3d, r3d_18, mc3_18,
     r3d_18_strided, r2plus1d_18, s3d, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b, hf:<folder or owner/model>."""
     weights: str | None = "imagenet"
-    """pretrained (what the backbone has by name), imagenet, kinetics, random (or null), or a .pth / .safetensors file."""
+    """pretrained (what the net has by name), imagenet, kinetics, random (or null), or a .pth / .safetensors file."""
     head: str = "soap"
     """Few-shot head: soap, prototype, tsn, otam, trx, bimhm or hyrsm."""
     head_options: dict[str, Any] = field(default_factory=dict)
