@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from soap_kernels import op
 from soap_kernels.frames import compute_dtype, without_autocast
-from soap_kernels.held import Held
+from soap_kernels.held import Held, state_to_keep
 from soap_kernels.weights import PARTS, count_maps
 
 #: The convolutions that the published code makes anew in every forward, and so never saves.
@@ -210,7 +210,8 @@ def keep_unsaved(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     With one warning. A state_dict that has some of these convolutions is not the published code's, and is left to the
     strict check.
     """
-    own = {prefix + name: value for name, value in module.state_dict().items() if name.startswith(UNSAVED)}
+    kept = state_to_keep(module, state)
+    own = {prefix + name: value for name, value in kept.items() if name.startswith(UNSAVED)}
     saved = [name for name in state if name.startswith(prefix + "conv_")]
     if own and saved and not any(name in state for name in own):
         state.update(own)

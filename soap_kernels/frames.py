@@ -7,12 +7,22 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What priors are computed in: fp64 for fp64 frames, fp32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def refuse_proxy(x: Any) -> None:
+    """Raises TypeError for what ``torch.fx`` puts in the place of a tensor."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "SOAP checks shapes, which torch.fx.symbolic_trace has not: use torch.export.export, or a torch.fx.Tracer"
+            " whose is_leaf_module keeps SOAP whole"
+        )
 
 
 class without_autocast(AbstractContextManager[None]):
