@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soap_kernels import op
-from soap_kernels.frames import compute_dtype, without_autocast
+from soap_kernels.frames import check_tensor, compute_dtype, without_autocast
 from soap_kernels.held import Held, state_to_keep
 from soap_kernels.weights import PARTS, count_maps
 
@@ -286,6 +286,7 @@ class TriplePrior(nn.Module):
             ValueError: frames of another shape, or a clip length other than the constructor's, for which
                 ``channel_diff`` is made.
         """
+        check_tensor(x)
         frames = self.seq_len if seq_len is None else seq_len
         if frames != self.seq_len and self.fresh_convs is None:
             raise ValueError(f"TriplePrior: seq_len is {frames}, but it was made for {self.seq_len}")

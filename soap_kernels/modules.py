@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from soap_kernels import backends, compat, equations, op
 from soap_kernels.backends import reference
-from soap_kernels.frames import as_float, as_output, compute_dtype, refuse_proxy, without_autocast
+from soap_kernels.frames import as_float, as_output, check_tensor, compute_dtype, without_autocast
 from soap_kernels.held import Held
 from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps
 
@@ -196,7 +196,7 @@ class SOAP(nn.Module):
         )
 
     def _check(self, x: Tensor) -> None:
-        refuse_proxy(x)
+        check_tensor(x)
         if x.dim() != 5 or x.shape[1] != self.frames or x.shape[2] != self.channels:
             raise ValueError(
                 f"SOAP: x has shape {tuple(x.shape)}, expected (B, T, C, H, W) with T = {self.frames} frames"

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from soap_kernels import backends
 from soap_kernels.backends import Backend, Fusion, Needs, Options, Priors
-from soap_kernels.frames import compute_dtype, empty_frames, refuse_proxy, without_autocast
+from soap_kernels.frames import check_tensor, compute_dtype, empty_frames, without_autocast
 from soap_kernels.weights import PARTS, Weights, count_maps, count_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -398,7 +398,7 @@ def _in_plain_pytorch(*tensors: Tensor | None) -> bool:
     Transforms of ``torch.func`` refuse it, ``torch.jit.trace`` can't write it down, and forward mode gives it a
     derivative of zero, without a word.
     """
-    refuse_proxy(tensors[0])
+    check_tensor(tensors[0])
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from soap_kernels.frames import refuse_proxy
+from soap_kernels.frames import check_tensor
 from soap_kernels.held import state_to_keep
 from soap_kernels.modules import SOAP
 
@@ -41,6 +41,7 @@ class Plugged(nn.Module):
 
         Raises:
             ValueError: frames of another layout, or of a number that is no multiple of SOAP's.
+            TypeError: they are no dense tensor.
         """
         if frames is not None or args:
             return self.model(self._enhance(frames), *args, **kwargs)
@@ -53,9 +54,7 @@ class Plugged(nn.Module):
         return self.model(**{**kwargs, name: self._enhance(kwargs[name])})
 
     def _enhance(self, x: Any) -> Tensor:
-        refuse_proxy(x)
-        if not isinstance(x, Tensor):
-            raise ValueError(f"plug: the model's input is a {type(x).__name__}, expected a tensor of frames or clips")
+        check_tensor(x)
         layout = self.layout if self.layout != "auto" else self._find_layout(x)
         frames = self.soap.frames
         if layout == "NCHW":

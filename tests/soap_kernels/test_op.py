@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import soap_kernels
-from soap_kernels import CWEM, HMEM, SOAP, ThreeDEM, backends
+from soap_kernels import CWEM, HMEM, SOAP, ThreeDEM, backends, plug
+from soap_kernels.compat import TriplePrior
 from soap_kernels.weights import PARTS
 
 OPS = torch.ops.soap_kernels
@@ -251,6 +252,16 @@ def test_misuse_names_the_argument_and_what_was_expected(case: str) -> None:
 def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match="backend 'cudnn' is unknown; there are auto"):
         OPS.soap(*soap_arguments("cudnn"))
+
+
+@pytest.mark.parametrize("kind", ["ndarray", "torch.sparse_coo tensor", "torch._mkldnn tensor", "nested tensor"])
+def test_what_is_no_dense_tensor_is_refused_at_every_door(kind: str) -> None:
+    x = torch.randn(8, 3, 4, 4)
+    made = {"ndarray": x.numpy(), "torch.sparse_coo tensor": x.to_sparse(), "torch._mkldnn tensor": x.to_mkldnn()}
+    frames = made.get(kind, torch.nested.nested_tensor([x, x]))
+    for door in (SOAP(), HMEM(), SOAP(variant="release"), TriplePrior(), soap_kernels.window_sums, plug(nn.ReLU())):
+        with pytest.raises(TypeError, match=f"SOAP: x is a {kind}, expected a dense tensor"):
+            door(frames)
 
 
 def test_a_weight_on_another_device_is_named() -> None:

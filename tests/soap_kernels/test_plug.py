@@ -108,7 +108,7 @@ def test_frames_among_other_keywords_are_found_by_the_model_s_signature() -> Non
     torch.testing.assert_close(hidden(labels=labels, pixels=x), hidden(x))
     traced = plug(torch.jit.trace(Frames().eval(), x), frames=4, tuple_sizes=(1, 2))  # says nothing of its arguments
     torch.testing.assert_close(traced(x), traced.model(traced.soap(x[None])[0]))
-    with pytest.raises(ValueError, match="input is a str, expected a tensor of frames or clips"):
+    with pytest.raises(TypeError, match="x is a str, expected a dense tensor"):
         model("clip.mp4")
 
 
