@@ -367,7 +367,7 @@ size_t sweep_scratch(const Sweep& w) {
 }
 
 void sweep_open(const Sweep& w, float* scratch) {
-  // All of it: padded inputs and outputs take part in the products and must stay finite.
+  // All of it: padded inputs and outputs enter the products and must stay finite.
   memset(scratch, 0, sweep_scratch(w) * sizeof(float));
 }
 

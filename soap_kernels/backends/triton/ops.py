@@ -14,7 +14,7 @@ from soap_kernels.backends.triton.plan import Layout, Normalization, Numbers
 from soap_kernels.backends.triton.prepare import Given, Prepared, prepare
 from soap_kernels.backends.triton.prepare import prepared_numel as numel_of
 from soap_kernels.backends.triton.reduce import Reduced, reduce
-from soap_kernels.backends.triton.sweep import part, sweep, weigh
+from soap_kernels.backends.triton.sweep import join_backward, sweep, weigh
 from soap_kernels.backends.triton.window_sums import window_sums, window_sums_backward
 from soap_kernels.backends.wide import Wide
 from soap_kernels.frames import empty_frames
@@ -24,7 +24,7 @@ __all__ = [
     "window_sums_backward",
 ]  # fmt: skip
 
-WIDE = Wide(join, part)
+WIDE = Wide(join, join_backward)
 
 
 def _numbers(x: Tensor, options: Options) -> Numbers:

@@ -93,7 +93,7 @@ class Layout(Constants):
     frames: int
     channels: int
     chunks: int  # programs that share a plane's sum
-    wide: bool  # offsets within a plane need 64 bits
+    long_offsets: bool  # offsets within a plane need 64 bits
     sizes: tuple[int, ...] = ()  # HMEM's tuple sizes, () when it is off or given folded
     hidden: int = 0  # CWEM's, 0 when it is off
     stencil: bool = False
@@ -209,12 +209,12 @@ class Layout(Constants):
 def _extent(x: Tensor, *others: Tensor) -> tuple[int, int, int, bool]:
     """The first fields of a layout."""
     frames, channels, height, width = x.shape[1:]
-    return frames, channels, 4 if height * width >= 16384 else 1, wide(x, *others)
+    return frames, channels, 4 if height * width >= 16384 else 1, long_offsets(x, *others)
 
 
 @dataclass(frozen=True)
 class Numbers(Constants):
-    """How products are formed. ``split`` 0: one product, 1: the weights' (dz's) low part too, 2: x's as well."""
+    """How products are formed. ``split`` 0: one product, 1: the weights' (dz's) low term too, 2: x's as well."""
 
     split: int
     precision: str  # tl.dot's input_precision
@@ -413,7 +413,7 @@ def processors(x: Tensor) -> tuple[int, int]:
     return _processors(x.device.index or 0) if x.is_cuda else (1, 0)
 
 
-def wide(*frames: Tensor) -> bool:
+def long_offsets(*frames: Tensor) -> bool:
     """Offsets within a plane need 64 bits."""
     height, width = frames[0].shape[-2:]
     spans = [(height - 1) * abs(t.stride(-2)) + (width - 1) * abs(t.stride(-1)) for t in frames]
