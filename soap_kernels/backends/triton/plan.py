@@ -1,5 +1,16 @@
 """What the kernels are compiled for: layout, number formats, tiles; what they are handed; and the launcher that counts.
 
+The folded convolution of 8 frames of 3 channels as :class:`Layout` has it, TP = ``padded_frames`` = 8:
+
+    columns        0..7        8..15       16..23      24..31
+    of frame u     channel 0   channel 1   channel 2   column 24 (``one``): normalisation's shift; padding
+    rows        +-----------+-----------+-----------+-----------+
+     0..7       |  HMEM's prior of channel 0, frame t           |
+     8..15      |  HMEM's prior of channel 1, frame t           |   row j * TP + t, column c * TP + u
+    16..23      |  HMEM's prior of channel 2, frame t           |
+    24..31      |  3DEM's prior of frame t (``stencil_group``)  |
+                +-----------------------------------------------+
+
 A kernel takes :class:`Layout`, :class:`Numbers` and :class:`Block` whole, as ``tl.constexpr``, and reads their fields
 and properties. Triton 3.6, the oldest served, lets a number into a tuple, such as a shape, only by a name that is bound
 as ``tl.constexpr``, and hands no string or tuple on to a function: those are read where they are used. ``static_range``
@@ -88,7 +99,7 @@ class Constants:
 
 @dataclass(frozen=True)
 class Layout(Constants):
-    """How planes become rows and columns of the folded convolution, and what is joined to them; see ``prepare``."""
+    """How planes become rows and columns of the folded convolution, as drawn above, and what is joined to them."""
 
     frames: int
     channels: int
