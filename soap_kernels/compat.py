@@ -210,11 +210,11 @@ def keep_unsaved(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     With one warning. A state_dict that has some of these convolutions is not the published code's, and is left to the
     strict check.
     """
-    kept = state_to_keep(module, state)
-    own = {prefix + name: value for name, value in kept.items() if name.startswith(UNSAVED)}
+    own = [prefix + name for name in module.state_dict() if name.startswith(UNSAVED)]
     saved = [name for name in state if name.startswith(prefix + "conv_")]
     if own and saved and not any(name in state for name in own):
-        state.update(own)
+        kept = state_to_keep(module, state)
+        state.update({name: kept[name.removeprefix(prefix)] for name in own})
         warnings.warn(
             f"the state_dict has no {', '.join(UNSAVED)}: the published code draws them anew in every forward and "
             "never saves them; they keep their initial values",
