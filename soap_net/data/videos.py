@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import av
 import numpy as np
 import torch
+from av.buffer import Buffer
 from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from soap_net.data.bitstreams import matroska_end, starts_anew
 from soap_net.errors import ClipError, said
 
 T = TypeVar("T")
@@ -29,37 +31,99 @@ T = TypeVar("T")
 VIDEO_SUFFIXES = frozenset(
     ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv".split()  # noqa: SIM905
 )
-# Codecs of which every packet is one frame. Others (VP8 with its hidden frames) are counted and read by decoding.
+# Codecs of which a packet is a frame, so that frames can be sought by their times. Others are read from the start.
 _FRAME_PER_PACKET = frozenset(
     "av1 dnxhd ffv1 flv h263 h264 hevc huffyuv libdav1d mjpeg mpeg1video mpeg2video mpeg4".split()  # noqa: SIM905
     + "png prores qtrle rawvideo vp9 wmv1 wmv2".split()  # noqa: SIM905
+)
+# Decoders that say where a picture is damaged. Others leave in it what its memory held before, in silence, which
+# varies with threads and with what was decoded before; those always decode in one thread, anew from a keyframe.
+_TELLING = frozenset(
+    "av1 flv h263 h264 hevc libdav1d mjpeg mpeg1video mpeg2video mpeg4 prores vp9 wmv1 wmv2".split()  # noqa: SIM905
 )
 # Decoders that leave out frames no other frame is predicted from, where that is asked packet by packet.
 _SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
 # A seek empties the decoder's pipeline, and costs about as much as decoding this many frames in vain.
 _SEEK_COST = 8
+# Videos of up to so many pixels in all (218 frames of 320x240), of at least 2^15 a frame, are decoded whole at the
+# first visit: only that tells the frames of a damaged one. Of longer ones the first few must be as the packets say.
+_WHOLE, _LEAST, _SAMPLE = 2**24, 2**15, 32
 
+MAX_PIXELS = 2**25
+"""Of a frame, as the file declares it: 8K fits. A larger one is refused before memory is taken for it."""
 PATIENCE = 60
 """Seconds from one packet or frame to the next, after which a video counts as one that hangs its decoder."""
 
+_LIMITS = {"max_pixels": str(MAX_PIXELS)}
+_STRICT = {**_LIMITS, "err_detect": "crccheck+bitstream+buffer+explode"}
 # Before PyAV 19, metadata that is not UTF-8 is an error where nothing else is said.
 _LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
+class _DoubtError(Exception):
+    """Strict reading met what a sound video does not have."""
+
+
+class _RefusedError(Exception):
+    """The reason for which a video that can be decoded is not read."""
+
+
 @dataclass(frozen=True)
 class _Timeline:
-    """Where every packet is one frame: the frames' presentation times, ascending, and where decoding can start."""
+    """The frames' presentation times, ascending, and where decoding can start."""
 
     pts: NDArray[np.int64]
     keys: NDArray[np.int64]  # frame numbers of the keyframes that nothing shown later looks behind, ascending
     key_times: NDArray[np.int64]  # the time to seek to for each of them
+
+    def start_of(self, number: int) -> int:
+        """The position among the keyframes of the last one up to a frame."""
+        return int(np.searchsorted(self.keys, number, side="right")) - 1
+
+
+@dataclass(frozen=True)
+class _Packets:
+    """What the packets tell of a video without decoding."""
+
+    count: int
+    pixels: int  # of a frame
+    fps: float | None
+    pts: NDArray[np.int64]  # ascending
+    keys: list[tuple[int, int]]  # times of keyframes, and where to seek for them; none where times can't be trusted
+    empty: frozenset[int]  # times of packets that are too small for a picture
+
+    def long(self) -> bool:
+        """Whether the video is longer than is decoded whole, though its packets can be trusted to be its frames."""
+        return bool(self.keys) and not self.empty and self.count * max(self.pixels, _LEAST) > _WHOLE
+
+    def timeline(self, shown: Sequence[int | None]) -> _Timeline | None:
+        """That of frames with these times; None where only decoding from the start tells which frame is which."""
+        pts = np.array([-1 if time is None else time for time in shown], dtype=np.int64)
+        keys = sorted(key for key in self.keys if key[0] not in self.empty)
+        if not (keys and keys[0][0] == pts[0] and set(pts.tolist()) | self.empty == set(self.pts.tolist())):
+            return None
+        if (np.diff(pts) <= 0).any():
+            return None
+        key_pts, key_times = np.array(keys, dtype=np.int64).T
+        return _Timeline(pts, np.searchsorted(pts, key_pts), key_times)
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """What a decoder gave."""
+
+    times: list[int | None]
+    sizes: set[tuple[int, int]]
+    interlaced: bool
 
 
 @dataclass(frozen=True)
 class _Layout:
     frames: int
     fps: float | None
-    timeline: _Timeline | None  # None: only decoding from the start tells which frame is which
+    timeline: _Timeline | None  # None: frames are counted from the start
+    sound: bool  # no damage was seen, and the decoder would tell of it: any way of reading gives the same
+    sizes: set[tuple[int, int]] | None  # None: not all frames were decoded
 
 
 class Video:
@@ -77,12 +141,24 @@ class Video:
     def fps(self) -> float | None:
         return self._layout().fps
 
+    def sizes(self) -> set[tuple[int, int]]:
+        """Heights and widths of the frames, all of which are decoded for that."""
+        layout = self._layout()
+        if layout.sizes is not None:
+            return layout.sizes
+        frames, _ = self._patiently(self._decode_all)
+        if len(frames.times) != layout.frames:
+            raise ClipError(self.path, f"damaged: {_counted(len(frames.times))} of {layout.frames} can be decoded")
+        return frames.sizes
+
     def read(self, wanted: Sequence[int]) -> list[Tensor]:
-        timeline = self._layout().timeline
+        layout = self._layout()
 
         def decode() -> list[Tensor]:
-            frames = None if timeline is None else self._read_by_time(timeline, wanted)
-            return self._read_by_count(wanted) if frames is None else frames
+            if layout.sound:
+                with suppress(_DoubtError):
+                    return self._read_fast(layout.timeline, wanted)
+            return self._read_alike(layout.timeline, wanted)
 
         return self._patiently(decode)
 
@@ -119,203 +195,234 @@ class Video:
             yield item
 
     def _scan(self) -> _Layout:
-        """Reads the packets without decoding them; decodes (to count) only where packets do not tell the frames."""
+        """Reads the packets, and decodes as much as it takes to know that they are the frames, or which are."""
+        self._check_length()
+        packets, telling = self._list_packets()
+        if packets.long():
+            with suppress(_DoubtError):
+                frames = self._decode(strict=True, first=_SAMPLE)
+                timeline = packets.timeline(packets.pts.tolist())
+                # Of interlaced pictures the fields may come in packets of their own, in some parts of a video only.
+                if timeline and frames.times == packets.pts[:_SAMPLE].tolist() and not frames.interlaced:
+                    return _Layout(packets.count, packets.fps, timeline, telling, None)
+        frames, sound = self._decode_all()
+        timeline = packets.timeline(frames.times) if sound else None
+        return _Layout(len(frames.times), packets.fps, timeline, sound and telling, frames.sizes)
+
+    def _list_packets(self) -> tuple[_Packets, bool]:
         pts: list[int] = []
         keys: list[tuple[int, int]] = []
-        packets = 0
-        regular = True
-        self._check_length()
+        empty: set[int] = set()
+        count = 0
         with self._opened() as (container, stream):
             formats = container.format.name.split(",")
             codec = stream.codec_context
+            pixels = codec.width * codec.height
             sought_by_pts = not {"mov", "matroska"}.isdisjoint(formats)
-            for packet in self._moving(container.demux(stream)):
-                if packet.size == 0:
-                    # The packet at the end, which has no time, flushes the decoder; others are frames an AVI dropped.
-                    regular = regular and packet.dts is None
-                    continue
-                if packet.is_corrupt:
-                    raise ClipError(self.path, f"the file is damaged or cut short after {_counted(packets)}")
-                packets += 1
-                if packet.pts is None or packet.is_discard:
-                    regular = False
-                    continue
-                pts.append(packet.pts)
-                if packet.is_keyframe and (codec.name != "h264" or _starts_anew(bytes(packet), codec.extradata)):
-                    keys.append((packet.pts, packet.pts if sought_by_pts or packet.dts is None else packet.dts))
-            if packets == 0:
-                raise ClipError(self.path, "the video stream holds no frames")
-            if "mov" in formats and regular and packets < stream.frames:
-                raise ClipError(self.path, f"the file is cut short: {packets} of its {stream.frames} frames are there")
             # AVI stores no presentation times, and those that FFmpeg makes up are wrong where frames are reordered.
             # MPEG program and elementary streams store few or none; the others are made up anew after a seek.
             untimed = not {"mpeg", "mpegvideo"}.isdisjoint(formats) or ("avi" in formats and codec.has_b_frames)
             timed = not untimed and codec.name in _FRAME_PER_PACKET
+            for packet in self._moving(container.demux(stream)):
+                if packet.size == 0:
+                    # The packet at the end, which has no time, flushes the decoder; others are frames an AVI dropped.
+                    timed = timed and packet.dts is None
+                    continue
+                # MPEG-TS flags each gap in its counters, which pieces that were joined have too.
+                if packet.is_corrupt and "mpegts" not in formats:
+                    raise ClipError(self.path, f"the file is damaged or cut short after {_counted(count)}")
+                count += 1
+                if packet.pts is None or packet.is_discard:
+                    timed = False
+                    continue
+                pts.append(packet.pts)
+                if codec.name == "mpeg4" and 8 * packet.size < pixels // 256:  # at least a bit for each macroblock
+                    empty.add(packet.pts)
+                if packet.is_keyframe and (codec.name != "h264" or starts_anew(bytes(packet), codec.extradata)):
+                    keys.append((packet.pts, packet.pts if sought_by_pts or packet.dts is None else packet.dts))
+            if count == 0:
+                raise ClipError(self.path, "the video stream holds no frames")
+            if "mov" in formats and timed and count < stream.frames:
+                raise ClipError(self.path, f"the file is cut short: {count} of its {stream.frames} frames are there")
             fps = float(stream.average_rate) if stream.average_rate else None
-        shown = np.unique(np.array(pts, dtype=np.int64))
-        if not (regular and timed and len(shown) == packets and keys and keys[0][0] == shown[0]):
-            return _Layout(self._count(), fps, None)
-        key_pts, key_times = np.array(sorted(keys), dtype=np.int64).T
-        return _Layout(packets, fps, _Timeline(shown, np.searchsorted(shown, key_pts), key_times))
+            telling = codec.name in _TELLING
+        times = np.unique(np.array(pts, dtype=np.int64))
+        timed = timed and len(times) == count
+        return _Packets(count, pixels, fps, times, keys if timed else [], frozenset(empty)), telling
 
     def _check_length(self) -> None:
         # FFmpeg reads a Matroska or WebM file that is cut short without a word, as a shorter clip.
         try:
             with open(self.path, "rb") as file:
-                end = _matroska_end(file.read(4096))
+                end = matroska_end(file.read(4096))
                 size = file.seek(0, os.SEEK_END)
         except OSError as error:
             raise ClipError(self.path, said(error)) from error
         if end is not None and size < end:
             raise ClipError(self.path, f"the file is cut short: {size} of its {end} bytes are there")
 
-    def _count(self) -> int:
-        with self._opened() as (container, stream):
-            frames = sum(1 for _ in self._moving(container.decode(stream)))
-        if frames == 0:
+    def _decode_all(self) -> tuple[_Frames, bool]:
+        """All frames, and whether none of them is damaged as far as the decoder tells."""
+        try:
+            frames, sound = self._decode(strict=True), True
+        except _DoubtError:
+            frames, sound = self._decode(), False
+        if not frames.times:
             raise ClipError(self.path, "no frame of the video stream can be decoded")
-        return frames
+        return frames, sound
 
-    def _read_by_time(self, timeline: _Timeline, wanted: Sequence[int]) -> list[Tensor] | None:
-        """Seeks to the keyframe before each group of wanted frames; None where the decoder's times do not fit."""
-        start_of = np.searchsorted(timeline.keys, wanted, side="right") - 1
+    def _decode(self, *, strict: bool = False, first: int | None = None) -> _Frames:
+        with self._opened(strict=strict) as (container, stream):
+            times: list[int | None] = []
+            sizes = set()
+            interlaced = False
+            for frame in islice(self._frames(container, stream, strict=strict), first):
+                times.append(frame.pts)
+                sizes.add((frame.height, frame.width))
+                interlaced = interlaced or frame.interlaced_frame
+        return _Frames(times, sizes, interlaced)
+
+    def _read_fast(self, timeline: _Timeline | None, wanted: Sequence[int]) -> list[Tensor]:
+        """In one go, in threads; raises `_DoubtError` where other ways of reading might give other frames."""
         found: list[Tensor] = []
-        with self._opened() as (container, stream):
-            first = 0
-            while first < len(wanted):
-                # One group, decoded in one go, up to where skipping ahead to a later keyframe is worth a seek.
-                last = first + 1
-                while last < len(wanted) and timeline.keys[start_of[last]] <= wanted[last - 1] + _SEEK_COST:
-                    last += 1
-                if start_of[first] > 0:
-                    container.seek(int(timeline.key_times[start_of[first]]), stream=stream)
-                group = self._decode_times(container, stream, [int(t) for t in timeline.pts[list(wanted[first:last])]])
-                if group is None:
-                    return None
-                found += group
-                first = last
+        with self._opened(strict=True, threads=True) as (container, stream):
+            while len(found) < len(wanted):
+                group = wanted[len(found) :]
+                if timeline is None:
+                    taken = _taken(enumerate(self._frames(container, stream, strict=True)), group)
+                else:
+                    # Up to where skipping ahead to a later keyframe is worth a seek.
+                    starts = [timeline.start_of(number) for number in group]
+                    ends = (n for n in range(1, len(group)) if timeline.keys[starts[n]] > group[n - 1] + _SEEK_COST)
+                    times = timeline.pts[list(group[: next(ends, None)])].tolist()
+                    if starts[0] > 0:
+                        container.seek(int(timeline.key_times[starts[0]]), stream=stream)
+                    taken = _taken(_timed(self._frames(container, stream, strict=True, needed=set(times))), times)
+                    group = times
+                if len(taken) < len(group):
+                    raise _DoubtError
+                found += taken
         return found
 
-    def _decode_times(self, container: InputContainer, stream: VideoStream, times: list[int]) -> list[Tensor] | None:
+    def _read_alike(self, timeline: _Timeline | None, wanted: Sequence[int]) -> list[Tensor]:
+        """Each frame as if it were read alone: from its keyframe on, in a new decoder's one thread."""
         found: list[Tensor] = []
-        wanted = set(times)
+        if timeline is None:
+            with self._opened() as (container, stream):
+                found = _taken(enumerate(self._frames(container, stream)), wanted)
+        else:
+            for start, group in groupby(wanted, timeline.start_of):
+                times = timeline.pts[list(group)].tolist()
+                for key_time in (timeline.key_times[start], None) if start > 0 else (None,):
+                    with self._opened() as (container, stream):
+                        if key_time is not None:
+                            container.seek(int(key_time), stream=stream)
+                        taken = _taken(_timed(self._frames(container, stream)), times)
+                    found += taken
+                    times = times[len(taken) :]
+                    if not times:
+                        break
+                if times:
+                    break
+        if len(found) < len(wanted):
+            raise ClipError(self.path, f"damaged: frame {wanted[len(found)]} cannot be decoded")
+        return found
+
+    def _frames(
+        self, container: InputContainer, stream: VideoStream, *, strict: bool = False, needed: set[int] | None = None
+    ) -> Iterator[av.VideoFrame]:
+        """What the decoder gives from here on; where times are `needed`, others are left out if that saves work."""
         codec = stream.codec_context
         skipping = codec.name in _SKIPPING
         for packet in self._moving(container.demux(stream)):
-            if skipping:
-                codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
-            for frame in packet.decode():
-                if frame.pts is None or frame.pts > times[len(found)] or (frame.is_corrupt and frame.pts in wanted):
-                    return None
-                if frame.pts == times[len(found)]:
-                    found.append(_upright(frame))
-                    if len(found) == len(times):
-                        return found
-        return None
-
-    def _read_by_count(self, wanted: Sequence[int]) -> list[Tensor]:
-        found: list[Tensor] = []
-        decoded = 0
-        with self._opened() as (container, stream):
-            for number, frame in enumerate(self._moving(container.decode(stream))):
-                decoded = number + 1
-                if number == wanted[len(found)]:
-                    found.append(_upright(frame))
-                    if len(found) == len(wanted):
-                        return found
-        raise ClipError(self.path, f"frame {wanted[len(found)]} cannot be decoded; {_counted(decoded)} can")
+            if needed is not None and skipping:
+                codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
+            for frame in self._moving(packet.decode()):
+                if strict and frame.is_corrupt:
+                    raise _DoubtError
+                yield frame
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
+    def _opened(self, *, strict: bool = False, threads: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
+        """`strict`: whatever the decoder finds amiss is a `_DoubtError`, where else it would do what it can."""
         # Where PyAV logs (torchvision has it do so), FFmpeg's threads wait for Python's lock, and Python for them.
         av.logging.set_level(None)
         try:
             # Without the scheme, "10:30.avi" would be a file of a protocol named 10.
-            container = av.open(f"file:{self.path}", **_LENIENT)
+            container = av.open(f"file:{self.path}", options=_LIMITS, **_LENIENT)
         except av.FFmpegError as error:
             raise ClipError(self.path, f"not a video that FFmpeg can read ({said(error)})") from error
         with container:
             if not container.streams.video:
                 raise ClipError(self.path, "the file holds no video stream")
             stream = container.streams.video[0]
-            if stream.codec_context is None:
+            codec = stream.codec_context
+            if codec is None:
                 raise ClipError(self.path, "the video stream is of a kind that FFmpeg cannot decode, or damaged")
+            if codec.width * codec.height > MAX_PIXELS:
+                raise ClipError(self.path, f"frames of {codec.width}x{codec.height} are above {MAX_PIXELS} pixels")
+            codec.options = _STRICT if strict else _LIMITS
             # In a loader's worker the processes are the parallelism; elsewhere the codec's threads are.
             stream.thread_type = "AUTO"
-            stream.codec_context.thread_count = 0 if get_worker_info() is None else 1
+            codec.thread_count = 0 if threads and get_worker_info() is None else 1
             try:
                 yield container, stream
+            except _RefusedError as error:
+                raise ClipError(self.path, str(error)) from None
             except av.FFmpegError as error:
+                if strict:
+                    raise _DoubtError from error
                 raise ClipError(self.path, f"the video cannot be decoded ({said(error)})") from error
 
 
-def _starts_anew(packet: bytes, extradata: bytes | None) -> bool:
-    """Whether decoding from this H.264 picture on gives it and all that is shown after it as a full decode does.
-
-    That is so of IDR pictures and of recovery points with nothing to wait for (open GOPs). Containers also flag the
-    recovery points of intra refresh, from which on the picture becomes whole bit by bit.
-    """
-    return any(
-        unit[0] & 31 == 5 or (unit[0] & 31 == 6 and _recovers_at_once(unit))
-        for unit in _h264_units(packet, extradata)
-        if unit
-    )
+def _timed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | None, av.VideoFrame]]:
+    return ((frame.pts, frame) for frame in frames)
 
 
-def _h264_units(packet: bytes, extradata: bytes | None) -> Iterator[bytes]:
-    if extradata is None or len(extradata) < 5 or extradata[0] != 1:
-        yield from packet.split(b"\x00\x00\x01")[1:]
-        return
-    width = (extradata[4] & 3) + 1  # of the length before each unit, as MP4 and Matroska have it
-    at = 0
-    while at + width < len(packet):
-        start = at + width
-        at = start + int.from_bytes(packet[at:start], "big")
-        yield packet[start:at]
-
-
-_SEI_HEAD = re.compile(rb"(\xff*)([^\xff])(\xff*)([^\xff])")  # type and size, each a sum of bytes that a non-255 ends
-
-
-def _recovers_at_once(sei: bytes) -> bool:
-    body = sei[1:].replace(b"\x00\x00\x03", b"\x00\x00")  # 3 is put there so that no unit holds a start code
-    at = 0
-    while head := _SEI_HEAD.match(body, at):
-        kind, size = (255 * len(head[n]) + head[n + 1][0] for n in (1, 3))
-        if kind == 6:
-            # A 1 for no frames to wait for (Exp-Golomb), and a 1 for an exact match from there on.
-            return body[head.end() : head.end() + 1] >= b"\xc0"
-        at = head.end() + size
-    return False
-
-
-def _matroska_end(head: bytes) -> int | None:
-    """Where a Matroska or WebM file says that it ends; None where it does not say, or is something else."""
-
-    def size(at: int) -> tuple[int, int]:
-        length = 9 - head[at].bit_length()
-        unknown = (1 << 7 * length) - 1
-        value = int.from_bytes(head[at : at + length], "big") & unknown
-        return (-1 if value == unknown else value), at + length
-
-    try:
-        if head[:4] != b"\x1aE\xdf\xa3":
-            return None
-        header, at = size(4)
-        at += header
-        if head[at : at + 4] != b"\x18\x53\x80\x67":
-            return None
-        segment, at = size(at + 4)
-    except IndexError:
-        return None
-    return None if segment < 0 else at + segment
+def _taken(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: Sequence[int]) -> list[Tensor]:
+    """The frames of these numbers or times, up to the first that does not come in its turn."""
+    found: list[Tensor] = []
+    for label, frame in frames:
+        if label is None or label > wanted[len(found)]:
+            break
+        if label == wanted[len(found)]:
+            found.append(_upright(frame))
+            if len(found) == len(wanted):
+                break
+    return found
 
 
 def _upright(frame: av.VideoFrame) -> Tensor:
+    """uint8 RGB ``(3, H, W)``, turned and mirrored as the frame's display matrix has it."""
     pixels = frame.to_ndarray(format="rgb24")
-    # The metadata's angle is counter-clockwise, as is rot90's.
-    turns = round(frame.rotation / 90) % 4
-    return torch.from_numpy(np.rot90(pixels, turns).copy() if turns else pixels).permute(2, 0, 1)
+    to_x, to_y = _display_matrix(frame)
+    if to_x[1]:
+        pixels = pixels.swapaxes(0, 1)
+    pixels = pixels[:: to_y[0] + to_y[1], :: to_x[0] + to_x[1]]
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[list[int], list[int]]:
+    """Where a pixel's x and y go, in rows of -1, 0 and 1: one of the eight ways to lay down a picture upright."""
+    # PyAV's side data and its frame hold each other, for the garbage collector to find; a tiny copy can wait for it.
+    tiny = frame.reformat(width=16, height=16, format="gray")
+    try:
+        stored = cast(Mapping[str, Buffer], tiny.side_data).get("DISPLAYMATRIX")
+        if stored is None:
+            return [1, 0], [0, 1]
+        a, b, _, c, d = np.frombuffer(bytes(stored), np.int32)[:5].astype(float)
+    except ValueError:  # a kind of side data unknown to PyAV is beside it; then the angle is all that can be had
+        angle = np.radians(frame.rotation)
+        a, b, c, d = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+    scale = np.array([[np.hypot(a, c)], [np.hypot(b, d)]])
+    if not scale.all():
+        return [1, 0], [0, 1]  # it shows nothing; players ignore it
+    exact = np.array([[a, c], [b, d]]) / scale
+    near = exact.round()
+    if abs(exact - near).max() > 0.02 or abs(np.linalg.det(near)) != 1:  # a degree
+        raise _RefusedError(f"its display matrix turns frames by {frame.rotation} degrees, not a multiple of 90")
+    to_x, to_y = near.astype(int).tolist()
+    return to_x, to_y
 
 
 def _counted(frames: int) -> str:
