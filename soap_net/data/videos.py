@@ -45,9 +45,9 @@ _TELLING = frozenset(
 _SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
 # A seek empties the decoder's pipeline, and costs about as much as decoding this many frames in vain.
 _SEEK_COST = 8
-# Videos of up to so many pixels in all (218 frames of 320x240), of at least 2^15 a frame, are decoded whole at the
-# first visit: only that tells the frames of a damaged one. Of longer ones the first few must be as the packets say.
-_WHOLE, _LEAST, _SAMPLE = 2**24, 2**15, 32
+# Videos of up to so many pixels in all (218 frames of 320x240; small frames count as 2^15) are decoded whole at first
+# sight: only that tells the frames of a damaged one. Of longer ones the first few frames must be as the packets say.
+_WHOLE, _LEAST, _SAMPLE = 2**24, 2**15, 2**21
 
 MAX_PIXELS = 2**25
 """Of a frame, as the file declares it: 8K fits. A larger one is refused before memory is taken for it."""
@@ -58,6 +58,10 @@ _LIMITS = {"max_pixels": str(MAX_PIXELS)}
 _STRICT = {**_LIMITS, "err_detect": "crccheck+bitstream+buffer+explode"}
 # Before PyAV 19, metadata that is not UTF-8 is an error where nothing else is said.
 _LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+_Turn = tuple[bool, int, int]  # whether rows and columns change places, then the directions rows and columns run in
+_AS_STORED: _Turn = (False, 1, 1)
 
 
 class _DoubtError(Exception):
@@ -115,12 +119,14 @@ class _Frames:
     times: list[int | None]
     sizes: set[tuple[int, int]]
     interlaced: bool
+    turn: _Turn
 
 
 @dataclass(frozen=True)
 class _Layout:
     frames: int
     fps: float | None
+    turn: _Turn
     timeline: _Timeline | None  # None: frames are counted from the start
     sound: bool  # no damage was seen, and the decoder would tell of it: any way of reading gives the same
     sizes: set[tuple[int, int]] | None  # None: not all frames were decoded
@@ -157,8 +163,8 @@ class Video:
         def decode() -> list[Tensor]:
             if layout.sound:
                 with suppress(_DoubtError):
-                    return self._read_fast(layout.timeline, wanted)
-            return self._read_alike(layout.timeline, wanted)
+                    return self._read_fast(layout, wanted)
+            return self._read_alike(layout, wanted)
 
         return self._patiently(decode)
 
@@ -200,14 +206,15 @@ class Video:
         packets, telling = self._list_packets()
         if packets.long():
             with suppress(_DoubtError):
-                frames = self._decode(strict=True, first=_SAMPLE)
+                first = min(32, max(4, _SAMPLE // packets.pixels))
+                frames = self._decode(strict=True, first=first)
                 timeline = packets.timeline(packets.pts.tolist())
                 # Of interlaced pictures the fields may come in packets of their own, in some parts of a video only.
-                if timeline and frames.times == packets.pts[:_SAMPLE].tolist() and not frames.interlaced:
-                    return _Layout(packets.count, packets.fps, timeline, telling, None)
+                if timeline and frames.times == packets.pts[:first].tolist() and not frames.interlaced:
+                    return _Layout(packets.count, packets.fps, frames.turn, timeline, telling, None)
         frames, sound = self._decode_all()
         timeline = packets.timeline(frames.times) if sound else None
-        return _Layout(len(frames.times), packets.fps, timeline, sound and telling, frames.sizes)
+        return _Layout(len(frames.times), packets.fps, frames.turn, timeline, sound and telling, frames.sizes)
 
     def _list_packets(self) -> tuple[_Packets, bool]:
         pts: list[int] = []
@@ -276,20 +283,24 @@ class Video:
             times: list[int | None] = []
             sizes = set()
             interlaced = False
+            turn = _AS_STORED
             for frame in islice(self._frames(container, stream, strict=strict), first):
+                if not times:
+                    turn = _turn(frame)
                 times.append(frame.pts)
                 sizes.add((frame.height, frame.width))
                 interlaced = interlaced or frame.interlaced_frame
-        return _Frames(times, sizes, interlaced)
+        return _Frames(times, sizes, interlaced, turn)
 
-    def _read_fast(self, timeline: _Timeline | None, wanted: Sequence[int]) -> list[Tensor]:
+    def _read_fast(self, layout: _Layout, wanted: Sequence[int]) -> list[Tensor]:
         """In one go, in threads; raises `_DoubtError` where other ways of reading might give other frames."""
+        timeline = layout.timeline
         found: list[Tensor] = []
         with self._opened(strict=True, threads=True) as (container, stream):
             while len(found) < len(wanted):
                 group = wanted[len(found) :]
                 if timeline is None:
-                    taken = _taken(enumerate(self._frames(container, stream, strict=True)), group)
+                    taken = _taken(enumerate(self._frames(container, stream, strict=True)), group, layout.turn)
                 else:
                     # Up to where skipping ahead to a later keyframe is worth a seek.
                     starts = [timeline.start_of(number) for number in group]
@@ -297,19 +308,22 @@ class Video:
                     times = timeline.pts[list(group[: next(ends, None)])].tolist()
                     if starts[0] > 0:
                         container.seek(int(timeline.key_times[starts[0]]), stream=stream)
-                    taken = _taken(_timed(self._frames(container, stream, strict=True, needed=set(times))), times)
+                    taken = _taken(
+                        _timed(self._frames(container, stream, strict=True, needed=set(times))), times, layout.turn
+                    )
                     group = times
                 if len(taken) < len(group):
                     raise _DoubtError
                 found += taken
         return found
 
-    def _read_alike(self, timeline: _Timeline | None, wanted: Sequence[int]) -> list[Tensor]:
+    def _read_alike(self, layout: _Layout, wanted: Sequence[int]) -> list[Tensor]:
         """Each frame as if it were read alone: from its keyframe on, in a new decoder's one thread."""
+        timeline = layout.timeline
         found: list[Tensor] = []
         if timeline is None:
             with self._opened() as (container, stream):
-                found = _taken(enumerate(self._frames(container, stream)), wanted)
+                found = _taken(enumerate(self._frames(container, stream)), wanted, layout.turn)
         else:
             for start, group in groupby(wanted, timeline.start_of):
                 times = timeline.pts[list(group)].tolist()
@@ -317,7 +331,7 @@ class Video:
                     with self._opened() as (container, stream):
                         if key_time is not None:
                             container.seek(int(key_time), stream=stream)
-                        taken = _taken(_timed(self._frames(container, stream)), times)
+                        taken = _taken(_timed(self._frames(container, stream)), times, layout.turn)
                     found += taken
                     times = times[len(taken) :]
                     if not times:
@@ -379,50 +393,50 @@ def _timed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | None, av.Vid
     return ((frame.pts, frame) for frame in frames)
 
 
-def _taken(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: Sequence[int]) -> list[Tensor]:
+def _taken(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: Sequence[int], turn: _Turn) -> list[Tensor]:
     """The frames of these numbers or times, up to the first that does not come in its turn."""
     found: list[Tensor] = []
     for label, frame in frames:
         if label is None or label > wanted[len(found)]:
             break
         if label == wanted[len(found)]:
-            found.append(_upright(frame))
+            found.append(_upright(frame, turn))
             if len(found) == len(wanted):
                 break
     return found
 
 
-def _upright(frame: av.VideoFrame) -> Tensor:
-    """uint8 RGB ``(3, H, W)``, turned and mirrored as the frame's display matrix has it."""
+def _upright(frame: av.VideoFrame, turn: _Turn) -> Tensor:
+    """uint8 RGB ``(3, H, W)``, as players show it."""
     pixels = frame.to_ndarray(format="rgb24")
-    to_x, to_y = _display_matrix(frame)
-    if to_x[1]:
-        pixels = pixels.swapaxes(0, 1)
-    pixels = pixels[:: to_y[0] + to_y[1], :: to_x[0] + to_x[1]]
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    if turn != _AS_STORED:
+        swapped, down, across = turn
+        pixels = np.ascontiguousarray((pixels.swapaxes(0, 1) if swapped else pixels)[::down, ::across])
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _display_matrix(frame: av.VideoFrame) -> tuple[list[int], list[int]]:
-    """Where a pixel's x and y go, in rows of -1, 0 and 1: one of the eight ways to lay down a picture upright."""
+def _turn(frame: av.VideoFrame) -> _Turn:
+    """What the frame's display matrix asks for."""
     # PyAV's side data and its frame hold each other, for the garbage collector to find; a tiny copy can wait for it.
     tiny = frame.reformat(width=16, height=16, format="gray")
     try:
         stored = cast(Mapping[str, Buffer], tiny.side_data).get("DISPLAYMATRIX")
         if stored is None:
-            return [1, 0], [0, 1]
+            return _AS_STORED
         a, b, _, c, d = np.frombuffer(bytes(stored), np.int32)[:5].astype(float)
     except ValueError:  # a kind of side data unknown to PyAV is beside it; then the angle is all that can be had
         angle = np.radians(frame.rotation)
         a, b, c, d = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+    # The pixel (p, q) is shown at (a p + c q, b p + d q), apart from where the whole picture lies.
     scale = np.array([[np.hypot(a, c)], [np.hypot(b, d)]])
     if not scale.all():
-        return [1, 0], [0, 1]  # it shows nothing; players ignore it
+        return _AS_STORED  # it shows nothing; players ignore it
     exact = np.array([[a, c], [b, d]]) / scale
     near = exact.round()
     if abs(exact - near).max() > 0.02 or abs(np.linalg.det(near)) != 1:  # a degree
         raise _RefusedError(f"its display matrix turns frames by {frame.rotation} degrees, not a multiple of 90")
-    to_x, to_y = near.astype(int).tolist()
-    return to_x, to_y
+    across, down = near.sum(axis=1).astype(int).tolist()
+    return bool(near[0, 1]), down, across
 
 
 def _counted(frames: int) -> str:
