@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import av
 import numpy as np
-import torch
-from av.buffer import Buffer
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from soap_net.data.bitstreams import matroska_end, starts_anew
+from soap_net.data.pictures import Turn, checksum, display_turn, upright
 from soap_net.errors import ClipError, said
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ _FRAME_PER_PACKET = frozenset(
     + "png prores qtrle rawvideo vp9 wmv1 wmv2".split()  # noqa: SIM905
 )
 # Decoders that say where a picture is damaged. Others leave in it what its memory held before, in silence, which
-# varies with threads and with what was decoded before; those always decode in one thread, anew from a keyframe.
+# varies with threads and with what was decoded before.
 _TELLING = frozenset(
     "av1 flv h263 h264 hevc libdav1d mjpeg mpeg1video mpeg2video mpeg4 prores vp9 wmv1 wmv2".split()  # noqa: SIM905
 )
@@ -58,18 +59,6 @@ _LIMITS = {"max_pixels": str(MAX_PIXELS)}
 _STRICT = {**_LIMITS, "err_detect": "crccheck+bitstream+buffer+explode"}
 # Before PyAV 19, metadata that is not UTF-8 is an error where nothing else is said.
 _LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
-_Turn = tuple[bool, int, int]  # whether rows and columns change places, then the directions rows and columns run in
-_AS_STORED: _Turn = (False, 1, 1)
-
-
-class _DoubtError(Exception):
-    """Strict reading met what a sound video does not have."""
-
-
-class _RefusedError(Exception):
-    """The reason for which a video that can be decoded is not read."""
 
 
 @dataclass(frozen=True)
@@ -114,22 +103,48 @@ class _Packets:
 
 @dataclass(frozen=True)
 class _Frames:
-    """What a decoder gave."""
+    """What one thread decodes from the start on."""
 
     times: list[int | None]
     sizes: set[tuple[int, int]]
+    sums: NDArray[np.uint32]
     interlaced: bool
-    turn: _Turn
+    turn: Turn
 
 
 @dataclass(frozen=True)
 class _Layout:
+    """How many frames there are, and how to find them.
+
+    Of a video that was decoded whole, ``sums`` are what its frames must be however they are reached. Of others,
+    decoders that tell of damage are believed as long as they tell of none.
+    """
+
     frames: int
     fps: float | None
-    turn: _Turn
+    turn: Turn
     timeline: _Timeline | None  # None: frames are counted from the start
-    sound: bool  # no damage was seen, and the decoder would tell of it: any way of reading gives the same
-    sizes: set[tuple[int, int]] | None  # None: not all frames were decoded
+    sums: NDArray[np.uint32] | None
+    telling: bool
+
+    def wanted(self, numbers: Sequence[int], by_time: bool = True) -> list[_Wanted]:
+        """How to know frames; their times come before their numbers."""
+        timeline = self.timeline if by_time else None
+        return [
+            _Wanted(
+                number if timeline is None else int(timeline.pts[number]),
+                None if self.sums is None else int(self.sums[number]),
+                self.turn,
+            )
+            for number in numbers
+        ]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    label: int  # the frame's time, or its number
+    sum: int | None
+    turn: Turn
 
 
 class Video:
@@ -150,9 +165,7 @@ class Video:
     def sizes(self) -> set[tuple[int, int]]:
         """Heights and widths of the frames, all of which are decoded for that."""
         layout = self._layout()
-        if layout.sizes is not None:
-            return layout.sizes
-        frames, _ = self._patiently(self._decode_all)
+        frames = self._patiently(self._decode)
         if len(frames.times) != layout.frames:
             raise ClipError(self.path, f"damaged: {_counted(len(frames.times))} of {layout.frames} can be decoded")
         return frames.sizes
@@ -161,8 +174,8 @@ class Video:
         layout = self._layout()
 
         def decode() -> list[Tensor]:
-            if layout.sound:
-                with suppress(_DoubtError):
+            if layout.sums is not None or layout.telling:
+                with suppress(ClipError):
                     return self._read_fast(layout, wanted)
             return self._read_alike(layout, wanted)
 
@@ -202,25 +215,29 @@ class Video:
 
     def _scan(self) -> _Layout:
         """Reads the packets, and decodes as much as it takes to know that they are the frames, or which are."""
-        self._check_length()
         packets, telling = self._list_packets()
         if packets.long():
-            with suppress(_DoubtError):
-                first = min(32, max(4, _SAMPLE // packets.pixels))
+            first = min(32, max(4, _SAMPLE // packets.pixels))
+            with suppress(ClipError):
                 frames = self._decode(strict=True, first=first)
                 timeline = packets.timeline(packets.pts.tolist())
                 # Of interlaced pictures the fields may come in packets of their own, in some parts of a video only.
                 if timeline and frames.times == packets.pts[:first].tolist() and not frames.interlaced:
-                    return _Layout(packets.count, packets.fps, frames.turn, timeline, telling, None)
-        frames, sound = self._decode_all()
-        timeline = packets.timeline(frames.times) if sound else None
-        return _Layout(len(frames.times), packets.fps, frames.turn, timeline, sound and telling, frames.sizes)
+                    return _Layout(packets.count, packets.fps, frames.turn, timeline, None, telling)
+        frames = self._decode()
+        if not frames.times:
+            raise ClipError(self.path, "no frame of the video stream can be decoded")
+        timeline = packets.timeline(frames.times)
+        return _Layout(len(frames.times), packets.fps, frames.turn, timeline, frames.sums, telling)
 
     def _list_packets(self) -> tuple[_Packets, bool]:
         pts: list[int] = []
         keys: list[tuple[int, int]] = []
         empty: set[int] = set()
         count = 0
+        last: Packet | None = None
+        end = 0  # when the last frame has been shown
+        regular = True
         with self._opened() as (container, stream):
             formats = container.format.name.split(",")
             codec = stream.codec_context
@@ -233,113 +250,121 @@ class Video:
             for packet in self._moving(container.demux(stream)):
                 if packet.size == 0:
                     # The packet at the end, which has no time, flushes the decoder; others are frames an AVI dropped.
-                    timed = timed and packet.dts is None
+                    regular = regular and packet.dts is None
                     continue
-                # MPEG-TS flags each gap in its counters, which pieces that were joined have too.
-                if packet.is_corrupt and "mpegts" not in formats:
-                    raise ClipError(self.path, f"the file is damaged or cut short after {_counted(count)}")
                 count += 1
+                last = packet
+                end = max(end, (packet.pts or 0) + (packet.duration or 0))
                 if packet.pts is None or packet.is_discard:
-                    timed = False
+                    regular = False
                     continue
                 pts.append(packet.pts)
                 if codec.name == "mpeg4" and 8 * packet.size < pixels // 256:  # at least a bit for each macroblock
                     empty.add(packet.pts)
                 if packet.is_keyframe and (codec.name != "h264" or starts_anew(bytes(packet), codec.extradata)):
                     keys.append((packet.pts, packet.pts if sought_by_pts or packet.dts is None else packet.dts))
-            if count == 0:
+            if last is None:
                 raise ClipError(self.path, "the video stream holds no frames")
-            if "mov" in formats and timed and count < stream.frames:
+            # MPEG streams flag each gap in their counters, which pieces that were joined have too.
+            if last.is_corrupt and {"mpeg", "mpegts"}.isdisjoint(formats):
+                raise ClipError(self.path, f"the file is cut short after {_counted(count - 1)}")
+            if "mov" in formats and regular and count < stream.frames:
                 raise ClipError(self.path, f"the file is cut short: {count} of its {stream.frames} frames are there")
+            self._check_length(container, stream, end)
             fps = float(stream.average_rate) if stream.average_rate else None
             telling = codec.name in _TELLING
         times = np.unique(np.array(pts, dtype=np.int64))
-        timed = timed and len(times) == count
+        timed = timed and regular and len(times) == count
         return _Packets(count, pixels, fps, times, keys if timed else [], frozenset(empty)), telling
 
-    def _check_length(self) -> None:
-        # FFmpeg reads a Matroska or WebM file that is cut short without a word, as a shorter clip.
+    def _check_length(self, container: InputContainer, stream: VideoStream, shown: int) -> None:
+        """Refuses a Matroska or WebM file that is cut short, which FFmpeg reads as a shorter clip without a word."""
         try:
             with open(self.path, "rb") as file:
                 end = matroska_end(file.read(4096))
                 size = file.seek(0, os.SEEK_END)
         except OSError as error:
             raise ClipError(self.path, said(error)) from error
-        if end is not None and size < end:
-            raise ClipError(self.path, f"the file is cut short: {size} of its {end} bytes are there")
-
-    def _decode_all(self) -> tuple[_Frames, bool]:
-        """All frames, and whether none of them is damaged as far as the decoder tells."""
-        try:
-            frames, sound = self._decode(strict=True), True
-        except _DoubtError:
-            frames, sound = self._decode(), False
-        if not frames.times:
-            raise ClipError(self.path, "no frame of the video stream can be decoded")
-        return frames, sound
+        if end is None or size >= end:
+            return
+        # If the last frame is there, to half a frame, bytes were lost before it or after all frames.
+        if container.duration and stream.time_base and stream.average_rate:
+            missing = Fraction(container.duration, av.time_base) - shown * stream.time_base
+            if missing < 1 / (2 * stream.average_rate):
+                return
+        raise ClipError(self.path, f"the file is cut short: {size} of its {end} bytes are there")
 
     def _decode(self, *, strict: bool = False, first: int | None = None) -> _Frames:
+        times: list[int | None] = []
+        sizes = set()
+        sums = []
+        interlaced = False
+        turn = Turn()
         with self._opened(strict=strict) as (container, stream):
-            times: list[int | None] = []
-            sizes = set()
-            interlaced = False
-            turn = _AS_STORED
             for frame in islice(self._frames(container, stream, strict=strict), first):
                 if not times:
-                    turn = _turn(frame)
+                    turn = self._turn(frame)
                 times.append(frame.pts)
                 sizes.add((frame.height, frame.width))
+                sums.append(checksum(frame))
                 interlaced = interlaced or frame.interlaced_frame
-        return _Frames(times, sizes, interlaced, turn)
+        return _Frames(times, sizes, np.array(sums, dtype=np.uint32), interlaced, turn)
 
-    def _read_fast(self, layout: _Layout, wanted: Sequence[int]) -> list[Tensor]:
-        """In one go, in threads; raises `_DoubtError` where other ways of reading might give other frames."""
+    def _turn(self, frame: av.VideoFrame) -> Turn:
+        try:
+            return display_turn(frame)
+        except ValueError as error:
+            raise ClipError(self.path, str(error)) from None
+
+    def _read_fast(self, layout: _Layout, numbers: Sequence[int]) -> list[Tensor]:
+        """In one go, in threads; a ClipError where other ways of reading might give other frames."""
         timeline = layout.timeline
+        wanted = layout.wanted(numbers)
+        strict = layout.sums is None
         found: list[Tensor] = []
-        with self._opened(strict=True, threads=True) as (container, stream):
+        with self._opened(strict=strict, threads=True) as (container, stream):
             while len(found) < len(wanted):
-                group = wanted[len(found) :]
                 if timeline is None:
-                    taken = _taken(enumerate(self._frames(container, stream, strict=True)), group, layout.turn)
+                    group = wanted
+                    frames = _numbered(self._frames(container, stream, strict=strict))
                 else:
                     # Up to where skipping ahead to a later keyframe is worth a seek.
-                    starts = [timeline.start_of(number) for number in group]
-                    ends = (n for n in range(1, len(group)) if timeline.keys[starts[n]] > group[n - 1] + _SEEK_COST)
-                    times = timeline.pts[list(group[: next(ends, None)])].tolist()
-                    if starts[0] > 0:
-                        container.seek(int(timeline.key_times[starts[0]]), stream=stream)
-                    taken = _taken(
-                        _timed(self._frames(container, stream, strict=True, needed=set(times))), times, layout.turn
-                    )
-                    group = times
+                    first = last = len(found)
+                    start = timeline.start_of(numbers[first])
+                    while last + 1 < len(numbers) and (
+                        timeline.keys[timeline.start_of(numbers[last + 1])] <= numbers[last] + _SEEK_COST
+                    ):
+                        last += 1
+                    group = wanted[first : last + 1]
+                    if start > 0:
+                        container.seek(int(timeline.key_times[start]), stream=stream)
+                    needed = {frame.label for frame in group}
+                    frames = _timed(self._frames(container, stream, strict=strict, needed=needed))
+                taken = _taken(frames, group)
                 if len(taken) < len(group):
-                    raise _DoubtError
+                    raise ClipError(self.path, "a frame is damaged, or its time is not kept")
                 found += taken
         return found
 
-    def _read_alike(self, layout: _Layout, wanted: Sequence[int]) -> list[Tensor]:
-        """Each frame as if it were read alone: from its keyframe on, in a new decoder's one thread."""
+    def _read_alike(self, layout: _Layout, numbers: Sequence[int]) -> list[Tensor]:
+        """Each frame as if it were read alone, by one thread: from the start, or from its keyframe in a new decoder."""
         timeline = layout.timeline
         found: list[Tensor] = []
-        if timeline is None:
+        if timeline is None or layout.sums is not None:
             with self._opened() as (container, stream):
-                found = _taken(enumerate(self._frames(container, stream)), wanted, layout.turn)
+                found = _taken(_numbered(self._frames(container, stream)), layout.wanted(numbers, by_time=False))
         else:
-            for start, group in groupby(wanted, timeline.start_of):
-                times = timeline.pts[list(group)].tolist()
-                for key_time in (timeline.key_times[start], None) if start > 0 else (None,):
-                    with self._opened() as (container, stream):
-                        if key_time is not None:
-                            container.seek(int(key_time), stream=stream)
-                        taken = _taken(_timed(self._frames(container, stream)), times, layout.turn)
-                    found += taken
-                    times = times[len(taken) :]
-                    if not times:
-                        break
-                if times:
+            for start, group in groupby(numbers, timeline.start_of):
+                wanted = layout.wanted(list(group))
+                with self._opened() as (container, stream):
+                    if start > 0:
+                        container.seek(int(timeline.key_times[start]), stream=stream)
+                    taken = _taken(_timed(self._frames(container, stream)), wanted)
+                found += taken
+                if len(taken) < len(wanted):
                     break
-        if len(found) < len(wanted):
-            raise ClipError(self.path, f"damaged: frame {wanted[len(found)]} cannot be decoded")
+        if len(found) < len(numbers):
+            raise ClipError(self.path, f"damaged: frame {numbers[len(found)]} is not the same whenever it is decoded")
         return found
 
     def _frames(
@@ -353,12 +378,12 @@ class Video:
                 codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
             for frame in self._moving(packet.decode()):
                 if strict and frame.is_corrupt:
-                    raise _DoubtError
+                    raise ClipError(self.path, "a frame is damaged")
                 yield frame
 
     @contextmanager
     def _opened(self, *, strict: bool = False, threads: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
-        """`strict`: whatever the decoder finds amiss is a `_DoubtError`, where else it would do what it can."""
+        """`strict`: whatever the decoder finds amiss is an error, where else it would do what it can."""
         # Where PyAV logs (torchvision has it do so), FFmpeg's threads wait for Python's lock, and Python for them.
         av.logging.set_level(None)
         try:
@@ -381,62 +406,32 @@ class Video:
             codec.thread_count = 0 if threads and get_worker_info() is None else 1
             try:
                 yield container, stream
-            except _RefusedError as error:
-                raise ClipError(self.path, str(error)) from None
             except av.FFmpegError as error:
-                if strict:
-                    raise _DoubtError from error
                 raise ClipError(self.path, f"the video cannot be decoded ({said(error)})") from error
+
+
+def _numbered(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | None, av.VideoFrame]]:
+    return enumerate(frames)
 
 
 def _timed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | None, av.VideoFrame]]:
     return ((frame.pts, frame) for frame in frames)
 
 
-def _taken(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: Sequence[int], turn: _Turn) -> list[Tensor]:
-    """The frames of these numbers or times, up to the first that does not come in its turn."""
+def _taken(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: Sequence[_Wanted]) -> list[Tensor]:
+    """The wanted frames, up to the first that does not come in its turn or is another."""
     found: list[Tensor] = []
     for label, frame in frames:
-        if label is None or label > wanted[len(found)]:
+        here = wanted[len(found)]
+        if label is None or label > here.label:
             break
-        if label == wanted[len(found)]:
-            found.append(_upright(frame, turn))
+        if label == here.label:
+            if here.sum is not None and here.sum != checksum(frame):
+                break
+            found.append(upright(frame, here.turn))
             if len(found) == len(wanted):
                 break
     return found
-
-
-def _upright(frame: av.VideoFrame, turn: _Turn) -> Tensor:
-    """uint8 RGB ``(3, H, W)``, as players show it."""
-    pixels = frame.to_ndarray(format="rgb24")
-    if turn != _AS_STORED:
-        swapped, down, across = turn
-        pixels = np.ascontiguousarray((pixels.swapaxes(0, 1) if swapped else pixels)[::down, ::across])
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _turn(frame: av.VideoFrame) -> _Turn:
-    """What the frame's display matrix asks for."""
-    # PyAV's side data and its frame hold each other, for the garbage collector to find; a tiny copy can wait for it.
-    tiny = frame.reformat(width=16, height=16, format="gray")
-    try:
-        stored = cast(Mapping[str, Buffer], tiny.side_data).get("DISPLAYMATRIX")
-        if stored is None:
-            return _AS_STORED
-        a, b, _, c, d = np.frombuffer(bytes(stored), np.int32)[:5].astype(float)
-    except ValueError:  # a kind of side data unknown to PyAV is beside it; then the angle is all that can be had
-        angle = np.radians(frame.rotation)
-        a, b, c, d = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
-    # The pixel (p, q) is shown at (a p + c q, b p + d q), apart from where the whole picture lies.
-    scale = np.array([[np.hypot(a, c)], [np.hypot(b, d)]])
-    if not scale.all():
-        return _AS_STORED  # it shows nothing; players ignore it
-    exact = np.array([[a, c], [b, d]]) / scale
-    near = exact.round()
-    if abs(exact - near).max() > 0.02 or abs(np.linalg.det(near)) != 1:  # a degree
-        raise _RefusedError(f"its display matrix turns frames by {frame.rotation} degrees, not a multiple of 90")
-    across, down = near.sum(axis=1).astype(int).tolist()
-    return bool(near[0, 1]), down, across
 
 
 def _counted(frames: int) -> str:
