@@ -50,8 +50,8 @@ _SEEK_COST = 8
 # sight: only that tells the frames of a damaged one. Of longer ones the first few frames must be as the packets say.
 _WHOLE, _LEAST, _SAMPLE = 2**24, 2**15, 2**21
 
-MAX_PIXELS = 2**25
-"""Of a frame, as the file declares it: 8K fits. A larger one is refused before memory is taken for it."""
+MAX_PIXELS = 2**24
+"""A video frame's, as the file declares its size; 5.3K fits. A larger one is refused before memory is taken for it."""
 PATIENCE = 60
 """Seconds from one packet or frame to the next, after which a video counts as one that hangs its decoder."""
 
@@ -72,6 +72,13 @@ class _Timeline:
     def start_of(self, number: int) -> int:
         """The position among the keyframes of the last one up to a frame."""
         return int(np.searchsorted(self.keys, number, side="right")) - 1
+
+    def stretch(self, numbers: Sequence[int]) -> tuple[int, int]:
+        """Where to start for the first frame, and for how many of them to go on rather than to seek anew."""
+        count = 1
+        while count < len(numbers) and self.keys[self.start_of(numbers[count])] <= numbers[count - 1] + _SEEK_COST:
+            count += 1
+        return self.start_of(numbers[0]), count
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,9 @@ class Video:
         layout = self._layout()
         frames = self._patiently(self._decode)
         if len(frames.times) != layout.frames:
-            raise ClipError(self.path, f"damaged: {_counted(len(frames.times))} of {layout.frames} can be decoded")
+            raise ClipError(
+                self.path, f"the video is damaged: {len(frames.times)} of its {layout.frames} frames can be decoded"
+            )
         return frames.sizes
 
     def read(self, wanted: Sequence[int]) -> list[Tensor]:
@@ -318,54 +327,51 @@ class Video:
 
     def _read_fast(self, layout: _Layout, numbers: Sequence[int]) -> list[Tensor]:
         """In one go, in threads; a ClipError where other ways of reading might give other frames."""
-        timeline = layout.timeline
         wanted = layout.wanted(numbers)
         strict = layout.sums is None
         found: list[Tensor] = []
         with self._opened(strict=strict, threads=True) as (container, stream):
             while len(found) < len(wanted):
-                if timeline is None:
-                    group = wanted
-                    frames = _numbered(self._frames(container, stream, strict=strict))
+                group = wanted[len(found) :]
+                if layout.timeline is None:
+                    taken = _taken(enumerate(self._frames(container, stream, strict=strict)), group)
                 else:
-                    # Up to where skipping ahead to a later keyframe is worth a seek.
-                    first = last = len(found)
-                    start = timeline.start_of(numbers[first])
-                    while last + 1 < len(numbers) and (
-                        timeline.keys[timeline.start_of(numbers[last + 1])] <= numbers[last] + _SEEK_COST
-                    ):
-                        last += 1
-                    group = wanted[first : last + 1]
+                    start, count = layout.timeline.stretch(numbers[len(found) :])
                     if start > 0:
-                        container.seek(int(timeline.key_times[start]), stream=stream)
+                        container.seek(int(layout.timeline.key_times[start]), stream=stream)
+                    group = group[:count]
                     needed = {frame.label for frame in group}
-                    frames = _timed(self._frames(container, stream, strict=strict, needed=needed))
-                taken = _taken(frames, group)
+                    taken = _taken(_timed(self._frames(container, stream, strict=strict, needed=needed)), group)
                 if len(taken) < len(group):
                     raise ClipError(self.path, "a frame is damaged, or its time is not kept")
                 found += taken
         return found
 
     def _read_alike(self, layout: _Layout, numbers: Sequence[int]) -> list[Tensor]:
-        """Each frame as if it were read alone, by one thread: from the start, or from its keyframe in a new decoder."""
+        """Each frame as if it were read alone, by one thread of a new decoder: from its keyframe, or from the start."""
         timeline = layout.timeline
         found: list[Tensor] = []
         if timeline is None or layout.sums is not None:
             with self._opened() as (container, stream):
-                found = _taken(_numbered(self._frames(container, stream)), layout.wanted(numbers, by_time=False))
+                found = _taken(enumerate(self._frames(container, stream)), layout.wanted(numbers, by_time=False))
         else:
             for start, group in groupby(numbers, timeline.start_of):
                 wanted = layout.wanted(list(group))
-                with self._opened() as (container, stream):
-                    if start > 0:
-                        container.seek(int(timeline.key_times[start]), stream=stream)
-                    taken = _taken(_timed(self._frames(container, stream)), wanted)
+                taken = self._take_from(timeline, start, wanted)
+                if start > 0 and len(taken) < len(wanted):  # it is no place to start from, then
+                    taken += self._take_from(timeline, 0, wanted[len(taken) :])
                 found += taken
                 if len(taken) < len(wanted):
                     break
         if len(found) < len(numbers):
-            raise ClipError(self.path, f"damaged: frame {numbers[len(found)]} is not the same whenever it is decoded")
+            raise ClipError(self.path, f"the video is damaged: frame {numbers[len(found)]} cannot be decoded for sure")
         return found
+
+    def _take_from(self, timeline: _Timeline, start: int, wanted: Sequence[_Wanted]) -> list[Tensor]:
+        with self._opened() as (container, stream):
+            if start > 0:
+                container.seek(int(timeline.key_times[start]), stream=stream)
+            return _taken(_timed(self._frames(container, stream)), wanted)
 
     def _frames(
         self, container: InputContainer, stream: VideoStream, *, strict: bool = False, needed: set[int] | None = None
@@ -398,8 +404,6 @@ class Video:
             codec = stream.codec_context
             if codec is None:
                 raise ClipError(self.path, "the video stream is of a kind that FFmpeg cannot decode, or damaged")
-            if codec.width * codec.height > MAX_PIXELS:
-                raise ClipError(self.path, f"frames of {codec.width}x{codec.height} are above {MAX_PIXELS} pixels")
             codec.options = _STRICT if strict else _LIMITS
             # In a loader's worker the processes are the parallelism; elsewhere the codec's threads are.
             stream.thread_type = "AUTO"
@@ -407,11 +411,10 @@ class Video:
             try:
                 yield container, stream
             except av.FFmpegError as error:
-                raise ClipError(self.path, f"the video cannot be decoded ({said(error)})") from error
-
-
-def _numbered(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | None, av.VideoFrame]]:
-    return enumerate(frames)
+                # FFmpeg forgets the size of frames that are too large, or calls it an invalid argument.
+                large = not codec.width or isinstance(error, av.ArgumentError)
+                hint = f", or has frames of more than {MAX_PIXELS} pixels" if large else ""
+                raise ClipError(self.path, f"the video cannot be decoded{hint} ({said(error)})") from error
 
 
 def _timed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | None, av.VideoFrame]]:
