@@ -55,6 +55,7 @@ MAX_PIXELS = 2**24
 PATIENCE = 60
 """Seconds from one packet or frame to the next, after which a video counts as one that hangs its decoder."""
 
+_NEVER = np.iinfo(np.int64).min  # the time of a frame without one
 _LIMITS = {"max_pixels": str(MAX_PIXELS)}
 _STRICT = {**_LIMITS, "err_detect": "crccheck+bitstream+buffer+explode"}
 # Before PyAV 19, metadata that is not UTF-8 is an error where nothing else is said.
@@ -90,7 +91,7 @@ class _Packets:
     fps: float | None
     pts: NDArray[np.int64]  # ascending
     keys: list[tuple[int, int]]  # times of keyframes, and where to seek for them; none where times can't be trusted
-    empty: frozenset[int]  # times of packets that are too small for a picture
+    empty: frozenset[int]  # times of packets that may be too small for a picture
 
     def long(self) -> bool:
         """Whether the video is longer than is decoded whole, though its packets can be trusted to be its frames."""
@@ -98,7 +99,7 @@ class _Packets:
 
     def timeline(self, shown: Sequence[int | None]) -> _Timeline | None:
         """That of frames with these times; None where only decoding from the start tells which frame is which."""
-        pts = np.array([-1 if time is None else time for time in shown], dtype=np.int64)
+        pts = np.array([_NEVER if time is None else time for time in shown], dtype=np.int64)
         keys = sorted(key for key in self.keys if key[0] not in self.empty)
         if not (keys and keys[0][0] == pts[0] and set(pts.tolist()) | self.empty == set(self.pts.tolist())):
             return None
@@ -123,8 +124,8 @@ class _Frames:
 class _Layout:
     """How many frames there are, and how to find them.
 
-    Of a video that was decoded whole, ``sums`` are what its frames must be however they are reached. Of others,
-    decoders that tell of damage are believed as long as they tell of none.
+    Of a video that was decoded whole, ``sums`` are what its frames must be however they are reached, and ``sizes``
+    their heights and widths. Of others, decoders that tell of damage are believed as long as they tell of none.
     """
 
     frames: int
@@ -132,6 +133,7 @@ class _Layout:
     turn: Turn
     timeline: _Timeline | None  # None: frames are counted from the start
     sums: NDArray[np.uint32] | None
+    sizes: set[tuple[int, int]] | None
     telling: bool
 
     def wanted(self, numbers: Sequence[int], by_time: bool = True) -> list[_Wanted]:
@@ -172,8 +174,10 @@ class Video:
     def sizes(self) -> set[tuple[int, int]]:
         """Heights and widths of the frames, all of which are decoded for that."""
         layout = self._layout()
+        if layout.sizes is not None or layout.timeline is None:
+            return layout.sizes or set()
         frames = self._patiently(self._decode)
-        if len(frames.times) != layout.frames:
+        if frames.times != layout.timeline.pts.tolist():
             raise ClipError(
                 self.path, f"the video is damaged: {len(frames.times)} of its {layout.frames} frames can be decoded"
             )
@@ -226,18 +230,18 @@ class Video:
         """Reads the packets, and decodes as much as it takes to know that they are the frames, or which are."""
         packets, telling = self._list_packets()
         if packets.long():
-            first = min(32, max(4, _SAMPLE // packets.pixels))
+            first = min(32, max(4, _SAMPLE // max(1, packets.pixels)))
             with suppress(ClipError):
                 frames = self._decode(strict=True, first=first)
                 timeline = packets.timeline(packets.pts.tolist())
                 # Of interlaced pictures the fields may come in packets of their own, in some parts of a video only.
                 if timeline and frames.times == packets.pts[:first].tolist() and not frames.interlaced:
-                    return _Layout(packets.count, packets.fps, frames.turn, timeline, None, telling)
+                    return _Layout(packets.count, packets.fps, frames.turn, timeline, None, None, telling)
         frames = self._decode()
         if not frames.times:
             raise ClipError(self.path, "no frame of the video stream can be decoded")
         timeline = packets.timeline(frames.times)
-        return _Layout(len(frames.times), packets.fps, frames.turn, timeline, frames.sums, telling)
+        return _Layout(len(frames.times), packets.fps, frames.turn, timeline, frames.sums, frames.sizes, telling)
 
     def _list_packets(self) -> tuple[_Packets, bool]:
         pts: list[int] = []
@@ -268,7 +272,7 @@ class Video:
                     regular = False
                     continue
                 pts.append(packet.pts)
-                if codec.name == "mpeg4" and 8 * packet.size < pixels // 256:  # at least a bit for each macroblock
+                if codec.name == "mpeg4" and packet.size <= max(10, pixels // 2048):  # a header, a bit a macroblock
                     empty.add(packet.pts)
                 if packet.is_keyframe and (codec.name != "h264" or starts_anew(bytes(packet), codec.extradata)):
                     keys.append((packet.pts, packet.pts if sought_by_pts or packet.dts is None else packet.dts))
