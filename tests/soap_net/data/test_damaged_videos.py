@@ -22,7 +22,7 @@ from soap_net.data.clips import Clip, ClipError
 from soap_net.data.loading import PerClip, load
 
 Make = Callable[..., Path]
-Outcome = tuple[int, list[int]] | str  # how many frames and the read ones' checksums, or the error
+Outcome = list[int] | str  # how many frames and the read ones' checksums, or the error
 
 SOURCES: dict[str, tuple[str, str, dict[str, str]]] = {
     "h264.mp4": ("libx264", "yuv420p", {"bf": "2"}),
@@ -104,7 +104,7 @@ def read(clip: Clip, numbers_alone: bool = False) -> Outcome:
             frames = list(clip.read(centres))
     except ClipError as error:
         return str(error)
-    return count, [zlib.crc32(frame.contiguous().numpy().tobytes()) for frame in frames]
+    return [count, *(zlib.crc32(frame.contiguous().numpy().tobytes()) for frame in frames)]
 
 
 IN_WORKERS = """
@@ -130,7 +130,7 @@ def read_in_another_process(folder: Path) -> list[Outcome]:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280, env=environment)
     outcomes, grown = done.stdout.splitlines()[-2:]
     assert 1024 * int(grown) < 2**30
-    return [o if isinstance(o, str) else (o[0], o[1]) for o in json.loads(outcomes)]
+    return list(json.loads(outcomes))
 
 
 def frames_of_a_full_decode(path: Path) -> int | None:
