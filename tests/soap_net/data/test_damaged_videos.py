@@ -134,11 +134,11 @@ def read_in_another_process(folder: Path) -> list[Outcome]:
 
 
 def frames_of_a_full_decode(path: Path) -> int | None:
-    """None where the decoder raises, or gives nothing."""
+    """None where PyAV raises, or the decoder gives nothing."""
     try:
         with av.open(str(path)) as container:
             return sum(1 for _ in container.decode(video=0)) or None
-    except (av.FFmpegError, IndexError, AttributeError):
+    except (av.FFmpegError, UnicodeDecodeError, IndexError, AttributeError):
         return None
 
 
