@@ -48,7 +48,7 @@ _SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
 _SEEK_COST = 8
 # Videos of up to so many pixels in all (218 frames of 320x240; small frames count as 2^15) are decoded whole at first
 # sight: only that tells the frames of a damaged one. Of longer ones the first few frames must be as the packets say.
-_WHOLE, _LEAST, _SAMPLE = 2**24, 2**15, 2**21
+_WHOLE, _LEAST, _SAMPLE = 2**24, 2**15, 2**20
 
 MAX_PIXELS = 2**24
 """A video frame's, as the file declares its size; 5.3K fits. A larger one is refused before memory is taken for it."""
@@ -115,7 +115,7 @@ class _Frames:
 
     times: list[int | None]
     sizes: set[tuple[int, int]]
-    sums: NDArray[np.uint32]
+    sums: NDArray[np.uint32]  # where all frames were decoded
     interlaced: bool
     turn: Turn
 
@@ -319,7 +319,8 @@ class Video:
                     turn = self._turn(frame)
                 times.append(frame.pts)
                 sizes.add((frame.height, frame.width))
-                sums.append(checksum(frame))
+                if first is None:
+                    sums.append(checksum(frame))
                 interlaced = interlaced or frame.interlaced_frame
         return _Frames(times, sizes, np.array(sums, dtype=np.uint32), interlaced, turn)
 
