@@ -375,7 +375,8 @@ class Video:
     def _take_from(self, timeline: _Timeline, start: int, wanted: Sequence[_Wanted]) -> list[Tensor]:
         with self._opened() as (container, stream):
             if start > 0:
-                container.seek(int(timeline.key_times[start]), stream=stream)
+                with suppress(av.FFmpegError):  # a damaged index; then the frames' times will not fit
+                    container.seek(int(timeline.key_times[start]), stream=stream)
             return _taken(_timed(self._frames(container, stream)), wanted)
 
     def _frames(
