@@ -287,11 +287,9 @@ def _data_check(args: list[str]) -> int:
     data = config.data
 
     from soap_net.data.check import check_data
-    from soap_net.data.transforms import FrameSampling
 
-    sampling = FrameSampling(data.frames, data.interval)
     splits = {split: data.split_file(split) for split in options.split}
-    report = check_data(data.root, splits, sampling=sampling, workers=data.workers)
+    report = check_data(data.root, splits, workers=data.workers)
     if options.json:
         _print_json(report.as_dict())
     else:
