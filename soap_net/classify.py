@@ -17,7 +17,7 @@ from soap_net.data.images import is_image, natural
 from soap_net.data.splits import load_split
 from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.errors import UserError
-from soap_net.evaluate import CLIPS_PER_CALL, clip_features
+from soap_net.evaluate import CLIPS_PER_CALL, clip_features, refuse_non_finite
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import pick_device
 
@@ -45,6 +45,8 @@ class Classifier:
     """
 
     def __init__(self, model: SOAPNet, data: DataConfig, *, amp: Amp = "none") -> None:
+        """Raises UserError for a model whose weights are not finite."""
+        refuse_non_finite(model)
         self.model = model.eval()
         self.data = data
         self.amp = amp
@@ -102,9 +104,11 @@ class Classifier:
         for clip, query, error in zip(clips, features, errors, strict=True):
             chances: dict[str, float] = {}
             if error is None:
-                logits = self.model.head(self._support, self._labels, query[None], len(self.classes))[0]
-                scores = zip(self.classes, logits.float().softmax(0).tolist(), strict=True)
+                logits = self.model.head(self._support, self._labels, query[None], len(self.classes))[0].float()
+                scores = zip(self.classes, logits.softmax(0).tolist(), strict=True)
                 chances = dict(sorted(scores, key=lambda item: -item[1]))
+                if not bool(logits.isfinite().all()):
+                    chances, error = {}, f"{clip.path / clip.member}: the model's scores of it are not finite"
             predictions.append(Prediction(str(clip.path / clip.member), chances, error))
         return predictions
 

@@ -198,7 +198,7 @@ def _eval(args: list[str]) -> int:
         _print_json(result.to_dict())
         return 0
     print(
-        f"{result.accuracy:.2f} +- {result.ci95:.2f} %  ({result.tasks} tasks, {result.way}-way {result.shot}-shot, "
+        f"{result.shown}  ({result.tasks} tasks, {result.way}-way {result.shot}-shot, "
         f"{result.split} classes, {result.episodes_per_second:.1f} tasks/s)"
     )
     width = max(map(len, result.classes))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,7 +51,12 @@ class DataConfig:
 
     def split_file(self, split: str) -> Path | None:
         """The file set for `split` ("train", "val" or "test"), or None to look under `root`."""
-        return {"train": self.train_split, "val": self.val_split, "test": self.test_split}[split]
+        return self.split_files[split]
+
+    @property
+    def split_files(self) -> dict[str, Path | None]:
+        """`split_file` of all splits."""
+        return {"train": self.train_split, "val": self.val_split, "test": self.test_split}
 
 
 @dataclass
@@ -174,6 +179,12 @@ class Config:
     """Run folder."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+
+    def absolute(self) -> Config:
+        """Returns the same with the paths of `data` absolute, so that they mean the same from any working directory."""
+        names = ("root", "train_split", "val_split", "test_split")
+        paths = {name: path.absolute() for name in names if (path := getattr(self.data, name)) is not None}
+        return replace(self, data=replace(self.data, **paths))
 
     def check(self) -> Config:
         """Returns self if every value is possible, else raises `UserError` naming the first that is not."""

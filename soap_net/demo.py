@@ -186,7 +186,8 @@ def table(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
         f"{'':14}{'accuracy':>18}{'training':>18}{'evaluation':>18}",
     ]
     for name, one in results.items():
-        accuracy = f"{one['accuracy']:.1f} ± {one['ci95']:.1f} %"
+        interval = "of one task" if one["ci95"] is None else f"± {one['ci95']:.1f} %"
+        accuracy = f"{one['accuracy']:.1f} {interval}"
         training = f"{1000 * one['training_episode_seconds']:.0f} ms/episode"
         evaluation = f"{1000 / one['episodes_per_second']:.1f} ms/episode"
         lines.append(f"{NETS[name]:14}{accuracy:>18}{training:>18}{evaluation:>18}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from soap_net.checkpoint import load_model
@@ -49,11 +49,12 @@ EMBEDDED_LIMIT = 2 * 2**30
 class EvalResult:
     """What `eval.json` holds; accuracies in percent, `ci95` is the half width of the 95 % interval in points.
 
+    `ci95` is None of a single task, which tells nothing of how tasks vary.
     `confusion[i][j]` counts the queries of `classes[i]` that were taken for `classes[j]`.
     """
 
     accuracy: float
-    ci95: float
+    ci95: float | None
     tasks: int
     way: int
     shot: int
@@ -68,6 +69,12 @@ class EvalResult:
     failed_clips: list[str]
     correct: list[int] = field(default_factory=list, repr=False)
     """Right answers of each task, to compare runs task by task; not written."""
+
+    @property
+    def shown(self) -> str:
+        """The accuracy and its interval, for a line of text."""
+        interval = "(no interval: a single task)" if self.ci95 is None else f"+- {self.ci95:.2f} %"
+        return f"{self.accuracy:.2f} {interval}"
 
     def to_dict(self) -> dict[str, Any]:
         """What `eval.json` holds."""
@@ -84,6 +91,13 @@ def autocast(device: torch.device, amp: Amp) -> torch.autocast:
     """The config's mixed precision on `device`."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=amp != "none")
+
+
+def refuse_non_finite(model: nn.Module) -> None:
+    """Raises UserError if a weight or statistic of `model` is infinite or not a number, and names it."""
+    for name, weight in model.state_dict().items():
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"{name}: the model's weights are not finite, so that whatever it answers means nothing")
 
 
 @torch.inference_mode()
@@ -147,8 +161,12 @@ def evaluate(
         memory: keeps decoded clips from call to call; by default none are kept.
 
     Raises:
-        UserError: too few classes or clips for such tasks, or no readable clip left in a class.
+        UserError: no tasks, too few classes or clips for such tasks, no readable clip left in a class, or weights or
+            scores that are not finite.
     """
+    if config.tasks < 1:
+        raise UserError(f"tasks must be at least 1, not {config.tasks}")
+    refuse_non_finite(model)
     began = time.perf_counter()
     ranks = ranks or Ranks(next(model.parameters()).device)
     sampler = EpisodeSampler(clips, config.way, config.shot, config.queries, config.seed)
@@ -171,7 +189,7 @@ def _result(
     answered = confusion.sum(axis=1)
     return EvalResult(
         accuracy=float(accuracies.mean()),
-        ci95=float(1.96 * accuracies.std() / np.sqrt(config.tasks)),
+        ci95=float(1.96 * accuracies.std() / np.sqrt(config.tasks)) if config.tasks > 1 else None,
         tasks=config.tasks,
         way=config.way,
         shot=config.shot,
@@ -308,10 +326,17 @@ def _run_tasks(
                     sides.append(tuple(tensor.unflatten(0, rows.shape) for tensor in flat))
                 else:
                     sides.append(tuple(tensor[rows] for tensor in embedded))
-            predicted[tasks] = batched(*sides).argmax(dim=-1)
+            scores = batched(*sides)
+            predicted[tasks] = torch.where(scores.isfinite().all(dim=-1), scores.argmax(dim=-1), -1)
             advance(len(tasks))
     ranks.sum([predicted])
     answers = predicted.cpu().numpy()
+    if (answers < 0).any():
+        task = int(np.flatnonzero((answers < 0).any(axis=1))[0])
+        raise UserError(
+            f"task {task}: the model's scores are not finite, so that its answers mean nothing"
+            + (f"; try --train.amp none in place of {store.amp}" if store.amp != "none" else "")
+        )
     confusion = np.zeros((len(store.clips.classes),) * 2, dtype=np.int64)
     np.add.at(confusion, (class_ids[:, truth], np.take_along_axis(class_ids, answers, axis=1)), 1)
     correct: np.ndarray = (answers == truth).sum(axis=1)
@@ -362,7 +387,8 @@ def evaluate_run(
             raise UserError(
                 f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
             )
-        clips = load_split(config.data.root, config.eval.split, config.data.split_file(config.eval.split))
+        data, split = config.data, config.eval.split
+        clips = load_split(data.root, split, data.split_file(split), data.split_files)
         target = out if out is not None and out.suffix == ".json" else RunFolder(out or checkpoint.parent).result
         if ranks.first:
             _refuse_unwritable(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,7 @@ def _curves(runs: Sequence[_Run]) -> str:
         if validated:
             episodes = [entry["episode"] for entry in validated]
             middle = [entry["val_accuracy"] for entry in validated]
-            reach = [entry["val_ci95"] for entry in validated]
+            reach = [entry.get("val_ci95", math.nan) for entry in validated]
             accuracies.errorbar(
                 episodes, middle, reach, color=run.colour, fmt="o", markersize=5, markerfacecolor="white", capsize=3
             )
@@ -219,7 +220,7 @@ def _priors(run: _Run, count: int) -> list[_Shown]:
     model, config = load_model(folder.last if folder.last.is_file() else folder.best, backend="auto")
     soap: Any = model.soap
     split = run.config["eval"]["split"]
-    clips = load_split(config.data.root, split, config.data.split_file(split))
+    clips = load_split(config.data.root, split, config.data.split_file(split), config.data.split_files)
     load = clip_loader(config.data, train=False)
     shown = []
     for row in np.unique(np.linspace(0, len(clips.classes) - 1, count).round().astype(int)):
@@ -227,6 +228,8 @@ def _priors(run: _Run, count: int) -> list[_Shown]:
         frames = load(clip)
         priors = {name: prior[0].float().numpy() for name, prior in soap.priors(frames[None]).items()}
         output = soap(frames[None])[0].float().movedim(1, -1).numpy()
+        if not all(np.isfinite(planes).all() for planes in (output, *priors.values())):
+            raise UserError(f"those of {clip.name} are not finite")
         low, high = np.percentile(output, (1, 99), axis=(0, 1, 2))
         strips = [_Strip("frames", "as they go in", _picture(frames.movedim(1, -1).numpy() / 255))]
         if "3dem" in priors:

@@ -52,7 +52,8 @@ class RunFolder:
             OSError: it can't be written; what is there stays whole.
         """
         if self.config.exists():
-            differ = difference(flatten(self.read_config()), flatten(to_dict(config)), _free_to_change)
+            there, here = (_lists_by_name(flatten(one)) for one in (self.read_config(), to_dict(config)))
+            differ = difference(there, here, _free_to_change)
             if differ:
                 raise UserError(f"{self.path} holds a run of another config: {differ}; choose another --out")
             if self.last.exists() and not resume:
@@ -100,6 +101,12 @@ def _free_to_change(key: str) -> bool:
     return key in FREE_TO_CHANGE or (key.startswith("eval.") and key != "eval.queries")
 
 
+def _lists_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Split files without their folders: a run may go on where its data set lies elsewhere, lists and all."""
+    lists = ("data.train_split", "data.val_split", "data.test_split")
+    return {key: Path(str(value)).name if key in lists and value else value for key, value in settings.items()}
+
+
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], ignored: Callable[[str], bool]) -> str:
     """Which settings differ, for a message: the first three, and how many more; empty where none does.
 
@@ -123,7 +130,8 @@ class MetricsLog:
     """Writes metrics.jsonl and TensorBoard; what an abandoned continuation wrote after `episode` is dropped.
 
     A line is one of ``episode, loss, accuracy, lr, episodes_per_second`` for an optimizer step (loss and accuracy are
-    means over the queries, of all processes) or ``episode, val_accuracy, val_ci95`` for a validation; in percent.
+    means over the queries, of all processes) or ``episode, val_accuracy, val_ci95`` for a validation (the interval
+    of several tasks only); in percent.
 
     Args:
         run: the run's folder.

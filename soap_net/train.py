@@ -114,7 +114,7 @@ def train(
         TrainingStopped: interrupted; the state was saved.
         OSError: the run folder can't be written; what is already there stays whole.
     """
-    config.check()
+    config = config.check().absolute()
     signals = StopSignals()
     with (
         join(config.device) as ranks,
@@ -167,9 +167,9 @@ class Training:
             )
         self.config, self.ranks, self.run = config, ranks, RunFolder(config.out)
         self._progress, self._stop, self._memory = progress, stop, memory
-        clips = load_split(data.root, "train", data.split_file("train"))
+        clips = load_split(data.root, "train", data.train_split, data.split_files)
         self._sampler = EpisodeSampler(clips, episode.way, episode.shot, episode.queries, episode.seed)
-        self.val_clips = load_split(data.root, "val", data.split_file("val")) if cfg.val_every else None
+        self.val_clips = load_split(data.root, "val", data.val_split, data.split_files) if cfg.val_every else None
         self._val_config = replace(
             config.eval, tasks=cfg.val_tasks, way=episode.way, shot=episode.shot, seed=episode.seed, split="val"
         )
@@ -319,13 +319,14 @@ class Training:
             memory=self._memory,
         )  # fmt: skip
         state.validated = state.episode
-        self._log.write(state.episode, val_accuracy=result.accuracy, val_ci95=result.ci95)
+        interval = {} if result.ci95 is None else {"val_ci95": result.ci95}
+        self._log.write(state.episode, val_accuracy=result.accuracy, **interval)
         if result.accuracy > state.best_accuracy:
             state.best_accuracy, state.best_episode = result.accuracy, state.episode
             self.save(self.run.best)
         if self._progress and self.ranks.first:
             tqdm.write(
-                f"episode {state.episode}: validation {result.accuracy:.2f} +- {result.ci95:.2f} % "
+                f"episode {state.episode}: validation {result.shown} "
                 f"(best {state.best_accuracy:.2f} % at {state.best_episode})",
                 file=sys.stderr,
             )

@@ -151,7 +151,7 @@ def check_data(
     for split, split_file in splits.items():
         missing: list[str] = []
         try:
-            clip_set = load_split(root, split, split_file)
+            clip_set = load_split(root, split, split_file, splits)
         except MissingClipsError as error:
             clip_set, missing = error.found, list(error.missing)
         counts = {label: len(clips) for label, clips in zip(clip_set.classes, clip_set.clips, strict=True)}

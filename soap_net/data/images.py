@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import struct
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from soap_net.errors import ClipError, said
@@ -28,6 +30,19 @@ except ImportError:
     decode_image = None
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+# What a file may be, whatever its name says: Pillow knows others, one of which (EPS) it has a program run.
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+
+MOST_PIXELS = 2**24
+"""Of an image, by its header: twice a 4K frame. Eight such frames, read and stacked, stay below 1 GiB."""
+LONGEST_SIDE = 2**14
+"""Of an image, by its header: a format's decoder may take memory for whole rows."""
+MOST_BYTES = 8 * MOST_PIXELS
+"""Of an image's file, packed in a zip or unpacked: the most pixels, stored plain with four times 16 bits."""
+MOST_SCANS = 128
+"""Of a progressive JPEG, each of which goes over the whole image: encoders write a dozen."""
+MOST_PACKED = 2**23
+"""Bytes of a bitmap packed by run lengths, which Pillow reads byte by byte in Python."""
 
 
 class Folder:
@@ -51,6 +66,11 @@ class Folder:
         for number in wanted:
             path = self.path / self.names[number]
             try:
+                found = path.stat()
+                if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device has no end
+                    raise ClipError(path, "not a file")
+                if found.st_size > MOST_BYTES:
+                    raise ClipError(path, f"{found.st_size} bytes, and an image may have {MOST_BYTES}")
                 data = path.read_bytes()
             except OSError as error:
                 raise ClipError(path, said(error)) from error
@@ -62,7 +82,9 @@ class Folder:
 
 
 _Entries = NDArray[np.void]  # of _ENTRY, a row per image
-_ENTRY = np.dtype([("offset", "<i8"), ("stored", "<i8"), ("crc", "<u4"), ("method", "<u2"), ("flags", "<u2")])
+_ENTRY = np.dtype(
+    [("offset", "<i8"), ("stored", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u2"), ("flags", "<u2")]
+)
 
 
 class Archive:
@@ -70,22 +92,23 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         members: dict[str, dict[str, zipfile.ZipInfo]] = {}
+        self.path = path
+        self.folders: dict[str, _Entries] = {}
         try:
             with zipfile.ZipFile(path) as opened:
                 for info in opened.infolist():
                     folder, _, name = _zip_name(info).rpartition("/")
                     if is_image(name) and not folder.startswith("__MACOSX"):
-                        members.setdefault(folder, {})[name] = info
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise ClipError(path, f"not a readable zip ({error})") from error
-        self.path = path
-        self.folders: dict[str, _Entries] = {}
-        for folder in in_natural_order(members):
-            infos = members[folder]
-            chosen = [infos[name] for name in in_natural_order(infos)]
-            self.folders[folder] = np.array(
-                [(i.header_offset, i.compress_size, i.CRC, i.compress_type, i.flag_bits) for i in chosen], dtype=_ENTRY
-            )
+                        members.setdefault(folder.strip("/"), {})[name] = info
+            for folder in in_natural_order(members):
+                infos = members[folder]
+                chosen = [infos[name] for name in in_natural_order(infos)]
+                rows = [
+                    (i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits) for i in chosen
+                ]
+                self.folders[folder] = np.array(rows, dtype=_ENTRY)
+        except Exception as error:  # a damaged directory fails in as many ways as there are bytes in it
+            raise ClipError(path, f"not a readable zip ({said(error)})") from error
 
 
 @lru_cache(maxsize=64)
@@ -124,21 +147,26 @@ class Zipped:
         return frames
 
     def _member(self, file: io.BufferedReader, entry: np.void, number: int) -> bytes:
+        stored, size = int(entry["stored"]), int(entry["size"])
+        if entry["flags"] & 1:
+            raise ClipError(self.shown, f"frame {number} is encrypted")
+        if entry["method"] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ClipError(self.shown, f"frame {number} is packed by a method other than store and deflate")
+        if max(stored, size) > MOST_BYTES:
+            raise ClipError(
+                self.shown, f"frame {number} has {max(stored, size)} bytes, and an image may have {MOST_BYTES}"
+            )
         file.seek(int(entry["offset"]))
         header = file.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise ClipError(self.shown, f"frame {number} is not where the zip's directory says")
-        if entry["flags"] & 1:
-            raise ClipError(self.shown, f"frame {number} is encrypted")
         file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
-        data = file.read(int(entry["stored"]))
+        data = file.read(stored)
         if entry["method"] == zipfile.ZIP_DEFLATED:
             try:
-                data = zlib.decompress(data, -zlib.MAX_WBITS)
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # whatever it holds
             except zlib.error as error:
                 raise ClipError(self.shown, f"frame {number} cannot be unpacked ({error})") from error
-        elif entry["method"] != zipfile.ZIP_STORED:
-            raise ClipError(self.shown, f"frame {number} is packed by a method other than store and deflate")
         if zlib.crc32(data) != entry["crc"]:
             raise ClipError(self.shown, f"frame {number} is damaged (its checksum differs)")
         return data
@@ -165,23 +193,52 @@ def _decode_image(data: bytes, path: Path, number: int | None = None) -> Tensor:
     frame = "" if number is None else f"frame {number}: "
     if not data:
         raise ClipError(path, f"{frame}the image is empty (0 bytes)")
+    try:
+        with _opened(data) as opened:
+            excess = _excess(opened, data)
+            if not excess:
+                opened.verify()  # a PNG's checksums, which decoding does not look at
+        if not excess:
+            return _pixels(data)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's bound is a higher one
+        excess = f"far more than {MOST_PIXELS} pixels"
+    except Exception as error:  # a damaged image fails in as many ways as there are bytes in it
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else said(error)
+        raise ClipError(path, f"{frame}the image cannot be decoded ({reason})") from error
+    raise ClipError(path, f"{frame}the image has {excess}; scale the frames down")
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Read up to its pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+def _excess(image: Image.Image, data: bytes) -> str:
+    """What an image would take too much memory or time by, going by its header; empty where it is sound."""
+    width, height = image.size
+    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+        return f"{width} x {height} pixels, and {MOST_PIXELS} are the most, {LONGEST_SIDE} in a row"
+    scans = data.count(b"\xff\xda") if image.info.get("progressive") else 0
+    if scans > MOST_SCANS:
+        return f"{scans} scans, and {MOST_SCANS} are the most"
+    packed = len(data) if image.format == "BMP" and image.info["compression"] in (1, 2) else 0
+    return f"{packed} bytes of run lengths, and {MOST_PACKED} are the most" if packed > MOST_PACKED else ""
+
+
+def _pixels(data: bytes) -> Tensor:
     if decode_image is not None and _FOR_TORCHVISION.match(data):
         # A broken image is left to Pillow, which says in words what is wrong.
         with suppress(RuntimeError):
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.verify()  # a PNG's checksums, which decoding does not look at
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.info.pop("transparency", None)  # a palette's would be warned of, and is dropped anyway
-            if opened.mode.startswith("I"):  # 16 bits a pixel, by Pillow's version "I;16" or "I"
-                grey = (np.array(opened) >> 8).astype(np.uint8)
-                pixels = np.repeat(grey[..., None], 3, -1)
-            else:
-                pixels = np.array(opened.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not an image" if "cannot identify" in str(error) else str(error)
-        raise ClipError(path, f"{frame}the image cannot be decoded ({reason})") from error
+    with _opened(data) as opened:
+        opened.info.pop("transparency", None)  # a palette's would be warned of, and is dropped anyway
+        if opened.mode.startswith("I"):  # 16 bits a pixel, by Pillow's version "I;16" or "I"
+            grey = (np.array(opened) >> 8).astype(np.uint8)
+            pixels = np.repeat(grey[..., None], 3, -1)
+        else:
+            pixels = np.array(opened.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -190,10 +247,16 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
-def natural(text: str) -> tuple[tuple[int, str], ...]:
+def natural(text: str) -> tuple[tuple[int, str, str], ...]:
     """Sort key that orders runs of digits by value; one form for composed and decomposed letters."""
     parts = re.split(r"([0-9]+)", unicodedata.normalize("NFC", text))
-    return tuple((int(part), part) if position % 2 else (-1, part) for position, part in enumerate(parts))
+    return tuple(_number(part) if position % 2 else (-1, "", part) for position, part in enumerate(parts))
+
+
+def _number(digits: str) -> tuple[int, str, str]:
+    # By their length, as Python turns no text of thousands of digits into a number.
+    value = digits.lstrip("0")
+    return len(value), value, digits
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:

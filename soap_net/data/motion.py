@@ -10,13 +10,16 @@ process: a homogeneous Poisson cloud of dots. The class is in the differences be
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from soap_net.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Array = NDArray[np.float64]
 
@@ -238,7 +246,7 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
 
     A folder that holds all of the data set of this very config is left as it is; one that holds another, or an
     incomplete one, is replaced. Everything is written to a folder beside ``root`` first, so that ``root`` never holds
-    half a data set.
+    half a data set; what killed processes left of theirs goes.
 
     Args:
         root: where to write.
@@ -262,6 +270,7 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
     }
     settings = dataclasses.asdict(config)
     digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()
+    _remove_stale(root)
     if _complete(root, digest, clips):
         return root
     if root.exists() and not root.is_dir():
@@ -271,7 +280,9 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
     encoder = _encoder()
 
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.part-", dir=root.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.part-", dir=root.parent) as scratch, ExitStack() as held:
+        with suppress(OSError):  # on a file system without locks nothing is taken for stale
+            held.enter_context(_locked(Path(scratch)))
         fresh = Path(scratch) / "fresh"
         for pattern in PATTERNS:
             (fresh / "videos" / pattern).mkdir(parents=True)
@@ -286,6 +297,26 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
             root.rename(Path(scratch) / "replaced")
         fresh.rename(root)
     return root
+
+
+def _remove_stale(root: Path) -> None:
+    """Removes the folders that killed processes left beside ``root``; one that another is writing to stays."""
+    for folder in root.parent.glob(f".{glob.escape(root.name)}.part-*"):
+        with suppress(OSError), _locked(folder):
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a folder, as long as this process lives at the most; raises OSError where another one holds it."""
+    if fcntl is None:
+        raise OSError("folders can't be locked here")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write_clips(folder: Path, clips: _Clips, config: MotionConfig, encoder: _Encoder, progress: bool) -> None:

@@ -1,17 +1,19 @@
-"""Which clips belong to which class of a split: split files in the two formats in use, and plain folder trees."""
+"""Which clips belong to which class of a split: by split files (`soap_net.data.lists`), or plain folder trees."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from soap_net.data.clips import Clip
 from soap_net.data.images import archive, natural
+from soap_net.data.lists import SplitLine, SplitList, find_split_file, read_split_file, refuse_shared
 from soap_net.data.videos import VIDEO_SUFFIXES
-from soap_net.errors import UserError, said
+from soap_net.errors import UserError
 
 SPLITS = ("train", "val", "test")
 # Folders that may stand between the root and the classes.
@@ -36,103 +38,65 @@ class ClipSet:
     clips: tuple[tuple[Clip, ...], ...]
 
 
-@dataclass(frozen=True)
-class SplitLine:
-    """A clip named in a split file: the class to show, and its path below the root ("class/video", suffix or not)."""
-
-    label: str
-    path: str
-
-
-def load_split(root: Path, split: str, split_file: Path | None = None) -> ClipSet:
+def load_split(
+    root: Path, split: str, split_file: Path | None = None, split_files: Mapping[str, Path | None] | None = None
+) -> ClipSet:
     """The clips of one split of the data set in folder (or zip) ``root``.
 
-    ``split_file`` None looks for ``{split}.txt``, ``{split}list*.txt`` or ``{split}_few_shot.txt`` in ``root/splits``
-    and ``root``; without any, the folders are the classes: ``root/{split}/<class>/<clip>`` or
-    ``root/<class>/<clip>``, also below ``root/frames`` or ``root/videos``, or in a zip.
+    ``split_file`` None looks for ``{split}.txt``, ``{split}list*.txt``, ``{split}_few_shot.txt`` or a benchmark's own
+    list in ``root/splits`` and ``root``; without any, the folders are the classes: ``root/{split}/<class>/<clip>`` or
+    ``root/<class>/<clip>``, also below ``root/frames`` or ``root/videos``, or in a zip. ``split_files`` are those of
+    the other splits, where they are not looked for either.
 
-    Raises UserError for a missing or empty data set or a malformed split file, and MissingClipsError, which names all
-    the clips that a split file lists and ``root`` lacks.
+    Raises UserError for a missing or empty data set, a malformed split file, or a benchmark's own lists that share
+    classes between training and this split; and MissingClipsError, which names all the clips that a split file lists
+    and ``root`` lacks.
     """
     root = Path(root)
     if not root.exists():
-        raise UserError(f"{root}: no such data set folder")
-    source = split_file if split_file is not None else find_split_file(root, split)
+        mend = "; say with --data.root where it is" if split in SPLITS else ""
+        raise UserError(f"{root}: no such data set folder{mend}")
+
+    source = split_file or find_split_file(root, split)
     if source is None:
-        others = [file.name for name in SPLITS if name != split and (file := find_split_file(root, name))]
-        if others:
-            raise UserError(f"{root}: there is no split file for {split!r} beside {', '.join(others)}")
+        beside = [file.name for name in SPLITS if name != split and (file := find_split_file(root, name))]
+        if beside:
+            raise UserError(f"{root}: there is no split file for {split!r} beside {', '.join(beside)}")
         return _from_tree(root, split)
-    lines = read_split_file(source)
+    listed = read_split_file(source, split)
+    for other in _compared(root, split, split_files or {}):
+        refuse_shared(listed, other)
+    return _listed(root, listed, split)
+
+
+def _compared(root: Path, split: str, split_files: Mapping[str, Path | None]) -> list[SplitList]:
+    """The list that must hold other classes, if any: that of training, and for training that of the test."""
+    others = {"train": ["test"], "val": ["train"], "test": ["train"]}.get(split, [])
+    with suppress(UserError):  # that one can't be read or chosen is for those to know who load it
+        sources = [(other, split_files.get(other) or find_split_file(root, other)) for other in others]
+        return [read_split_file(source, other) for other, source in sources if source]
+    return []
+
+
+def _listed(root: Path, listed: SplitList, split: str) -> ClipSet:
     places = _Places(root, split)
     clips: dict[str, dict[Clip, None]] = {}
     missing: list[str] = []
-    for line in lines:
+    for line in listed.lines:
         clip = places.find(line)
         if clip is None:
             missing.append(line.path)
         clips.setdefault(line.label, {}).update({} if clip is None else {clip: None})
     found = _clip_set(split, clips)
     if missing:
-        nothing = "" if len(missing) < len(lines) else f" (looked in {places.looked_in()})"
+        count = len(listed.lines)
+        nothing = "" if len(missing) < count else f" (looked in {places.looked_in()})"
         raise MissingClipsError(
-            f"{source}: {len(missing)} of {len(lines)} clips are missing below {root}{nothing}: {', '.join(missing)}",
+            f"{listed.path}: {len(missing)} of {count} clips are missing below {root}{nothing}: {', '.join(missing)}",
             tuple(missing),
             found,
         )
     return found
-
-
-def find_split_file(root: Path, split: str) -> Path | None:
-    """The split file that belongs to ``root``, None without one. Raises UserError where several could be meant."""
-    home = root if root.is_dir() else root.parent
-    for folder in (home / "splits", home):
-        for pattern in (f"{split}.txt", f"{split}list*.txt", f"{split}_few_shot.txt"):
-            files = sorted(folder.glob(pattern))
-            if len(files) > 1:
-                names = ", ".join(file.name for file in files)
-                raise UserError(f"{folder}: several split files for {split!r} ({names}); say which one to use")
-            if files:
-                return files[0]
-    return None
-
-
-def read_split_file(path: Path) -> list[SplitLine]:
-    """The clips that a split file names, repeated lines once, in its order.
-
-    Two formats, told apart line by line: ``class/video`` (TRX and others; the class may hold anything, as the last
-    ``/`` ends it) and ``train0//videos/<class>/<name>.avi`` (HyRSM), where the number before ``//`` is the class;
-    it is shown as the folder's name where classes and folders correspond one to one, else as written. Raises
-    UserError for a missing or empty file, and naming the line for one without a class.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: the split file cannot be read ({said(error)})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the split file is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    lines: dict[SplitLine, None] = {}
-    folders: dict[str, set[str]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        entry = line.strip()
-        if not entry:
-            continue
-        label, double, below = entry.partition("//")
-        if not double:
-            label, _, video = entry.rpartition("/")
-            below = entry
-        else:
-            folder, _, video = below.rpartition("/")
-            folders.setdefault(label, set()).add(folder.rpartition("/")[2])
-        if not label or not video:
-            raise UserError(f"{path}:{number}: {entry!r} is not <class>/<video>")
-        lines[SplitLine(label, below)] = None
-    if not lines:
-        raise UserError(f"{path}: the split file names no clips")
-    shown = {label: next(iter(names)) for label, names in folders.items() if len(names) == 1}
-    if len(shown) < len(folders) or len({*shown.values()}) < len(shown) or "" in shown.values():
-        shown = {}
-    return [SplitLine(shown.get(line.label, line.label), line.path) for line in lines]
 
 
 class _Places:
@@ -147,19 +111,22 @@ class _Places:
         self._members: dict[str, Clip] | None = None
 
     def find(self, line: SplitLine) -> Clip | None:
-        parts = [part for part in line.path.split("/") if part not in ("", ".")]
+        return next(filter(None, (self._find(line.label, path) for path in (line.path, *line.others))), None)
+
+    def _find(self, label: str, path: str) -> Clip | None:
+        parts = [part for part in path.split("/") if part not in ("", ".")]
         if not parts or ".." in parts:
             return None
         video = parts.pop()
-        name = f"{line.label}/{_stem(video)}"
+        name = f"{label}/{_stem(video)}"
         # As written, below the class alone, and alone, for data sets that keep all files in one folder.
-        folders = list(dict.fromkeys(("/".join(parts), parts[-1] if parts else "", line.label, "")))
+        folders = list(dict.fromkeys(("/".join(parts), parts[-1] if parts else "", label, "")))
         for folder in folders:
             for base in self.bases:
                 listed = self._listing(base, folder)
-                path = listed.get(_key(video)) or listed.get(_key(_stem(video)))
-                if path is not None:
-                    return Clip(path, name=name)
+                found = listed.get(_key(video)) or listed.get(_key(_stem(video)))
+                if found is not None:
+                    return Clip(found, name=name)
         for folder in folders:
             member = self._zipped().get(_key(f"{folder}/{_stem(video)}"))
             if member is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def plot_accuracies(
             each = results.accuracies(row.cell, row.test, results.seeds(row.cell)).mean(axis=1)
             singles += [(x, accuracy) for accuracy in each]
         found = [one for row in chosen if (one := results.accuracy(row.cell, row.test))]
-        ys, halves = [one.mean for one in found], [one.half for one in found]
+        ys, halves = [one.mean for one in found], [math.nan if one.half is None else one.half for one in found]
         style = MARKERS[number % len(MARKERS)] + ("-" if scale.numeric else "")
         axes.errorbar(
             xs, ys, yerr=halves, fmt=style, ms=4, lw=1, capsize=4, color=f"C{number}", label=name or "this run"

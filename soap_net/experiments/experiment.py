@@ -137,7 +137,7 @@ class Experiment(ABC):
         tests = {}
         for name, changes in run.tests.items():
             cfg = changed(config, changes)
-            clips = load_split(cfg.data.root, cfg.eval.split, cfg.data.split_file(cfg.eval.split))
+            clips = load_split(cfg.data.root, cfg.eval.split, cfg.data.split_file(cfg.eval.split), cfg.data.split_files)
             result = evaluate(
                 model, clips, cfg.data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
                 memory=memory,
@@ -306,10 +306,14 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     """Makes the experiment's folder, or sees that what is in it is this experiment."""
     path = folder / "experiment.json"
     free = {*FREE_TO_CHANGE} - {"data.root"}  # a table is of one data set
-    settings = {key: value for key, value in flatten(to_dict(experiment.config)).items() if key not in free}
+    embedded = experiment.motion is not None  # such data are made anew wherever the folder is moved to
+    asked = experiment.config if embedded else experiment.config.absolute()
+    settings = {key: value for key, value in flatten(to_dict(asked)).items() if key not in free}
     here = {"experiment": experiment.name, "preset": experiment.preset, **settings}
     if path.exists():
         there = _read_json(path)
+        if not embedded:  # older versions left it as it was given
+            there["data.root"] = str(Path(str(there.get("data.root"))).absolute())
         if differ := difference(there, here, lambda key: False):
             raise UserError(f"{folder} holds another experiment: {differ}; choose another --out")
     elif folder.is_dir() and any(folder.iterdir()):
@@ -347,7 +351,7 @@ def _about(experiment: Experiment, command: Sequence[str]) -> str:
 
 
 def _signed(value: Estimate | None) -> str:
-    return "" if value is None else f"{value.mean:+.1f} ± {value.half:.1f}"
+    return "" if value is None else value.shown("+")
 
 
 def seeded(cells: Iterable[tuple[str, Mapping[str, Any]]], seeds: Sequence[int], **options: Any) -> list[Run]:

@@ -41,15 +41,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in percent with the half width of its 95 % interval in points."""
+    """A mean in percent with the half width of its 95 % interval in points, None of a single task."""
 
     mean: float
-    half: float
+    half: float | None
     seeds: int
     tasks: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.half:.1f}"
+        return self.shown("")
+
+    def shown(self, sign: str) -> str:
+        """As in the table; `sign` "+" writes that of a difference."""
+        return f"{self.mean:{sign}.1f} " + ("(one task)" if self.half is None else f"± {self.half:.1f}")
 
 
 def estimate(percents: NDArray[np.float64]) -> Estimate:
@@ -58,15 +62,17 @@ def estimate(percents: NDArray[np.float64]) -> Estimate:
     Seeds and tasks are two crossed samples: the same tasks test the nets of all seeds. The variance of the mean is at
     most the variance of the seeds' means over their number plus that of the tasks' means over theirs; Student's t with
     Welch and Satterthwaite's degrees of freedom accounts for the few seeds. With a single seed the interval can speak
-    of the tasks alone.
+    of the tasks alone; with a single task there is none.
     """
     seeds, tasks = percents.shape
-    by_task = float(percents.mean(axis=0).var(ddof=1)) / tasks if tasks > 1 else 0.0
+    if tasks < 2:
+        return Estimate(float(percents.mean()), None, seeds, tasks)
+    by_task = float(percents.mean(axis=0).var(ddof=1)) / tasks
     by_seed = float(percents.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
     total = by_task + by_seed
     freedom = math.inf
     if seeds > 1 and by_seed > 0:
-        freedom = total**2 / (by_seed**2 / (seeds - 1) + (by_task**2 / (tasks - 1) if tasks > 1 else 0.0))
+        freedom = total**2 / (by_seed**2 / (seeds - 1) + by_task**2 / (tasks - 1))
     return Estimate(float(percents.mean()), student_t(freedom) * math.sqrt(total), seeds, tasks)
 
 
@@ -114,13 +120,17 @@ class Results:
         """Writes a CSV file with one line for each test of each run."""
         heads = ["cell", "seed", "test", "accuracy", "ci95_of_tasks", "tasks", "train_seconds", "test_seconds"]
         lines = [
-            [cell, seed, test, f"{one['accuracy']:.3f}", f"{one['ci95']:.3f}", one["tasks"]]
+            [cell, seed, test, f"{one['accuracy']:.3f}", _text(one["ci95"]), one["tasks"]]
             + [f"{result[key]:.1f}" for key in ("train_seconds", "test_seconds")]
             + [result[key] for key in ("parameters", "soap_parameters")]
             for (cell, seed), result in self.finished.items()
             for test, one in result["tests"].items()
         ]
         write_csv(path, [*heads, "parameters", "soap_parameters"], lines)
+
+
+def _text(number: float | None) -> str:
+    return "" if number is None else f"{number:.3f}"
 
 
 def write_csv(path: Path, heads: Sequence[str], lines: Iterable[Sequence[object]]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from soap_net.classify import Classifier, clips_by_class, find_clips
 from soap_net.config import Config
 from soap_net.data.clips import Clip
 from soap_net.errors import UserError
-from soap_net.models import build_model
+from soap_net.models import SOAPNet, build_model
 
 
 @pytest.fixture
@@ -67,6 +68,21 @@ def test_what_makes_no_classifier_is_refused(classifier: Classifier, tiny_data: 
         classifier.learn({**support(tiny_data, {0: 1}), "b": [Clip(tmp_path / "broken.mp4")]})
     with pytest.raises(UserError, match="class 'b' has no readable clip"):
         classifier.learn({**support(tiny_data, {0: 1}), "b": []})
+
+
+def test_a_model_that_is_not_finite_gives_no_probabilities(
+    classifier: Classifier, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = support(tiny_data, {0: 1, 1: 1})
+    classifier.learn(clips)
+    features = SOAPNet.features
+    monkeypatch.setattr(SOAPNet, "features", lambda self, frames: features(self, frames) * math.inf)
+    [prediction] = classifier.classify([clips["c0"][0]])
+    assert (prediction.label, prediction.probabilities) == (None, {})
+    assert prediction.error == f"{clips['c0'][0].path}: the model's scores of it are not finite"
+    next(classifier.model.parameters()).data[0] = math.nan
+    with pytest.raises(UserError, match="the model's weights are not finite"):
+        Classifier(classifier.model, classifier.data)
 
 
 def test_clips_are_found_in_files_and_folders(tiny_data: Path, tmp_path: Path) -> None:

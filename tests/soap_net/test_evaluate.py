@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from soap_kernels import SOAP
 from soap_net import checkpoint
+from soap_net.cli import main
 from soap_net.config import Config, to_dict
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
@@ -146,6 +149,57 @@ def test_a_class_without_enough_readable_clips_is_named(
     config = tiny_run(data__root=str(root), eval__way=3)
     with pytest.raises(UserError, match=r"class 'test \(class 2\)' has no readable clip left; 4 clips"):
         evaluate(*make(config), config.data, config.eval, progress=False)
+
+
+def test_a_single_task_has_no_interval(saved: tuple[Path, Config], capsys: pytest.CaptureFixture[str]) -> None:
+    path, config = saved
+    config.eval.tasks = 1
+    result = evaluate_run(path, config, progress=False)
+    assert result.ci95 is None
+    assert result.shown == f"{result.accuracy:.2f} (no interval: a single task)"
+    assert json.loads((path.parent / "eval.json").read_text())["ci95"] is None
+    assert main(["eval", "--checkpoint", str(path), "--eval.tasks", "1"]) == 0
+    assert "(no interval: a single task)  (1 tasks" in capsys.readouterr().out
+    config.eval.tasks = 2
+    assert "+- " in evaluate_run(path, config, progress=False).shown
+
+
+def test_no_tasks_are_refused(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run()
+    with pytest.raises(UserError, match="tasks must be at least 1, not 0"):
+        evaluate(*make(config), config.data, replace(config.eval, tasks=0), progress=False)
+
+
+@pytest.mark.parametrize("part", ["soap.three_dem", "soap.cwem", "soap.hmem", "backbone", "head"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tiny_run: Callable[..., Config], part: str, value: float) -> None:
+    config = tiny_run()
+    model, clips = make(config)
+    name, weight = [(name, weight) for name, weight in model.named_parameters() if name.startswith(part)][-1]
+    weight.data.view(-1)[-1] = value
+    with pytest.raises(UserError, match=f"^{re.escape(name)}: the model's weights are not finite"):
+        evaluate(model, clips, config.data, config.eval, progress=False)
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_scores_that_are_not_finite_are_no_answers(
+    tiny_run: Callable[..., Config], head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(model__head=head, model__head_options={}, data__frames=4)
+    model, clips = make(config)
+    features = SOAPNet.features
+    broken: list[int] = []
+
+    def overflow(self: SOAPNet, frames: Tensor) -> Tensor:
+        found = features(self, frames).clone()
+        if not broken:
+            found[0] *= math.inf
+        broken.append(len(frames))
+        return found
+
+    monkeypatch.setattr(SOAPNet, "features", overflow)
+    with pytest.raises(UserError, match=r"task \d+: the model's scores are not finite, so that its answers mean no"):
+        evaluate(model, clips, config.data, config.eval, progress=False)
 
 
 def test_evaluation_can_be_stopped(tiny_run: Callable[..., Config]) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.io import write_png
 
+from soap_kernels import SOAP
 from soap_net import checkpoint
 from soap_net.config import Config, DataConfig, EpisodeConfig, EvalConfig, ModelConfig, SoapConfig, save_config, to_dict
 from soap_net.errors import UserError
@@ -214,6 +215,31 @@ def test_runs_of_different_tasks_stand_under_their_own(tmp_path: Path, videos: P
     assert "three 3-way 1-shot on the 2 classes of the val split 87.7" in text
     alike = _accuracies(tmp_path / "report.html", {"a": runs["one"], "b": runs["one"]})
     assert alike.count("2-way 1-shot on the 3 classes of the test split") == 1
+
+
+def test_a_single_task_has_no_interval(tmp_path: Path, videos: Path) -> None:
+    run = _run(tmp_path / "run", videos, SoapConfig(enabled=False), tasks=1, ci95=None)
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8").replace(', "val_ci95": 2.0', "")
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    told = _accuracies(tmp_path / "report.html", {"run": run})
+    assert "87.7 % of a single task" in told
+    assert "±" not in told
+    assert 'class="interval"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_priors_that_are_not_finite_are_not_drawn(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(tmp_path / "run", videos, SoapConfig(parts=("cwem",)))
+    priors = SOAP.priors
+    monkeypatch.setattr(
+        SOAP, "priors", lambda self, x: {name: prior * torch.nan for name, prior in priors(self, x).items()}
+    )
+    write_report(tmp_path / "report.html", {"run": run}, clips=1)
+    page = _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "The priors can't be shown: those of" in page.text
+    assert "are not finite" in page.text
+    assert not page.images()
 
 
 def test_training_classes_are_not_called_unseen(tmp_path: Path, videos: Path) -> None:

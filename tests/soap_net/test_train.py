@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from soap_net import checkpoint, train
+from soap_net.cli import main
 from soap_net.config import Config, TrainConfig, load_config, save_config
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
 from soap_net.data.splits import load_split
@@ -360,6 +361,48 @@ def test_what_changes_no_result_may_change_on_resuming(tiny_run: Callable[..., C
         train.train(tiny_run(train__episodes=2, eval__queries=2), resume=True, progress=False)
 
 
+def test_a_relative_data_set_is_the_same_one_from_any_folder(
+    tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here", "there"):
+        shutil.copytree(tiny_data, tmp_path / folder / "data")
+    for frame in (tmp_path / "there").rglob("*.png"):
+        frame.unlink()  # another data set of that name
+    monkeypatch.chdir(tmp_path / "here")
+    given = {"data__root": "data", "data__train_split": "data/splits/train.txt", "data__test_split": "lists/../list"}
+    config = tiny_run(train__episodes=2, **given)
+    train.train(config, progress=False)
+    monkeypatch.chdir(tmp_path / "there")
+    kept = load_config(config.out / "config.yaml").data
+    assert (kept.root, kept.train_split) == (tmp_path / "here/data", tmp_path / "here/data/splits/train.txt")
+    assert checkpoint.load(config.out / "last.pt")["config"]["data"]["root"] == str(tmp_path / "here/data")
+    (config.out / "last.pt").unlink()
+    assert main(["train", "--resume", str(config.out)]) == 0
+    assert config.data.root == Path("data"), "the caller's config stays as it was"
+
+
+def test_a_moved_data_set_is_named_with_the_option_that_finds_it(
+    tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(tiny_data, old)
+    config = tiny_run(train__episodes=2, data__root=str(old), data__train_split=str(old / "splits/train.txt"))
+    train.train(config, progress=False)
+    old.rename(new)
+    commands = [["train", "--resume", str(config.out)], ["eval", "--checkpoint", str(config.out / "best.pt")]]
+    for command in commands:
+        assert main(command) == 2
+        assert f"{old}: no such data set folder; say with --data.root where it is" in capsys.readouterr().err
+        command.append(f"--data.root={new}")
+    assert main(commands[0]) == 2
+    assert "no such file or directory); say with --data.train_split where it is" in capsys.readouterr().err
+    lists = new / "splits"
+    assert main([*commands[0], f"--data.train_split={lists / 'test.txt'}"]) == 2
+    assert "data.train_split is 'train.txt' there and 'test.txt' here" in capsys.readouterr().err
+    assert main([*commands[0], f"--data.train_split={lists / 'train.txt'}"]) == 0
+    assert main(commands[1]) == 0
+
+
 def test_versions_name_the_commit_in_a_checkout() -> None:
     commit = versions()["git"]
     if not (REPOSITORY / ".git").exists():
@@ -379,6 +422,16 @@ def test_a_loss_that_is_not_finite_names_the_episode_and_its_clips(tiny_run: Cal
     ) as raised:
         train.train(config, progress=False)
     assert "\n" not in str(raised.value)
+
+
+def test_a_validation_of_one_task_claims_no_interval(
+    tiny_run: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run(train__episodes=4, train__val_tasks=1)
+    train.train(config)
+    [validation] = [entry for entry in metrics(config.out) if "val_accuracy" in entry]
+    assert validation.keys() == {"episode", "val_accuracy"}
+    assert "(no interval: a single task) (best" in capsys.readouterr().err
 
 
 def test_too_few_classes_are_refused_before_the_run_folder_is_made(tiny_run: Callable[..., Config]) -> None:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +311,53 @@ def test_a_crash_while_writing_leaves_nothing_behind_and_an_older_set_whole(
             write_motion(root, replace(TINY, seed=1), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert _times(old) == before
+
+
+def test_folders_that_killed_processes_left_go_and_one_in_use_stays(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    root = write_motion(tmp_path / "mo[ti]on", TINY, progress=False)
+    for name in (".mo[ti]on.part-dead", ".mo[ti]on.part-live", ".other.part-x", "mo[ti]on.part-x"):
+        (tmp_path / name / "fresh").mkdir(parents=True)
+        (tmp_path / name / "fresh" / "clip.mp4").touch()
+    handle = os.open(tmp_path / ".mo[ti]on.part-live", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    write_motion(root, TINY, progress=False)
+    left = {".mo[ti]on.part-live", ".other.part-x", "mo[ti]on.part-x", "mo[ti]on"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    os.close(handle)
+    write_motion(root, TINY, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == left - {".mo[ti]on.part-live"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by forks, and folders that are locked")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_an_ended_process_was_writing_goes(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, begun = tmp_path / "motion", tmp_path / "begun"
+
+    def wait(pattern: str, seed: tuple[int, ...], config: MotionConfig) -> Tensor:
+        begun.touch()
+        time.sleep(0.2)
+        return render_clip(pattern, seed, config)
+
+    def write() -> None:
+        monkeypatch.setattr(motion, "render_clip", wait)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        write_motion(root, TINY, progress=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = multiprocessing.get_context("fork").Process(target=write)
+        process.start()
+    while not begun.exists():
+        time.sleep(0.01)
+    assert process.pid is not None
+    assert len([*tmp_path.glob(".motion.part-*")]) == 1
+    os.kill(process.pid, number)
+    process.join()
+    begun.unlink()
+    assert [path.name[:13] for path in tmp_path.iterdir()] == [".motion.part-"] * (number == signal.SIGKILL)
+    write_motion(root, TINY, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["motion"]
 
 
 def test_a_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import EpisodeSampler
-from soap_net.data.splits import ClipSet, MissingClipsError, load_split, read_split_file
+from soap_net.data.lists import read_split_file
+from soap_net.data.splits import ClipSet, MissingClipsError, load_split
 from soap_net.errors import UserError
 
 Make = Callable[..., Path]
@@ -51,7 +52,9 @@ def test_the_published_split_files_hold_the_known_classes_and_clips(name: str) -
         if counts is None:
             continue
         (path,) = folder.glob(f"{split}*.txt")
-        lines = read_split_file(path)
+        listed = read_split_file(path, split)
+        assert listed.form == ""
+        lines = listed.lines
         labels = {line.label for line in lines}
         assert (len(labels), len(lines)) == counts
         assert not labels & seen
@@ -66,7 +69,7 @@ def test_both_formats_of_published_splits_find_the_same_files(tmp_path: Path) ->
     trx, hyrsm = SHARED / "splits/TRX/hmdb_ARN/testlist03.txt", SHARED / "splits/HyRSM/hmdb51/test_few_shot.txt"
     if not trx.is_file():
         pytest.skip("the published split files are not here")
-    for line in read_split_file(hyrsm):
+    for line in read_split_file(hyrsm).lines:
         touch(tmp_path / line.path)
     one, two = load_split(tmp_path, "test", trx), load_split(tmp_path, "test", hyrsm)
     assert one == two
@@ -212,7 +215,7 @@ def test_class_names_end_at_the_last_slash(tmp_path: Path) -> None:
     labels = ["Twisting (wringing) something", "don't", "a/b", "拍手", 'x "y" [z]', "100 %"]
     path = tmp_path / "s.txt"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(f"{label}/v 1" for label in labels).encode() + b"\r\n")
-    assert [line.label for line in read_split_file(path)] == labels
+    assert [line.label for line in read_split_file(path).lines] == labels
     for label in labels:
         touch(tmp_path / label / "v 1.mp4")
     assert set(names(load_split(tmp_path, "train", path))) == set(labels)

@@ -105,6 +105,26 @@ def test_finished_runs_are_neither_repeated_nor_touched(toy: Toy, tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_an_experiment_is_of_one_data_set_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(Toy(Config()), tmp_path / "toy")
+    asked = json.loads((tmp_path / "toy/experiment.json").read_text())
+    assert asked["data.root"] == str(tmp_path / "here" / "data")
+    older = json.dumps({**asked, "data.root": "data"})
+    (tmp_path / "toy/experiment.json").write_text(older)
+    run(Toy(Config()), tmp_path / "toy")
+    (tmp_path / "toy/experiment.json").write_text(json.dumps(asked))
+    embedded = Toy(Config())
+    embedded.motion, embedded.prepare = Path("motion"), lambda: None  # type: ignore[method-assign]
+    run(embedded, tmp_path / "embedded")
+    monkeypatch.chdir(tmp_path / "there")
+    run(embedded, tmp_path / "embedded")
+    with pytest.raises(UserError, match=r"experiment: data.root is '.*here/data' there and '.*there/data' here"):
+        run(Toy(Config()), tmp_path / "toy")
+
+
 def test_more_seeds_may_be_asked_for_later(toy: Toy, tmp_path: Path) -> None:
     run(toy, tmp_path, seeds=1)
     assert toy.done == ["plain-seed0", "better-seed0"]
@@ -119,7 +139,7 @@ def test_folder_of_another_config_is_refused_in_one_line(toy: Toy, tmp_path: Pat
         run(Toy(from_dict({"train": {"lr": 0.25}})), tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "table.md").read_bytes() == before
-    with pytest.raises(UserError, match=r"another experiment: data\.root is 'data' there and 'others' here"):
+    with pytest.raises(UserError, match=r"experiment: data\.root is '.*/data' there and '.*/others' here"):
         run(Toy(from_dict({"data": {"root": "others"}})), tmp_path)
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from soap_net.experiments.results import Estimate, Result, Results, estimate, student_t
+from soap_net.experiments.drawing import plot_accuracies
+from soap_net.experiments.results import Estimate, Result, Results, Row, estimate, student_t
 
 
 def test_estimate_of_one_seed_is_the_usual_interval_over_tasks() -> None:
@@ -42,3 +44,17 @@ def test_difference_pairs_the_seeds_both_have() -> None:
     results = Results({("a", 0): one([5, 4]), ("b", 0): one([4, 3]), ("a", 1): one([0, 0])})
     assert results.difference(("a", "test"), ("b", "test")) == Estimate(20.0, 0.0, 1, 2)
     assert results.difference(("a", "test"), ("c", "test")) is None
+
+
+def test_a_single_task_has_no_interval(tmp_path: Path) -> None:
+    one = {"correct": [3], "answers": 5, "accuracy": 60.0, "ci95": None, "tasks": 1}
+    times = {"train_seconds": 1.0, "test_seconds": 1.0, "parameters": 10, "soap_parameters": 2}
+    results = Results({(cell, seed): {"tests": {"test": one}, **times} for cell in "ab" for seed in (0, 1)})
+    found = results.accuracy("a")
+    assert found == Estimate(60.0, None, 2, 1)
+    assert str(found) == "60.0 (one task)"
+    assert results.difference(("a", "test"), ("b", "test")).shown("+") == "+0.0 (one task)"
+    results.write(tmp_path / "results.csv")
+    assert (tmp_path / "results.csv").read_text().splitlines()[1].startswith("a,0,test,60.000,,1,")
+    plot_accuracies(tmp_path / "plot.svg", [Row(("a",), "a", x="a")], results, "title", "axis", 20.0)
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
