@@ -8,11 +8,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from soap_net.errors import UserError, did_you_mean, nearest, said
-from soap_net.interrupts import Interrupted
+from soap_net.interrupts import Interrupted, exit_code, speaks
 
 if TYPE_CHECKING:
     from soap_net.config import Config
@@ -54,15 +55,18 @@ class _Options(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 130 if stopped, 2 for what the user can mend, 1 otherwise."""
+    """Runs a command and returns its exit code: 0, that of `interrupts.exit_code` if stopped, 2 for what the user can
+    mend, 1 otherwise."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
         return _dispatch(args)
     except (KeyboardInterrupt, Interrupted) as stopped:
-        print(f"soap-net: {str(stopped) or 'stopped'}", file=sys.stderr)
-        return 130
+        with suppress(OSError):  # the terminal may be gone
+            if speaks():
+                print(f"soap-net: {str(stopped) or 'stopped'}", file=sys.stderr)
+        return exit_code()
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -122,11 +126,6 @@ def _overview(prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def _prints() -> bool:
-    """Whether this process tells the user the outcome: the only one, or the first of those under torchrun."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -168,7 +167,7 @@ def _train(args: list[str]) -> int:
         folder = train(config, resume=options.resume is not None)
     except TrainingStopped as stopped:
         raise Interrupted(f"{stopped}; go on with: soap-net train --resume {stopped.folder}") from None
-    if _prints():
+    if speaks():
         print(f"trained: {folder}; evaluate with: soap-net eval --checkpoint {folder / 'best.pt'}")
     return 0
 
@@ -192,7 +191,7 @@ def _eval(args: list[str]) -> int:
     from soap_net.evaluate import evaluate_run
 
     result = evaluate_run(options.checkpoint, config, out=options.out)
-    if not _prints():
+    if not speaks():
         return 0
     if options.json:
         _print_json(result.to_dict())

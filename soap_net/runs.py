@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soap_net import checkpoint
 from soap_net.config import Config, flatten, save_config, to_dict
 from soap_net.errors import UserError
 from soap_net.files import write_text
 from soap_net.settings import read_yaml
 from soap_net.versions import versions
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_failed_share")
 """Settings that may change between a run and its continuation, as they change no result."""
+COMPUTES = ("soap_net", "torch")
+"""Of `versions`, those that a run goes on with only where they are the same, unless `--resume` says so."""
 
 
 class RunFolder:
@@ -45,23 +56,66 @@ class RunFolder:
         self.result = path / "eval.json"
 
     def begin(self, config: Config, resume: bool) -> None:
-        """Makes the folder, or sees that what is in it is this run.
+        """Makes the folder, or sees that what is in it is this run, to be gone on with.
+
+        Without `resume` a run goes on too that was not finished, so that a command which was killed may simply be
+        given again; but not with other versions of what computes it.
 
         Raises:
-            UserError: it holds a run of another config, or this one, which is not to be resumed.
+            UserError: it holds a run of another config; or without `resume`, a finished one or one of other versions.
             OSError: it can't be written; what is there stays whole.
         """
         if self.config.exists():
-            differ = difference(flatten(self.read_config()), flatten(to_dict(config)), _free_to_change)
+            differ = difference(flatten(self.read_config()), flatten(to_dict(config)), free_to_change)
             if differ:
                 raise UserError(f"{self.path} holds a run of another config: {differ}; choose another --out")
             if self.last.exists() and not resume:
-                raise UserError(
-                    f"{self.path} holds this run already: add --resume to go on with it, or choose another --out"
-                )
+                self._refuse_unless_stopped(config)
         self.path.mkdir(parents=True, exist_ok=True)
         save_config(config, self.config)
         write_text(self.versions, json.dumps(versions(), indent=2) + "\n")
+
+    def _refuse_unless_stopped(self, config: Config) -> None:
+        episode = checkpoint.load(self.last).get("progress", {}).get("episode", 0)
+        if episode >= config.train.episodes:
+            raise UserError(f"{self.path} holds this run already, and it is finished: choose another --out")
+        there, here = self.read_versions(), versions()
+        for name in COMPUTES:
+            if there.get(name) != here[name]:
+                raise UserError(
+                    f"{self.path} holds this run, stopped after episode {episode} with {name} {there.get(name)}, which "
+                    f"is {here[name]} here: add --resume to go on with it all the same, or choose another --out"
+                )
+        print(f"{self.path} holds this run, stopped after episode {episode}: going on with it", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps others from training in the folder meanwhile, on systems and disks that can.
+
+        Raises:
+            UserError: another process does.
+        """
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            for wait in (0.5, 1.0, 2.0, None):  # one that was killed may take a moment to be gone
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if wait is None:
+                        raise UserError(
+                            f"{self.path}: another process is training in it; wait for it, or choose another --out"
+                        ) from None
+                    time.sleep(wait)
+                except OSError:  # a disk of the network that knows no locks on folders
+                    break
+                else:
+                    break
+            yield
+        finally:
+            os.close(folder)
 
     def read_config(self) -> dict[str, Any]:
         """The nested settings as they stand in the file, which an older version may have written.
@@ -95,7 +149,8 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _free_to_change(key: str) -> bool:
+def free_to_change(key: str) -> bool:
+    """Whether a setting, by dotted key, may change between a run and its continuation."""
     # Validation takes as many queries as evaluation.
     return key in FREE_TO_CHANGE or (key.startswith("eval.") and key != "eval.queries")
 

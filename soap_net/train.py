@@ -12,9 +12,10 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from soap_net import checkpoint
-from soap_net.config import Config, TrainConfig, to_dict
+from soap_net.config import Config, TrainConfig, flatten, to_dict
 from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, shard
 from soap_net.data.loading import load
 from soap_net.data.memory import ClipMemory
@@ -33,8 +34,8 @@ from soap_net.errors import UserError
 from soap_net.evaluate import autocast, evaluate
 from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
-from soap_net.ranks import Ranks, join
-from soap_net.runs import MetricsLog, RunFolder
+from soap_net.ranks import RankLost, Ranks, digest, join, started_again
+from soap_net.runs import MetricsLog, RunFolder, free_to_change
 from soap_net.settings import build, read
 
 # So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
@@ -123,7 +124,8 @@ def train(
         torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []),
     ):
         stop = stop or (lambda: signals.requested)
-        training = Training(config, ranks, progress=progress, stop=stop, memory=memory)
+        with ranks.together():
+            training = Training(config, ranks, progress=progress, stop=stop, memory=memory)
         with training.opened(resume):
             try:
                 training.validate_if_due()  # where the run was stopped in the middle of a validation
@@ -136,6 +138,9 @@ def train(
             except Interrupted as error:
                 training.save(training.run.last)
                 raise TrainingStopped(config.out, training.state.episode) from error
+            except RankLost:
+                training.save(training.run.last)
+                raise
         training.save(training.run.last)
         if training.val_clips is None:
             training.save(training.run.best)
@@ -167,8 +172,8 @@ class Training:
             )
         self.config, self.ranks, self.run = config, ranks, RunFolder(config.out)
         self._progress, self._stop, self._memory = progress, stop, memory
-        clips = load_split(data.root, "train", data.split_file("train"))
-        self._sampler = EpisodeSampler(clips, episode.way, episode.shot, episode.queries, episode.seed)
+        self._clips = load_split(data.root, "train", data.split_file("train"))
+        self._sampler = EpisodeSampler(self._clips, episode.way, episode.shot, episode.queries, episode.seed)
         self.val_clips = load_split(data.root, "val", data.split_file("val")) if cfg.val_every else None
         self._val_config = replace(
             config.eval, tasks=cfg.val_tasks, way=episode.way, shot=episode.shot, seed=episode.seed, split="val"
@@ -187,17 +192,49 @@ class Training:
 
     @contextlib.contextmanager
     def opened(self, resume: bool) -> Iterator[None]:
-        """Opens the run folder, takes up its checkpoint if it is to `resume` and has one, and reads episodes ahead."""
-        if self.ranks.first:
-            self.run.begin(self.config, resume)
-        self.ranks.wait()
-        if resume and self.run.last.exists():
-            content = checkpoint.load(self.run.last)
-            checkpoint.load_weights(self.model, content["model"], self.run.last)
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
-            self.state = build(Progress, read(content["progress"], Progress, str(self.run.last)))
-            self._saved_episode = self.state.episode
+        """Opens the run folder, takes up its checkpoint if there is one, and reads episodes ahead.
+
+        Raises:
+            UserError: see `RunFolder.begin`; or the processes found, or hold, different things.
+        """
+        with contextlib.ExitStack() as stack:
+            with self.ranks.together():
+                if self.ranks.first:
+                    stack.enter_context(self.run.held())
+                    self.run.begin(self.config, resume or started_again())
+            with self.ranks.together():
+                begun = self.run.last.exists()
+                if begun:
+                    self._take_up()
+            if self.ranks.size > 1:
+                self._agree(begun)
+            stack.enter_context(self._reading())
+            yield
+
+    def _take_up(self) -> None:
+        """Goes on from last.pt."""
+        content = checkpoint.load(self.run.last)
+        checkpoint.load_weights(self.model, content["model"], self.run.last)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.state = build(Progress, read(content["progress"], Progress, str(self.run.last)))
+        self._saved_episode = self.state.episode
+
+    def _agree(self, begun: bool) -> None:
+        """Ends all processes unless they are at the same place of the same run; `begun`: there is a last.pt."""
+        facts: dict[str, Any] = {"last.pt": "there" if begun else "missing", **asdict(self.state)}
+        for found in [self._clips] + ([self.val_clips] if self.val_clips else []):
+            names = [[clip.name for clip in clips] for clips in found.clips]
+            facts[f"{found.split} data"] = f"{sum(map(len, names))} clips, {digest([found.classes, names])[:12]}"
+        config = flatten(to_dict(self.config))
+        self.ranks.agree(facts | {key: config[key] for key in config if not free_to_change(key)})
+        if not begun:  # random numbers may differ in the last bit between kinds of processors
+            self.ranks.copy_first([*self.model.parameters(), *self.model.buffers()])
+        self.ranks.agree({"digest of the weights": digest([self.model.state_dict(), self.optimizer.state_dict()])})
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Reads the episodes to come ahead, and keeps log and progress bar open."""
         mine = [index for batch in self.batches() for index in shard(batch, self.ranks.rank, self.ranks.size)]
         dataset = EpisodeDataset(self._sampler, clip_loader(self.config.data, train=True, memory=self._memory), mine)
         self._tasks = load(dataset, self.config.data.workers, pin_memory=self.ranks.device.type == "cuda")
@@ -231,16 +268,19 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         sums = _Sums()
-        for index in shard(batch, self.ranks.rank, self.ranks.size):
-            self._episode(index, len(batch), sums)
-            if self._stop() and self.ranks.size == 1:
-                break
-        sums.stop = self._stop()
-        _sum_over_ranks(self.model, sums, self.ranks)
-        if sums.stop:
+        try:
+            for index in shard(batch, self.ranks.rank, self.ranks.size):
+                self._episode(index, len(batch), sums)
+                if self._stop() and self.ranks.size == 1:
+                    break
+            sums.stop = self._stop()
+            sums.set_totals(self.ranks.sum_step(self.model, sums.totals()))
+            if sums.stop:
+                raise Interrupted
+        except Exception:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-            raise Interrupted
+            raise
         lr = learning_rate(self.config.train, batch[-1])
         clipped = self._update(lr)
         self.state.episode = batch.stop
@@ -313,6 +353,8 @@ class Training:
         state, alone = self.state, self.ranks.size == 1
         if self.val_clips is None or state.validated == state.episode or not self._due(self.config.train.val_every):
             return
+        if not alone and self._saved_episode != state.episode:  # not to be stopped in the middle, but perhaps killed
+            self.save(self.run.last)
         result = evaluate(
             self.model, self.val_clips, self.config.data, self._val_config, ranks=self.ranks,
             amp=self.config.train.amp, progress=self._progress, stop=lambda: alone and self._stop(),
@@ -365,6 +407,16 @@ class _Sums:
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
 
+    def totals(self) -> list[float]:
+        """What is summed over the processes."""
+        return [self.loss, self.right, self.queries, self.read, self.failed, self.stop]
+
+    def set_totals(self, totals: Sequence[float]) -> None:
+        """Takes on the sums of what `totals` gave in each process."""
+        self.loss, *counts, stop = totals
+        self.right, self.queries, self.read, self.failed = map(int, counts)
+        self.stop = bool(stop)
+
     def add(self, loss: float, right: int, task: EpisodeClips) -> None:
         """Adds an episode with the loss and the right answers of all its queries."""
         queries, failed = len(task.query_names), len(task.failures)
@@ -398,26 +450,6 @@ def learning_rate(cfg: TrainConfig, episode: int) -> float:
 
 def _dropout_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
-
-
-def _sum_over_ranks(model: nn.Module, sums: _Sums, ranks: Ranks) -> None:
-    """Sums gradients and `sums`, and averages the buffers (running statistics of normalisations)."""
-    if ranks.size == 1:
-        return
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=ranks.device)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    names = ("loss", "right", "queries", "read", "failed", "stop")
-    moved = torch.tensor([float(getattr(sums, name)) for name in names], dtype=torch.float64, device=ranks.device)
-    ranks.sum([*gradients, *buffers, used, moved])
-    for name, value in zip(names, moved.tolist(), strict=True):
-        setattr(sums, name, type(getattr(sums, name))(value))
-    for parameter, gradient, count in zip(parameters, gradients, used.tolist(), strict=True):
-        # What no process used keeps no gradient, so that weight decay leaves it alone, as with one process.
-        parameter.grad = gradient if count else None
-    for buffer in buffers:
-        buffer.div_(ranks.size)
 
 
 def _non_finite(value: float, task: EpisodeClips, saved: int) -> NonFiniteLoss:

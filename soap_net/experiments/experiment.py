@@ -270,12 +270,14 @@ def run_experiment(
                     results.finished[run.cell, run.seed] = result
                     shown = ", ".join(f"{name} {one['accuracy']:.1f} %" for name, one in result["tests"].items())
                     bar.write(f"{run.folder}: {shown}", file=sys.stderr)
-    except Interrupted:
-        raise ExperimentStopped(
-            f"stopped with {len(results.finished)} of {len(wanted)} runs finished; the same command goes on"
-        ) from None
-    finally:
+    except Exception as error:  # not where all ends at once: what is finished makes the table another time
         experiment.write(folder, results, about)
+        if isinstance(error, Interrupted):
+            raise ExperimentStopped(
+                f"stopped with {len(results.finished)} of {len(wanted)} runs finished; the same command goes on"
+            ) from None
+        raise
+    experiment.write(folder, results, about)
     return results
 
 
