@@ -8,13 +8,16 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from soap_net.errors import UserError
+
+if TYPE_CHECKING:
+    from soap_net.data.splits import ClipSet
 
 T = TypeVar("T")
 
@@ -53,27 +56,6 @@ class Ranks:
                 with torch.no_grad():
                     tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
                 offset += tensor.numel()
-
-    def sum_step(self, model: nn.Module, numbers: Sequence[float]) -> list[float]:
-        """Sums gradients over all processes and averages buffers (running statistics of normalisations), in place.
-
-        Returns:
-            The sums of `numbers`.
-        """
-        if self.size == 1:
-            return list(numbers)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=self.device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        moved = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self.sum([*gradients, *buffers, used, moved])
-        for parameter, gradient, count in zip(parameters, gradients, used.tolist(), strict=True):
-            # What no process used keeps no gradient, so that weight decay leaves it alone, as with one process.
-            parameter.grad = gradient if count else None
-        for buffer in buffers:
-            buffer.div_(self.size)
-        return moved.tolist()
 
     def gather(self, own: Mapping[int, T]) -> dict[int, T]:
         """The entries of all processes, in the order of their keys, as one process alone would have found them."""
@@ -115,11 +97,11 @@ class Ranks:
         for text in failed.values():
             raise UserError(text)
 
-    def agree(self, facts: Mapping[str, object]) -> None:
+    def agree(self, facts: Mapping[str, object], remedy: str) -> None:
         """Ends all processes, each with the same line, unless their `facts`, which are few and short, are the same.
 
         Raises:
-            UserError: names, of each process that differs from the first, what differs.
+            UserError: names what differs, and in which process, and ends with `remedy`.
         """
         found = self.gather({self.rank: (self._named(), dict(facts))})
         name, first = found[0]
@@ -131,7 +113,7 @@ class Ranks:
         ]
         if differ:
             more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise UserError(f"the processes are not at the same run: {', '.join(differ[:3])}{more}")
+            raise UserError(f"the processes are not at the same run: {', '.join(differ[:3])}{more}; {remedy}")
 
     def _named(self) -> str:
         return f"rank {self.rank} on {platform.node()}"
@@ -144,7 +126,7 @@ def digest(content: object) -> str:
     def take(value: object) -> None:
         if isinstance(value, Tensor):
             state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             for key in sorted(value, key=str):
                 state.update(f"{key!r}:".encode())
@@ -157,6 +139,12 @@ def digest(content: object) -> str:
 
     take(content)
     return state.hexdigest()
+
+
+def same_clips(clips: ClipSet) -> dict[str, str]:
+    """A fact for `Ranks.agree`: which clips a split has, by class and name, wherever they lie."""
+    names = [[clip.name for clip in members] for members in clips.clips]
+    return {f"{clips.split} data": f"{sum(map(len, names))} clips, {digest([clips.classes, names])[:12]}"}
 
 
 @contextlib.contextmanager

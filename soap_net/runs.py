@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soap_net import checkpoint
 from soap_net.config import Config, flatten, save_config, to_dict
 from soap_net.errors import UserError
 from soap_net.files import write_text
@@ -76,7 +75,9 @@ class RunFolder:
         write_text(self.versions, json.dumps(versions(), indent=2) + "\n")
 
     def _refuse_unless_stopped(self, config: Config) -> None:
-        episode = checkpoint.load(self.last).get("progress", {}).get("episode", 0)
+        from soap_net.checkpoint import load  # imports torch
+
+        episode = load(self.last).get("progress", {}).get("episode", 0)
         if episode >= config.train.episodes:
             raise UserError(f"{self.path} holds this run already, and it is finished: choose another --out")
         there, here = self.read_versions(), versions()
@@ -98,6 +99,7 @@ class RunFolder:
         if fcntl is None:
             yield
             return
+        self.path.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.path, os.O_RDONLY)
         try:
             for wait in (0.5, 1.0, 2.0, None):  # one that was killed may take a moment to be gone

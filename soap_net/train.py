@@ -12,10 +12,9 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from soap_net.errors import UserError
 from soap_net.evaluate import autocast, evaluate
 from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
-from soap_net.ranks import RankLost, Ranks, digest, join, started_again
+from soap_net.ranks import Ranks, digest, join, same_clips, started_again
 from soap_net.runs import MetricsLog, RunFolder, free_to_change
 from soap_net.settings import build, read
 
@@ -138,9 +137,6 @@ def train(
             except Interrupted as error:
                 training.save(training.run.last)
                 raise TrainingStopped(config.out, training.state.episode) from error
-            except RankLost:
-                training.save(training.run.last)
-                raise
         training.save(training.run.last)
         if training.val_clips is None:
             training.save(training.run.best)
@@ -222,15 +218,16 @@ class Training:
 
     def _agree(self, begun: bool) -> None:
         """Ends all processes unless they are at the same place of the same run; `begun`: there is a last.pt."""
-        facts: dict[str, Any] = {"last.pt": "there" if begun else "missing", **asdict(self.state)}
-        for found in [self._clips] + ([self.val_clips] if self.val_clips else []):
-            names = [[clip.name for clip in clips] for clips in found.clips]
-            facts[f"{found.split} data"] = f"{sum(map(len, names))} clips, {digest([found.classes, names])[:12]}"
         config = flatten(to_dict(self.config))
-        self.ranks.agree(facts | {key: config[key] for key in config if not free_to_change(key)})
+        facts = {"last.pt": "there" if begun else "missing", **asdict(self.state), **same_clips(self._clips)}
+        facts |= same_clips(self.val_clips) if self.val_clips else {}
+        facts |= {key: config[key] for key in config if not free_to_change(key)}
+        remedy = f"all need the same command, data and {self.run.last}: on a disk that they share, or copied to each"
+        self.ranks.agree(facts, remedy)
         if not begun:  # random numbers may differ in the last bit between kinds of processors
             self.ranks.copy_first([*self.model.parameters(), *self.model.buffers()])
-        self.ranks.agree({"digest of the weights": digest([self.model.state_dict(), self.optimizer.state_dict()])})
+        state = [self.model.state_dict(), self.optimizer.state_dict()]
+        self.ranks.agree({"digest of the weights": digest(state)[:12]}, remedy)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -268,19 +265,16 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         sums = _Sums()
-        try:
-            for index in shard(batch, self.ranks.rank, self.ranks.size):
-                self._episode(index, len(batch), sums)
-                if self._stop() and self.ranks.size == 1:
-                    break
-            sums.stop = self._stop()
-            sums.set_totals(self.ranks.sum_step(self.model, sums.totals()))
-            if sums.stop:
-                raise Interrupted
-        except Exception:
+        for index in shard(batch, self.ranks.rank, self.ranks.size):
+            self._episode(index, len(batch), sums)
+            if self._stop() and self.ranks.size == 1:
+                break
+        sums.stop = self._stop()
+        _sum_over_ranks(self.model, sums, self.ranks)
+        if sums.stop:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-            raise
+            raise Interrupted
         lr = learning_rate(self.config.train, batch[-1])
         clipped = self._update(lr)
         self.state.episode = batch.stop
@@ -407,16 +401,6 @@ class _Sums:
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
 
-    def totals(self) -> list[float]:
-        """What is summed over the processes."""
-        return [self.loss, self.right, self.queries, self.read, self.failed, self.stop]
-
-    def set_totals(self, totals: Sequence[float]) -> None:
-        """Takes on the sums of what `totals` gave in each process."""
-        self.loss, *counts, stop = totals
-        self.right, self.queries, self.read, self.failed = map(int, counts)
-        self.stop = bool(stop)
-
     def add(self, loss: float, right: int, task: EpisodeClips) -> None:
         """Adds an episode with the loss and the right answers of all its queries."""
         queries, failed = len(task.query_names), len(task.failures)
@@ -450,6 +434,26 @@ def learning_rate(cfg: TrainConfig, episode: int) -> float:
 
 def _dropout_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
+
+
+def _sum_over_ranks(model: nn.Module, sums: _Sums, ranks: Ranks) -> None:
+    """Sums gradients and `sums`, and averages the buffers (running statistics of normalisations)."""
+    if ranks.size == 1:
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=ranks.device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    names = ("loss", "right", "queries", "read", "failed", "stop")
+    moved = torch.tensor([float(getattr(sums, name)) for name in names], dtype=torch.float64, device=ranks.device)
+    ranks.sum([*gradients, *buffers, used, moved])
+    for name, value in zip(names, moved.tolist(), strict=True):
+        setattr(sums, name, type(getattr(sums, name))(value))
+    for parameter, gradient, count in zip(parameters, gradients, used.tolist(), strict=True):
+        # What no process used keeps no gradient, so that weight decay leaves it alone, as with one process.
+        parameter.grad = gradient if count else None
+    for buffer in buffers:
+        buffer.div_(ranks.size)
 
 
 def _non_finite(value: float, task: EpisodeClips, saved: int) -> NonFiniteLoss:

@@ -19,7 +19,6 @@ REPOSITORY = Path(__file__).parents[2]
 
 TWO = """
 import json, sys, torch
-from torch import nn
 from soap_net.ranks import RankLost, join
 said = {}
 def error(name, work):
@@ -36,22 +35,15 @@ with join("cpu") as ranks:
     copied = torch.full((2,), float(ranks.rank), dtype=torch.float64)
     ranks.copy_first([copied])
     said["copied"] = copied.tolist()
-    model = nn.BatchNorm1d(1)
-    unused, model.half_used = nn.Linear(1, 1), nn.Linear(1, 1)
-    model.unused = unused
-    model.running_mean.fill_(3.0 * ranks.rank)
-    model.weight.grad = torch.tensor([1.0 + ranks.rank])
-    if ranks.first:
-        model.half_used.bias.grad = torch.tensor([7.0])
-    said["sums"] = ranks.sum_step(model, [1.5, ranks.rank])
-    said["step"] = [model.weight.grad.item(), model.half_used.bias.grad.item(), model.running_mean.item()]
-    said["no gradient"] = model.unused.weight.grad is None
+    summed = [torch.full((2,), 1.0 + ranks.rank), torch.tensor(ranks.rank, dtype=torch.float64)]
+    ranks.sum(summed)
+    said["sums"] = [one.tolist() for one in summed]
     error("none fails", fail)
     error("one fails", lambda: fail(1))
     error("both fail", lambda: fail(0, 1))
-    error("same", lambda: ranks.agree({"episode": 8, "data": "abc"}))
-    error("other", lambda: ranks.agree({"episode": 8 * ranks.rank, "data": "abc", f"only{ranks.rank}": 1}))
-    error("many", lambda: ranks.agree({str(i): ranks.rank for i in range(9)}))
+    error("same", lambda: ranks.agree({"episode": 8, "data": "abc"}, "-"))
+    error("other", lambda: ranks.agree({"episode": 8 * ranks.rank, "data": "abc", f"only{ranks.rank}": 1}, "mend"))
+    error("many", lambda: ranks.agree({str(i): ranks.rank for i in range(9)}, "mend"))
     print(json.dumps(said), flush=True)
     if ranks.first:
         sys.exit()
@@ -102,16 +94,13 @@ def test_alone_a_sum_is_the_value_itself_and_an_error_ones_own() -> None:
         ranks.sum([value])
         ranks.copy_first([value])
         assert value == 3
-        ranks.agree({"anything": 1})
+        ranks.agree({"anything": 1}, "-")
         with pytest.raises(KeyError), ranks.together():
             raise KeyError
 
 
-def test_processes_sum_gradients_and_average_statistics(two: list[list[Any]]) -> None:
-    for said, *_ in two:
-        assert said["sums"] == [3.0, 1.0]
-        assert said["step"] == [3.0, 7.0, 1.5]
-        assert said["no gradient"], "weight decay leaves alone what no process used"
+def test_processes_sum_tensors_of_any_type(two: list[list[Any]]) -> None:
+    assert [said["sums"] for said, *_ in two] == [[[3.0, 3.0], 1.0]] * 2
 
 
 def test_processes_gather_in_the_order_of_keys_and_take_on_the_first_ones_tensors(two: list[list[Any]]) -> None:
@@ -137,9 +126,9 @@ def test_processes_that_differ_all_end_with_the_line_that_says_in_what(two: list
     assert kind == "UserError"
     assert line == (
         f"the processes are not at the same run: episode is 8 in {here} and 0 in {there}, "
-        f"only0 is None in {here} and 1 in {there}, only1 is 1 in {here} and None in {there}"
+        f"only0 is None in {here} and 1 in {there}, only1 is 1 in {here} and None in {there}; mend"
     )
-    assert first["many"][1].endswith(", and 6 more")
+    assert first["many"][1].endswith(", and 6 more; mend")
 
 
 def test_a_lost_process_is_one_line_in_the_others(two: list[list[Any]]) -> None:

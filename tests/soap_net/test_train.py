@@ -347,9 +347,68 @@ def test_a_folder_of_another_run_is_not_overwritten(tiny_run: Callable[..., Conf
     for resume in (False, True):
         with pytest.raises(UserError, match=r"another config: train\.lr is 0\.01 there and 0\.5 here; choose another"):
             train.train(tiny_run(train__episodes=2, train__lr=0.5), resume=resume, progress=False)
-    with pytest.raises(UserError, match="holds this run already: add --resume"):
+    with pytest.raises(UserError, match="holds this run already, and it is finished: choose another --out"):
         train.train(config, progress=False)
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
+
+
+def stop_at(episode: int) -> Callable[[Training, Step], None]:
+    """A callback that stops the training after so many episodes."""
+
+    def stop(training: Training, step: Step) -> None:
+        if training.state.episode == episode:
+            raise Interrupted
+
+    return stop
+
+
+def test_the_same_command_goes_on_with_a_run_that_was_not_finished(
+    thorough: Callable[[str], Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, stopped = run(thorough("straight")), thorough("stopped")
+    with pytest.raises(TrainingStopped):
+        train.train(stopped, progress=False, callback=stop_at(6))
+    assert capsys.readouterr().err == ""
+    assert_equal(run(stopped), straight)
+    assert capsys.readouterr().err == f"{stopped.out} holds this run, stopped after episode 6: going on with it\n"
+    assert metrics(stopped.out) == metrics(thorough("straight").out)
+
+
+def test_a_run_stopped_with_other_versions_goes_on_where_that_is_asked_for(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = thorough("stopped")
+    with pytest.raises(TrainingStopped):
+        train.train(config, progress=False, callback=stop_at(6))
+    before = checkpoint.load(config.out / "last.pt")["progress"]
+    path = config.out / "versions.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "torch": "1.0"}))
+    with pytest.raises(UserError, match=r"stopped after episode 6 with torch 1\.0, which is .* here: add --resume"):
+        train.train(config, progress=False)
+    assert checkpoint.load(config.out / "last.pt")["progress"] == before
+    assert run(config, resume=True)["progress"]["episode"] == 12
+
+
+def test_a_process_that_torchrun_started_again_finds_a_finished_run_done(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = run(tiny_run(train__episodes=2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert_equal(run(tiny_run(train__episodes=2)), before)
+
+
+def test_two_trainings_in_one_folder_at_a_time_are_refused(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soap_net.runs.time.sleep", lambda seconds: None)
+    config = tiny_run(train__episodes=4)
+
+    def train_too(training: Training, step: Step) -> None:
+        with pytest.raises(UserError, match=f"^{config.out}: another process is training in it; wait for it, or"):
+            train.train(config, progress=False)
+
+    train.train(config, progress=False, callback=train_too)
+    train.train(config, progress=False, resume=True)
 
 
 def test_what_changes_no_result_may_change_on_resuming(tiny_run: Callable[..., Config], tiny_data: Path) -> None:
@@ -477,7 +536,7 @@ def test_a_signal_to_the_whole_process_group_ends_training_cleanly(
         time.sleep(0.1)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert f"go on with: soap-net train --resume {config.out}" in errors
     assert "Traceback" not in errors
     assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] > 0
