@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from soap_net.data.splits import ClipSet
 
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=15)
+"""How long processes wait for another; a clip that hangs its decoder is given up sooner, and named."""
 
 
 class RankLost(UserError):
@@ -152,8 +155,13 @@ def _exchanging() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # PyTorch's, of the connection: it knows sockets, and no cause
-        text = str(error).partition("\n")[0]
-        raise RankLost(f"another process of this run was lost, whose own last line may say why: {text}") from error
+        raise RankLost(
+            f"another process of this run was lost, whose own last line may say why: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def started_again() -> bool:
@@ -166,7 +174,7 @@ def join(device: str) -> Iterator[Ranks]:
     """The processes that ``torchrun`` announces in the environment, and the device that `device` names.
 
     Raises:
-        UserError: the device isn't there.
+        UserError: the device isn't there, or the other processes don't come.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     found = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -175,7 +183,10 @@ def join(device: str) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(found)
         return
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+    except RuntimeError as error:
+        raise UserError(f"the {size} processes of this run did not find each other: {_first_line(error)}") from error
     try:
         yield Ranks(found, rank, size)
     finally:

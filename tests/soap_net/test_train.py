@@ -374,9 +374,7 @@ def test_the_same_command_goes_on_with_a_run_that_was_not_finished(
     assert metrics(stopped.out) == metrics(thorough("straight").out)
 
 
-def test_a_run_stopped_with_other_versions_goes_on_where_that_is_asked_for(
-    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_stopped_with_other_versions_goes_on_where_that_is_asked_for(thorough: Callable[[str], Config]) -> None:
     config = thorough("stopped")
     with pytest.raises(TrainingStopped):
         train.train(config, progress=False, callback=stop_at(6))
