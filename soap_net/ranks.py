@@ -131,10 +131,12 @@ def digest(content: object) -> str:
             state.update(f"{value.dtype}{tuple(value.shape)}".encode())
             state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
+            state.update(f"{len(value)} in:".encode())
             for key in sorted(value, key=str):
                 state.update(f"{key!r}:".encode())
                 take(value[key])
         elif isinstance(value, (list, tuple)):
+            state.update(f"{len(value)} of:".encode())
             for item in value:
                 take(item)
         else:

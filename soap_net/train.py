@@ -222,7 +222,7 @@ class Training:
         facts = {"last.pt": "there" if begun else "missing", **asdict(self.state), **same_clips(self._clips)}
         facts |= same_clips(self.val_clips) if self.val_clips else {}
         facts |= {key: config[key] for key in config if not free_to_change(key)}
-        remedy = f"all need the same command, data and {self.run.last}: on a disk that they share, or copied to each"
+        remedy = "all need the same command, data and last.pt, which a common disk gives, or a copy for each"
         self.ranks.agree(facts, remedy)
         if not begun:  # random numbers may differ in the last bit between kinds of processors
             self.ranks.copy_first([*self.model.parameters(), *self.model.buffers()])

@@ -151,6 +151,7 @@ def test_a_digest_tells_single_bits_types_and_places_apart() -> None:
         {**content, "model": {**weights, "weight": weights["weight"].reshape(3, 2)}},
         {**content, "model": {"weights": weights["weight"], "bias": weights["bias"]}},
         {**content, "steps": [1, {"a": torch.tensor(3.0)}]},
+        {**content, "steps": [1, {"a": torch.tensor(2.0)}, []]},
         {**content, "steps": ["1", {"a": torch.tensor(2.0)}]},
     ]
     assert len({digest(content), *map(digest, others)}) == 1 + len(others)
