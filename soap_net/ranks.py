@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import os
 import platform
+import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -186,13 +188,41 @@ def join(device: str) -> Iterator[Ranks]:
         yield Ranks(found)
         return
     try:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(meet(store, rank, size), store)
+        backend = "nccl" if found.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except RuntimeError as error:
         raise UserError(f"the {size} processes of this run did not find each other: {_first_line(error)}") from error
     try:
         yield Ranks(found, rank, size)
     finally:
         dist.destroy_process_group()
+
+
+def meet(store: dist.Store, rank: int, size: int) -> str:
+    """A name for their store that the processes agree on which are there now, once all are.
+
+    With ``--max-restarts``, torchrun's store still holds what those wrote that were lost, and PyTorch would take the
+    addresses of the dead for those of the living. So each shows a new word, and waits for an answer to that.
+    """
+    word = secrets.token_hex(8)
+    if rank:
+        store.set(f"here/{rank}", word)
+        name = store.get(f"answer/{word}").decode()
+        store.set(f"{name}/{rank}", "")
+        return name
+    missing, end = set(range(1, size)), time.monotonic() + PATIENCE.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{word}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"here/{other}"]):
+                store.set(f"answer/{store.get(f'here/{other}').decode()}", word)
+        if time.monotonic() > end:
+            raise RuntimeError(f"nothing was heard of {len(missing)}, the first of them rank {min(missing)}")
+        time.sleep(0.01)
+    return word
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

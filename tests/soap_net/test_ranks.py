@@ -5,15 +5,18 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from soap_net.errors import UserError
-from soap_net.ranks import Ranks, digest, join, pick_device, started_again
+from soap_net.ranks import Ranks, digest, join, meet, pick_device, started_again
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -163,3 +166,19 @@ def test_torchruns_restarts_are_told_from_first_starts(monkeypatch: pytest.Monke
     for count, again in (("0", False), ("1", True)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         assert started_again() is again
+
+
+def test_processes_find_each_other_in_a_store_that_still_knows_those_before() -> None:
+    store = dist.HashStore()
+
+    def come(rank: int, late: float) -> str:
+        time.sleep(late)
+        return meet(store, rank, 3)
+
+    names = []
+    for lateness in ((0.0, 0.1, 0.0), (0.0, 0.1, 0.2), (0.1, 0.0, 0.0)):
+        with ThreadPoolExecutor(3) as pool:
+            found = set(pool.map(come, range(3), lateness))
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3, "another each time"
