@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NoReturn
 
-from soap_net.interrupts import end_at_signals, leave_at_signals
+from soap_net.interrupts import end_at_signals, leave
 
 
 def run() -> NoReturn:
@@ -14,9 +13,7 @@ def run() -> NoReturn:
 
     from soap_net.cli import main
 
-    code = main()
-    leave_at_signals(code)
-    sys.exit(code)
+    leave(main())
 
 
 if __name__ == "__main__":

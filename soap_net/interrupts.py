@@ -44,12 +44,17 @@ def speaks() -> bool:
 def end_at_signals() -> None:
     """Ends this program at the signals, by `Ended` where that can be raised and what is open can be closed."""
     _hear(_end)
-    sys.unraisablehook = _unraisable
 
 
-def leave_at_signals(code: int) -> None:
-    """For a program that has nothing more to do: a signal ends it with the exit code that it was about to give."""
+def leave(code: int) -> NoReturn:
+    """Ends a program that has nothing more to do with its exit code, which no signal changes any more."""
     _hear(lambda number, frame: os._exit(code))
+    if code > 128:  # it was stopped, and Python would take a second to take down PyTorch
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _hear(handler: Any) -> dict[int, Any]:
@@ -76,6 +81,7 @@ def _end(number: int, frame: FrameType | None) -> None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             _end_now(number)
         frame = frame.f_back
+    sys.unraisablehook = _drop
     _kill_children()  # all of them: they read for what ends here, or have been asked to save before
     raise Ended
 
@@ -89,10 +95,10 @@ def _end_now(number: int, frame: FrameType | None = None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _unraisable(found: sys.UnraisableHookArgs) -> None:
-    if isinstance(found.exc_value, Ended):  # raised where Python drops errors, as in a finalizer
+def _drop(found: sys.UnraisableHookArgs) -> None:
+    """Says nothing of what finalizers meet while all ends; but if that is the end's own error, this is the end."""
+    if isinstance(found.exc_value, Ended):
         _end_now(_heard)
-    sys.__unraisablehook__(found)
 
 
 def _kill_children() -> None:

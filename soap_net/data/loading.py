@@ -203,16 +203,15 @@ class _Crew:
 
 def _started(batches: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
     child_ended = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
-    with _starting:
+    with _starting, deaf_while_starting():
         others = multiprocessing.active_children()
         before = child_ended and signal.getsignal(child_ended)
-        with deaf_while_starting():
-            items = iter(batches)
+        items = iter(batches)
         processes = [child for child in multiprocessing.active_children() if child not in others]
-    main = threading.current_thread() is threading.main_thread()
-    if child_ended and main and _is_pytorchs(signal.getsignal(child_ended)):
-        # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
-        signal.signal(child_ended, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
+        main = threading.current_thread() is threading.main_thread()
+        if child_ended and main and _is_pytorchs(signal.getsignal(child_ended)):
+            # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
+            signal.signal(child_ended, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
     return items, processes
 
 

@@ -119,8 +119,10 @@ def test_a_program_that_was_told_to_survive_its_terminal_does() -> None:
 
 
 def test_a_program_that_has_nothing_more_to_do_keeps_its_exit_code() -> None:
-    done = program("leave_at_signals(2); send(signal.SIGINT); time.sleep(9)")
-    assert (done.returncode, done.stderr) == (2, "")
+    done = program("import atexit; atexit.register(send)\nprint('done')\nleave(2)")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "done\n", "")
+    done = program("import atexit; atexit.register(time.sleep, 60)\nprint('stopped')\nleave(130)")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "stopped\n", "")
 
 
 def test_processes_are_deaf_from_their_first_moment_and_a_signal_waits_until_they_run() -> None:

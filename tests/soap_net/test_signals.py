@@ -36,7 +36,7 @@ class Outcome:
     seconds: float
     left: list[str]
 
-    def check(self, number: int) -> None:
+    def check(self, number: int, within: float = SOON) -> None:
         """The promise of all commands."""
         lines = [line.strip() for line in self.text.replace("\r", "\n").splitlines() if "soap-net: " in line]
         assert "Traceback" not in self.text, self.text
@@ -44,7 +44,7 @@ class Outcome:
         assert len(lines) == 1, self.text
         assert lines[0].startswith("soap-net: stopped")
         assert self.left == []
-        assert self.seconds < SOON
+        assert self.seconds < within
 
 
 def alive(group: int) -> list[str]:
@@ -109,7 +109,7 @@ def end(command: Sequence[str], moment: Moment, numbers: Sequence[int], folder: 
             if number != numbers[-1]:
                 time.sleep(wait)
         code = process.wait(timeout=60)
-        while (left := alive(process.pid)) and time.monotonic() < began + SOON:
+        while (left := alive(process.pid)) and time.monotonic() < began + SOON + 10:
             time.sleep(0.02)
         return Outcome(code, output.read_text(), time.monotonic() - began, left)
     finally:
@@ -150,7 +150,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, slow_data: Path) -> Path:
     )
     save_config(config, folder / "c.yaml")
     short = from_dict({**to_dict(config), "train": {"episodes": 1, "tasks_per_batch": 1, "val_every": 0}})
-    short.data.workers = 0
     train.train(short, progress=False)
     return folder
 
@@ -189,7 +188,7 @@ def test_a_command_that_reads_ends_at_once(made: Path, slow_data: Path, tmp_path
 def test_a_training_saves_and_at_a_second_signal_ends_at_once(made: Path, tmp_path: Path, number: int) -> None:
     command = ["train", "--config", str(made / "c.yaml"), "--out", str(tmp_path / "run")]
     found = end(command, holds(tmp_path, "run/metrics.jsonl"), [number], tmp_path)
-    found.check(number)
+    found.check(number, within=30)  # the episode under way is finished first
     assert "stopping and saving; once more to stop at once" in found.text
     assert (tmp_path / "run" / "last.pt").exists()
     found = end(command, processes(3), [number, number], tmp_path)
