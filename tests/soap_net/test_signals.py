@@ -168,9 +168,8 @@ def test_reading_ends_with_its_processes(slow_data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("name", ["eval", "classify", "data check", "report"])
-def test_a_command_that_reads_ends_at_once(made: Path, slow_data: Path, tmp_path: Path, name: str, number: int) -> None:
+def test_a_command_that_reads_ends_at_once(made: Path, slow_data: Path, tmp_path: Path, name: str) -> None:
     best = str(made / "run" / "best.pt")
     command = {
         "eval": ["eval", "--checkpoint", best, "--out", str(tmp_path)],
@@ -178,22 +177,31 @@ def test_a_command_that_reads_ends_at_once(made: Path, slow_data: Path, tmp_path
         "data check": ["data", "check", str(slow_data), "--data.workers", "2"],
         "report": ["report", str(made / "run"), "--out", str(tmp_path / "report.html")],
     }[name]
-    for moment in (after(1.5), after(3.0) if name == "report" else processes(3)):
+    reading = after(3.0) if name == "report" else processes(3)
+    for moment, number in ((after(1.5), signal.SIGINT), (reading, signal.SIGTERM)):
         end(command, moment, [number], tmp_path).check(number)
         assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_training_saves_and_at_a_second_signal_ends_at_once(made: Path, tmp_path: Path, number: int) -> None:
+def test_a_training_saves_and_at_a_second_signal_ends_at_once(made: Path, tmp_path: Path) -> None:
     command = ["train", "--config", str(made / "c.yaml"), "--out", str(tmp_path / "run")]
-    found = end(command, holds(tmp_path, "run/metrics.jsonl"), [number], tmp_path)
-    found.check(number, within=30)  # the episode under way is finished first
+    found = end(command, holds(tmp_path, "run/metrics.jsonl"), [signal.SIGTERM], tmp_path)
+    found.check(signal.SIGTERM, within=30)  # the episode under way is finished first
     assert "stopping and saving; once more to stop at once" in found.text
     assert (tmp_path / "run" / "last.pt").exists()
-    found = end(command, processes(3), [number, number], tmp_path)
-    found.check(number)
+    found = end(command, processes(3), [signal.SIGINT, signal.SIGINT], tmp_path)
+    found.check(signal.SIGINT)
     assert f"{tmp_path / 'run'} holds this run, stopped after episode" in found.text
+
+
+@pytest.mark.slow
+def test_writing_videos_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    commands = (["data", "motion", "m"], ["demo", "--out", "demo"], ["experiment", "parts"])
+    for command, number in zip(commands, (signal.SIGINT, signal.SIGTERM, signal.SIGINT), strict=True):
+        found = end(command, lambda _: bool([*tmp_path.rglob("*part-*/fresh/videos/*/*.mp4")]), [number], tmp_path)
+        found.check(number)
+        assert [*tmp_path.rglob("*.mp4"), *tmp_path.rglob("*part-*")] == []
 
 
 @pytest.fixture(scope="module")
@@ -203,28 +211,21 @@ def motion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_writing_videos_ends_at_once_and_leaves_nothing(tmp_path: Path, number: int) -> None:
-    for command in (["data", "motion", "m"], ["demo", "--out", "demo"], ["experiment", "parts"]):
-        found = end(command, lambda _: bool([*tmp_path.rglob("*part-*/fresh/videos/*/*.mp4")]), [number], tmp_path)
-        found.check(number)
-        assert [*tmp_path.rglob("*.mp4"), *tmp_path.rglob("*part-*")] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(
-    "command",
-    [["demo", "--out", "out"], ["experiment", "parts", "--out", "out", "--jobs", "2"]],
-    ids=["demo", "experiment"],
-)
-def test_trainings_in_processes_save_and_end(motion: Path, tmp_path: Path, number: int, command: list[str]) -> None:
-    videos = tmp_path / ("out/motion" if command[0] == "demo" else "runs/experiments/motion/quick")
-    videos.parent.mkdir(parents=True)
-    videos.symlink_to(motion)
-    for moment in (processes(3), processes(4), holds(tmp_path, "out/**/metrics.jsonl", 2)):
-        found = end([*command, "--device", "cpu"], moment, [number], tmp_path)
-        found.check(number)
+@pytest.mark.parametrize("name", ["demo", "experiment"])
+def test_trainings_in_processes_save_and_end(motion: Path, tmp_path: Path, name: str) -> None:
+    command, videos = {
+        "demo": ("demo", "out/motion"),
+        "experiment": ("experiment parts --jobs 2", "runs/experiments/motion/quick"),
+    }[name]
+    (tmp_path / videos).parent.mkdir(parents=True)
+    (tmp_path / videos).symlink_to(motion)
+    starting, training = processes(4), holds(tmp_path, "out/**/metrics.jsonl", 2)
+    for moment, numbers in (
+        (processes(3), [signal.SIGINT]),
+        (starting, [signal.SIGTERM]),
+        (training, [signal.SIGINT]),
+        (starting, [signal.SIGTERM, signal.SIGTERM]),
+    ):
+        end([*command.split(), "--out", "out", "--device", "cpu"], moment, numbers, tmp_path).check(numbers[0])
     assert len([*tmp_path.glob("out/**/last.pt")]) == 2
-    end([*command, "--device", "cpu"], holds(tmp_path, "out/**/last.pt", 2), [number, number], tmp_path).check(number)
     assert [*tmp_path.glob("out/**/*.part")] == []
