@@ -104,10 +104,9 @@ def end(command: Sequence[str], moment: Moment, numbers: Sequence[int], folder: 
             time.sleep(0.02)
         assert process.poll() is None, output.read_text()
         began = time.monotonic()
-        for number in numbers:
+        for sent, number in enumerate(numbers):
+            time.sleep(wait if sent else 0.0)  # the system makes one of two at a time
             os.killpg(process.pid, number)
-            if number != numbers[-1]:
-                time.sleep(wait)
         code = process.wait(timeout=60)
         while (left := alive(process.pid)) and time.monotonic() < began + SOON + 10:
             time.sleep(0.02)
