@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soap_net.config import Config, flatten, save_config, to_dict
+from soap_net.config import Config, flatten, from_dict, save_config, to_dict
 from soap_net.errors import UserError
-from soap_net.files import write_text
+from soap_net.files import Appended, read_json, remove_stale, write_text
 from soap_net.settings import read_yaml
-from soap_net.versions import versions
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_failed_share")
 """Settings that may change between a run and its continuation, as they change no result."""
+
+
+class UnreadableRun(UserError):
+    """A folder whose run's settings can't be read: there is none, or its files are damaged."""
 
 
 class RunFolder:
@@ -45,54 +49,94 @@ class RunFolder:
         self.result = path / "eval.json"
 
     def begin(self, config: Config, resume: bool) -> None:
-        """Makes the folder, or sees that what is in it is this run.
+        """Makes the folder, or sees that what is in it is this run; clears away what killed processes left in it.
 
         Raises:
-            UserError: it holds a run of another config, or this one, which is not to be resumed.
+            UserError: it holds a run of another config, or this one, which is not to be resumed; or its config is
+                damaged, and its checkpoints as well.
             OSError: it can't be written; what is there stays whole.
         """
-        if self.config.exists():
-            differ = difference(flatten(self.read_config()), flatten(to_dict(config)), _free_to_change)
-            if differ:
-                raise UserError(f"{self.path} holds a run of another config: {differ}; choose another --out")
-            if self.last.exists() and not resume:
-                raise UserError(
-                    f"{self.path} holds this run already: add --resume to go on with it, or choose another --out"
-                )
+        from soap_net.versions import versions  # imports torch
+
+        checkpoints = self.last.exists() or self.best.exists()
+        if checkpoints or self.config.exists():
+            try:
+                self.refuse_another(self.read_config(), config, self.path)
+            except UnreadableRun:
+                if checkpoints:
+                    raise  # else there is nothing to go on from, and nothing to lose
+        if self.last.exists() and not resume:
+            raise UserError(
+                f"{self.path} holds this run already: add --resume to go on with it, or choose another --out"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_stale(self.path)
         save_config(config, self.config)
         write_text(self.versions, json.dumps(versions(), indent=2) + "\n")
 
+    @staticmethod
+    def refuse_another(there: Mapping[str, Any], config: Config, where: Path) -> None:
+        """Raises `UserError` if `there`, all settings of the run in `where`, are not those of `config`."""
+        if differ := difference(flatten(there), flatten(to_dict(config)), _free_to_change):
+            raise UserError(f"{where} holds a run of another config: {differ}; choose another --out")
+
     def read_config(self) -> dict[str, Any]:
-        """The nested settings as they stand in the file, which an older version may have written.
+        """The nested settings: those of config.yaml or, where it is damaged or missing, of last.pt or best.pt.
 
         Raises:
-            UserError: this is not a run folder, or its config is damaged.
+            UnreadableRun: this is not a run folder, or all of these are damaged.
         """
-        if not self.config.is_file():
-            raise UserError(f"{self.path}: not a run folder: there is no config.yaml in it")
-        return read_yaml(self.config)
+        problem = f"{self.path}: not a run folder: there is no config.yaml in it"
+        if self.config.is_file():
+            try:
+                return to_dict(_whole_config(self.config))
+            except UserError as error:
+                problem = (
+                    f"{error}; there is no whole last.pt or best.pt to take it from: begin anew with another --out"
+                )
+        from soap_net.checkpoint import load_config  # imports torch
+
+        for path in (self.last, self.best):
+            with contextlib.suppress(UserError):
+                return to_dict(load_config(path))
+        raise UnreadableRun(problem)
+
+    def instead_of_last(self) -> str:
+        """What can be done where last.pt is damaged, as the end of a message."""
+        from soap_net.checkpoint import load
+
+        with contextlib.suppress(UserError):
+            load(self.best)
+            return f"{self.best} is whole, for eval and classify; to train anew, delete {self.last}"
+        return f"to train anew, delete {self.last}"
 
     def read_versions(self) -> dict[str, Any]:
         """Empty where there are none."""
-        return json.loads(_text(self.versions) or "{}")
+        return read_json(self.versions) or {}
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The entries in their order; a last line that a crash cut off is left out."""
-        lines = _text(self.metrics).splitlines()
+        content = self.metrics.read_bytes() if self.metrics.is_file() else b""
         entries = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                entries.append(json.loads(line))
+        for line in content.decode("utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("episode"), int):
+                    entries.append(entry)
         return entries
 
     def read_result(self) -> dict[str, Any] | None:
         """What `EvalResult.to_dict` gave; None where the run was not evaluated."""
-        return json.loads(_text(self.result) or "null")
+        return read_json(self.result)
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def _whole_config(path: Path) -> Config:
+    """The settings in a config.yaml, none of which is missing. Raises `UserError`."""
+    values = read_yaml(path)
+    last = fields(Config)[-1].name
+    if not isinstance(values, dict) or last not in values or not path.read_bytes().endswith(b"\n"):
+        raise UserError(f"{path}: damaged: it ends before its last setting, which is {last}")
+    return from_dict(values, str(path))
 
 
 def _free_to_change(key: str) -> bool:
@@ -129,30 +173,73 @@ class MetricsLog:
         run: the run's folder.
         episode: the last one that counts.
         active: False writes nothing, as in all processes but the first.
+        validated: the episode of the last validation that counts; by default `episode`.
+
+    Raises:
+        WriteError: on entering, and from `flush` and `sync`; what could not be written is kept for the next of these.
     """
 
-    def __init__(self, run: RunFolder, episode: int, active: bool) -> None:
+    def __init__(self, run: RunFolder, episode: int, active: bool, validated: int | None = None) -> None:
         self.run, self.episode, self.active = run, episode, active
-        self._board: SummaryWriter | None = None
+        self.validated = episode if validated is None else validated
+        self._files: list[Appended] = []
 
     def __enter__(self) -> MetricsLog:
         if self.active:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by one process only
-
-            kept = [entry for entry in self.run.read_metrics() if entry["episode"] <= self.episode]
+            kept = [
+                entry
+                for entry in self.run.read_metrics()
+                if entry["episode"] <= (self.validated if "val_accuracy" in entry else self.episode)
+            ]
             write_text(self.run.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
-            self._file = self.run.metrics.open("a", encoding="utf-8", buffering=1)
-            self._board = SummaryWriter(str(self.run.tensorboard), purge_step=self.episode + 1)
+            self._lines = Appended(self.run.metrics)
+            self._files.append(self._lines)
+            self._board = _Board(self.run.tensorboard, self.episode + 1)
+            self._files.append(self._board.file)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._board is not None:
-            self._file.close()
-            self._board.close()
+        for file in self._files:
+            file.close()
 
     def write(self, episode: int, **values: float) -> None:
-        """Adds a line."""
-        if self._board is not None:
-            self._file.write(json.dumps({"episode": episode, **values}) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(name, value, episode)
+        """Adds a line, which `flush` makes appear in the files."""
+        if self.active:
+            self._lines.write((json.dumps({"episode": episode, **values}) + "\n").encode())
+            self._board.write(episode, values)
+
+    def flush(self) -> None:
+        """Writes all lines, for who watches."""
+        for file in self._files:
+            file.flush()
+
+    def sync(self) -> None:
+        """Sees to it that all lines are on disk for good, as before a checkpoint after which they are not made again."""
+        for file in self._files:
+            file.sync()
+
+
+class _Board:
+    """TensorBoard's own writer does so in a thread, which prints its errors; this one leaves them to the caller."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2  # slow to import, and needed by one process only
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
+
+        self._event, self._scalar = event_pb2.Event, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = Appended(folder / f"{name}.{sum(1 for _ in folder.iterdir())}")
+        self._records = RecordWriter(self.file)
+        self._add(first_step, file_version="brain.Event:2")
+        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(first_step, session_log=started)  # drops what older files have from that step on
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._add(step, summary=self._scalar(name, value))
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), step=step, **content)
+        self._records.write(event.SerializeToString())

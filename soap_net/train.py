@@ -12,9 +12,10 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,19 +24,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from soap_net import checkpoint
-from soap_net.config import Config, TrainConfig, to_dict
+from soap_net.checkpoint import CheckpointError
+from soap_net.config import Config, TrainConfig, from_dict, to_dict
 from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, shard
 from soap_net.data.loading import load
 from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import load_split
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import autocast, evaluate
+from soap_net.evaluate import EvalResult, autocast, evaluate
 from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
 from soap_net.ranks import Ranks, join
 from soap_net.runs import MetricsLog, RunFolder
-from soap_net.settings import build, read
+from soap_net.settings import AtLeast, build, read
 
 # So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
 ENOUGH_READ = 500
@@ -58,12 +60,24 @@ class NonFiniteLoss(UserError):
 class Progress:
     """How far a run has come; all of it goes into checkpoints."""
 
-    episode: int = 0
-    validated: int = 0
-    best_accuracy: float = -1.0
-    best_episode: int = 0
-    clips_read: int = 0
-    clips_failed: int = 0
+    episode: Annotated[int, AtLeast(0)] = 0
+    validated: Annotated[int, AtLeast(0)] = 0
+    best_accuracy: Annotated[float, AtLeast(-1, most=100)] = -1.0
+    best_episode: Annotated[int, AtLeast(0)] = 0
+    clips_read: Annotated[int, AtLeast(0)] = 0
+    clips_failed: Annotated[int, AtLeast(0)] = 0
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], cfg: TrainConfig, path: Path) -> Progress:
+        """That of the checkpoint `path`; raises `UserError` where no run of `cfg` comes by it."""
+        state = build(cls, read(content.get("progress"), cls, str(path)))
+        between = state.episode % cfg.tasks_per_batch and state.episode != cfg.episodes
+        if between or state.episode > cfg.episodes or max(state.validated, state.best_episode) > state.episode:
+            raise CheckpointError(
+                f"{path}: its progress is that of no such run: episode {state.episode} of {cfg.episodes} in batches of "
+                f"{cfg.tasks_per_batch}, validated at {state.validated}, best at {state.best_episode}"
+            )
+        return state
 
 
 @dataclass(frozen=True)
@@ -111,8 +125,10 @@ def train(
     Raises:
         UserError: impossible settings, bad data, a run folder that holds another run, too many clips that can't be
             decoded; `NonFiniteLoss` (one of them) names the episode and its clips.
+        WriteError: the run folder can't be written (one of them, too); what is already there stays whole.
         TrainingStopped: interrupted; the state was saved.
-        OSError: the run folder can't be written; what is already there stays whole.
+
+    Whatever else ends it, what was done up to the last finished step is saved first, if it can be.
     """
     config.check()
     signals = StopSignals()
@@ -136,6 +152,9 @@ def train(
             except Interrupted as error:
                 training.save(training.run.last)
                 raise TrainingStopped(config.out, training.state.episode) from error
+            except BaseException:
+                training.rescue()
+                raise
         training.save(training.run.last)
         if training.val_clips is None:
             training.save(training.run.best)
@@ -182,7 +201,8 @@ class Training:
         self.optimizer = build_optimizer(cfg, self.model)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16")
         self.state = Progress()
-        self._saved_episode = 0
+        self._saved = Progress()  # in last.pt
+        self._whole = True  # whether weights, state and log are those of the same step
         self._named: set[str] = set()
 
     @contextlib.contextmanager
@@ -192,16 +212,11 @@ class Training:
             self.run.begin(self.config, resume)
         self.ranks.wait()
         if resume and self.run.last.exists():
-            content = checkpoint.load(self.run.last)
-            checkpoint.load_weights(self.model, content["model"], self.run.last)
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
-            self.state = build(Progress, read(content["progress"], Progress, str(self.run.last)))
-            self._saved_episode = self.state.episode
+            self._take_up()
         mine = [index for batch in self.batches() for index in shard(batch, self.ranks.rank, self.ranks.size)]
         dataset = EpisodeDataset(self._sampler, clip_loader(self.config.data, train=True, memory=self._memory), mine)
         self._tasks = load(dataset, self.config.data.workers, pin_memory=self.ranks.device.type == "cuda")
-        self._log = MetricsLog(self.run, self.state.episode, self.ranks.first)
+        self._log = MetricsLog(self.run, self.state.episode, self.ranks.first, self.state.validated)
         self._bar = tqdm(
             total=self.config.train.episodes,
             initial=self.state.episode,
@@ -214,6 +229,17 @@ class Training:
         with self._log, self._bar, contextlib.closing(self._tasks):
             yield
 
+    def _take_up(self) -> None:
+        """Goes on from last.pt. Raises `UserError` where it is damaged, or not this run's."""
+        last = self.run.last
+        try:
+            content = checkpoint.load_training(last, self.model, self.optimizer, self.scaler)
+            self.state = Progress.of(content, self.config.train, last)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self.run.instead_of_last()}") from error
+        self.run.refuse_another(to_dict(from_dict(content["config"], str(last))), self.config, last)
+        self._saved = replace(self.state)
+
     def batches(self) -> list[range]:
         """The episodes of each optimizer step still to come."""
         every, last = self.config.train.tasks_per_batch, self.config.train.episodes
@@ -225,22 +251,19 @@ class Training:
         Raises:
             Interrupted: stopped in the middle; the batch counts for nothing and is done again on resuming.
             NonFiniteLoss: in one of the episodes.
-            UserError: an episode can't be read, or, with the state saved, too many clips.
+            UserError: an episode can't be read, or too many clips.
+            WriteError: the step is done, and can't be logged yet.
         """
         began = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._whole = False
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        sums = _Sums()
-        for index in shard(batch, self.ranks.rank, self.ranks.size):
-            self._episode(index, len(batch), sums)
-            if self._stop() and self.ranks.size == 1:
-                break
-        sums.stop = self._stop()
-        _sum_over_ranks(self.model, sums, self.ranks)
-        if sums.stop:
+        try:
+            sums = self._gradients(batch)
+        except BaseException:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-            raise Interrupted
+            self._whole = True
+            raise
         lr = learning_rate(self.config.train, batch[-1])
         clipped = self._update(lr)
         self.state.episode = batch.stop
@@ -249,8 +272,24 @@ class Training:
         seconds = time.perf_counter() - began
         loss, accuracy = sums.loss / sums.queries, 100.0 * sums.right / sums.queries
         self._log.write(batch.stop, loss=loss, accuracy=accuracy, lr=lr, episodes_per_second=len(batch) / seconds)
+        self._whole = True
+        self._log.flush()
         self._refuse_failures()
         return Step(batch, sums.losses, sums.accuracies, loss, accuracy, lr, clipped, seconds)
+
+    def _gradients(self, batch: range) -> _Sums:
+        """Those of the batch, summed over its episodes and all processes. Raises as `step` does."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = _Sums()
+        for index in shard(batch, self.ranks.rank, self.ranks.size):
+            self._episode(index, len(batch), sums)
+            if self._stop() and self.ranks.size == 1:
+                break
+        sums.stop = self._stop()
+        _sum_over_ranks(self.model, sums, self.ranks)
+        if sums.stop:
+            raise Interrupted
+        return sums
 
     def _episode(self, index: int, batch_size: int, sums: _Sums) -> None:
         """Forward and backward on the next episode, which is `index`."""
@@ -269,7 +308,7 @@ class Training:
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise _non_finite(value, task, self._saved_episode)
+            raise _non_finite(value, task)
         self.scaler.scale(loss / batch_size).backward()
         sums.add(value, int((logits.argmax(dim=1) == labels).sum()), task)
         for failure in task.failures:
@@ -294,11 +333,10 @@ class Training:
         return clipped
 
     def _refuse_failures(self) -> None:
-        """Raises UserError where too many clips can't be decoded, with the state saved."""
+        """Raises UserError where too many clips can't be decoded."""
         state, most = self.state, self.config.train.max_failed_share
         judged = state.clips_read >= ENOUGH_READ or state.episode == self.config.train.episodes
         if judged and state.clips_failed > most * state.clips_read:
-            self.save(self.run.last)  # to go on from, with a larger share or better clips
             raise UserError(
                 f"{state.clips_failed} of {state.clips_read} clips read up to episode {state.episode} could not be "
                 f"decoded, more than train.max_failed_share {most}; `soap-net data check` lists them"
@@ -318,17 +356,29 @@ class Training:
             amp=self.config.train.amp, progress=self._progress, stop=lambda: alone and self._stop(),
             memory=self._memory,
         )  # fmt: skip
-        state.validated = state.episode
-        self._log.write(state.episode, val_accuracy=result.accuracy, val_ci95=result.ci95)
-        if result.accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_episode = result.accuracy, state.episode
-            self.save(self.run.best)
+        self._note_validation(result)
         if self._progress and self.ranks.first:
             tqdm.write(
                 f"episode {state.episode}: validation {result.accuracy:.2f} +- {result.ci95:.2f} % "
-                f"(best {state.best_accuracy:.2f} % at {state.best_episode})",
+                f"(best {self.state.best_accuracy:.2f} % at {self.state.best_episode})",
                 file=sys.stderr,
             )
+
+    def _note_validation(self, result: EvalResult) -> None:
+        """Saves the weights if none were better, and logs; unless all of it is done, the validation has not been."""
+        before, episode = self.state, self.state.episode
+        self._whole = False
+        self.state = replace(before, validated=episode)
+        if result.accuracy > before.best_accuracy:
+            self.state.best_accuracy, self.state.best_episode = result.accuracy, episode
+            try:
+                self.save(self.run.best)
+            except BaseException:
+                self.state, self._whole = before, True
+                raise
+        self._log.write(episode, val_accuracy=result.accuracy, val_ci95=result.ci95)
+        self._whole = True
+        self._log.flush()
 
     def save_if_due(self) -> None:
         """Writes last.pt where `train.save_every` says so, and after each validation."""
@@ -337,12 +387,20 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint: weights and progress, and in last.pt all else it takes to go on."""
-        self._saved_episode = self.state.episode
         if self.ranks.first:
+            self._log.sync()  # as what the checkpoint counts as done is not logged again
             content = {"config": to_dict(self.config), "model": self.model.state_dict(), "progress": asdict(self.state)}
             if path == self.run.last:
                 content |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
             checkpoint.save(path, content)
+        if path == self.run.last:
+            self._saved = replace(self.state)
+
+    def rescue(self) -> None:
+        """Writes last.pt up to the last finished step, where an error ends the run before that was due."""
+        if self._whole and self.state != self._saved:
+            with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+                self.save(self.run.last)
 
     def _due(self, every: int) -> bool:
         """Whether the batch that ended at `state.episode` reached a multiple of `every`, or the end."""
@@ -420,10 +478,9 @@ def _sum_over_ranks(model: nn.Module, sums: _Sums, ranks: Ranks) -> None:
         buffer.div_(ranks.size)
 
 
-def _non_finite(value: float, task: EpisodeClips, saved: int) -> NonFiniteLoss:
+def _non_finite(value: float, task: EpisodeClips) -> NonFiniteLoss:
     clips = ", ".join([*task.support_names, *task.query_names])
-    kept = f"nothing after episode {saved} was kept" if saved else "nothing was kept"
     return NonFiniteLoss(
-        f"loss is {value} in episode {task.index}; {kept}; "
-        f"a lower --train.lr or --train.clip_norm 1 may help; its clips: {clips}"
+        f"loss is {value} in episode {task.index}; a lower --train.lr or --train.clip_norm 1 may help; "
+        f"its clips: {clips}"
     )
