@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from soap_net.config import Config, from_dict
 from soap_net.errors import UserError, said
 from soap_net.files import replacing
+from soap_net.optimizers import fits
 from soap_net.settings import shown
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ _KNOWN = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v[23]|parameter|meta_tensor_no_storage)"
     r"|torch(\.storage)? \w+Storage|torch Size|torch (b?float|u?int|complex|bool)\w*"
 )
-_OPTIMIZER_STATE = {
-    torch.optim.SGD: {"momentum_buffer"},
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-}
 
 
 class CheckpointError(UserError):
@@ -249,7 +246,7 @@ def load_training(
     if not isinstance(state, dict) or not isinstance(scale, dict):
         raise CheckpointError(f"{path}: holds weights alone, and not what it takes to go on with their training")
     own = optimizer.state_dict()
-    if not _is_state_of(optimizer, state.get("state")):
+    if not fits(optimizer, state.get("state")):
         raise CheckpointError(f"{path}: its optimizer's state is not one of {type(optimizer).__name__} for this model")
     if scaler.is_enabled():
         size, tracked = scale.get("scale"), scale.get("_growth_tracker")
@@ -259,29 +256,6 @@ def load_training(
     load_weights(model, content["model"], path)
     optimizer.load_state_dict({**own, "state": state["state"]})  # its settings are the config's
     return content
-
-
-def _is_state_of(optimizer: torch.optim.Optimizer, state: object) -> bool:
-    """Whether `state` has, for some parameters by their numbers, what `optimizer` keeps of each, in its shape."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    keys = _OPTIMIZER_STATE[type(optimizer)]
-
-    def fits(key: str, value: object, parameter: Tensor) -> bool:
-        if value is None:
-            return key == "momentum_buffer"  # SGD has none before its first step, and without momentum
-        shape = () if key == "step" else parameter.shape
-        return isinstance(value, Tensor) and not _strange(value) and not value.is_meta and value.shape == shape and (
-            value.is_floating_point()
-        )  # fmt: skip
-
-    return isinstance(state, dict) and all(
-        type(index) is int
-        and 0 <= index < len(parameters)
-        and isinstance(kept, dict)
-        and kept.keys() == keys
-        and all(fits(key, value, parameters[index]) for key, value in kept.items())
-        for index, kept in state.items()
-    )
 
 
 def _refuse_misfit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

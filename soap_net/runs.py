@@ -8,14 +8,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from soap_net.config import Config, flatten, from_dict, save_config, to_dict
+from soap_net.config import Config, TrainConfig, flatten, from_dict, save_config, to_dict
 from soap_net.errors import UserError
 from soap_net.files import Appended, read_json, remove_stale, write_text
-from soap_net.settings import read_yaml
+from soap_net.settings import AtLeast, build, read, read_yaml
 
 FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_failed_share")
 """Settings that may change between a run and its continuation, as they change no result."""
@@ -23,6 +23,36 @@ FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_faile
 
 class UnreadableRun(UserError):
     """A folder whose run's settings can't be read: there is none, or its files are damaged."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come; all of it goes into checkpoints."""
+
+    episode: Annotated[int, AtLeast(0)] = 0
+    validated: Annotated[int, AtLeast(0)] = 0
+    best_accuracy: Annotated[float, AtLeast(-1, most=100)] = -1.0
+    best_episode: Annotated[int, AtLeast(0)] = 0
+    clips_read: Annotated[int, AtLeast(0)] = 0
+    clips_failed: Annotated[int, AtLeast(0)] = 0
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], cfg: TrainConfig, path: Path) -> Progress:
+        """That of the checkpoint `path`; raises `UserError` where no run of `cfg` comes by it."""
+        values = read(content.get("progress"), cls, str(path))
+        state = build(cls, values)
+        between = state.episode % cfg.tasks_per_batch and state.episode != cfg.episodes
+        if (
+            not values
+            or between
+            or state.episode > cfg.episodes
+            or max(state.validated, state.best_episode) > state.episode
+        ):
+            raise UserError(
+                f"{path}: its progress is that of no such run: episode {state.episode} of {cfg.episodes} in batches of "
+                f"{cfg.tasks_per_batch}, validated at {state.validated}, best at {state.best_episode}"
+            )
+        return state
 
 
 class RunFolder:
@@ -91,9 +121,7 @@ class RunFolder:
             try:
                 return to_dict(_whole_config(self.config))
             except UserError as error:
-                problem = (
-                    f"{error}; there is no whole last.pt or best.pt to take it from: begin anew with another --out"
-                )
+                problem = f"{error}; no whole last.pt or best.pt holds it either: begin anew in another --out"
         from soap_net.checkpoint import load_config  # imports torch
 
         for path in (self.last, self.best):
@@ -214,7 +242,7 @@ class MetricsLog:
             file.flush()
 
     def sync(self) -> None:
-        """Sees to it that all lines are on disk for good, as before a checkpoint after which they are not made again."""
+        """Sees to it that all lines are on disk for good, as before a checkpoint that counts them as made."""
         for file in self._files:
             file.sync()
 

@@ -12,10 +12,9 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,8 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from soap_net import checkpoint
-from soap_net.checkpoint import CheckpointError
-from soap_net.config import Config, TrainConfig, from_dict, to_dict
+from soap_net.config import Config, from_dict, to_dict
 from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, shard
 from soap_net.data.loading import load
 from soap_net.data.memory import ClipMemory
@@ -35,9 +33,9 @@ from soap_net.errors import UserError
 from soap_net.evaluate import EvalResult, autocast, evaluate
 from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
+from soap_net.optimizers import build_optimizer, learning_rate
 from soap_net.ranks import Ranks, join
-from soap_net.runs import MetricsLog, RunFolder
-from soap_net.settings import AtLeast, build, read
+from soap_net.runs import MetricsLog, Progress, RunFolder
 
 # So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
 ENOUGH_READ = 500
@@ -54,30 +52,6 @@ class TrainingStopped(Interrupted):
 
 class NonFiniteLoss(UserError):
     """The loss of an episode was infinite or not a number."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come; all of it goes into checkpoints."""
-
-    episode: Annotated[int, AtLeast(0)] = 0
-    validated: Annotated[int, AtLeast(0)] = 0
-    best_accuracy: Annotated[float, AtLeast(-1, most=100)] = -1.0
-    best_episode: Annotated[int, AtLeast(0)] = 0
-    clips_read: Annotated[int, AtLeast(0)] = 0
-    clips_failed: Annotated[int, AtLeast(0)] = 0
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any], cfg: TrainConfig, path: Path) -> Progress:
-        """That of the checkpoint `path`; raises `UserError` where no run of `cfg` comes by it."""
-        state = build(cls, read(content.get("progress"), cls, str(path)))
-        between = state.episode % cfg.tasks_per_batch and state.episode != cfg.episodes
-        if between or state.episode > cfg.episodes or max(state.validated, state.best_episode) > state.episode:
-            raise CheckpointError(
-                f"{path}: its progress is that of no such run: episode {state.episode} of {cfg.episodes} in batches of "
-                f"{cfg.tasks_per_batch}, validated at {state.validated}, best at {state.best_episode}"
-            )
-        return state
 
 
 @dataclass(frozen=True)
@@ -235,8 +209,8 @@ class Training:
         try:
             content = checkpoint.load_training(last, self.model, self.optimizer, self.scaler)
             self.state = Progress.of(content, self.config.train, last)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {self.run.instead_of_last()}") from error
+        except UserError as error:
+            raise UserError(f"{error}; {self.run.instead_of_last()}") from error
         self.run.refuse_another(to_dict(from_dict(content["config"], str(last))), self.config, last)
         self._saved = replace(self.state)
 
@@ -433,25 +407,6 @@ class _Sums:
         self.failed += failed
         self.losses.append(loss / queries)
         self.accuracies.append(100.0 * right / queries)
-
-
-def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that take gradients."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    return torch.optim.SGD(parameters, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-
-
-def learning_rate(cfg: TrainConfig, episode: int) -> float:
-    """The rate of the optimizer step whose last episode is `episode` (from 0).
-
-    `MultiStepLR` and `CosineAnnealingLR` advanced once per episode, as the field does: milestones count episodes,
-    whatever `tasks_per_batch` is.
-    """
-    if cfg.schedule == "cosine":
-        return cfg.lr * 0.5 * (1.0 + math.cos(math.pi * episode / cfg.episodes))
-    return cfg.lr * cfg.gamma ** sum(milestone <= episode for milestone in cfg.milestones)
 
 
 def _dropout_seed(seed: int, index: int) -> int:
