@@ -123,15 +123,13 @@ def train(
                         callback(training, step)
                     training.validate_if_due()
                     training.save_if_due()
+                training.finish()
             except Interrupted as error:
                 training.save(training.run.last)
                 raise TrainingStopped(config.out, training.state.episode) from error
             except BaseException:
                 training.rescue()
                 raise
-        training.save(training.run.last)
-        if training.val_clips is None:
-            training.save(training.run.best)
     return config.out
 
 
@@ -358,6 +356,13 @@ class Training:
         """Writes last.pt where `train.save_every` says so, and after each validation."""
         if self._due(self.config.train.save_every) or self.state.validated == self.state.episode:
             self.save(self.run.last)
+
+    def finish(self) -> None:
+        """Writes what the end of a run asks for and is not there yet."""
+        if self.state != self._saved:  # a validation at the very end was made up for
+            self.save(self.run.last)
+        if self.val_clips is None:
+            self.save(self.run.best)
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint: weights and progress, and in last.pt all else it takes to go on."""

@@ -31,7 +31,7 @@ Folder = dict[str, Any]
 
 @pytest.fixture
 def small(tiny_run: Callable[..., Config], tmp_path: Path) -> Iterator[Callable[[str], Config]]:
-    """Runs with everything that has a state, in a third of a second; one thread, as after a fork OpenMP has no other."""
+    """Runs with everything that has a state, in half a second; with one thread, as OpenMP has no other after a fork."""
 
     def make(name: str) -> Config:
         return tiny_run(
