@@ -457,8 +457,9 @@ def failing(error: BaseException) -> Callable[[], None]:
     return fail
 
 
-@pytest.mark.parametrize("error", [Broken(), KeyboardInterrupt(), UserError("a clip"), MemoryError(), OSError(5, "io")])
-@pytest.mark.parametrize("count", [6, 9])
+@pytest.mark.parametrize(
+    ("error", "count"), [(Broken(), 6), (KeyboardInterrupt(), 9), (UserError("a worker"), 12), (OSError(5, "io"), 4)]
+)
 def test_whatever_ends_a_run_saves_up_to_the_last_finished_step(
     thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch, error: BaseException, count: int
 ) -> None:
@@ -578,8 +579,30 @@ def test_a_full_disk_is_one_line_and_costs_nothing_once_there_is_room(
             train.train(config, progress=False)
     path = str(raised.value).removesuffix(": file too large")
     assert fnmatch(path, f"{config.out}/{'*st.pt' if name == 'last.pt' else name}")
-    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == (4 if name.endswith(".pt") else 6)
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 4
     assert not list(config.out.glob(".*")), "nothing half-written"
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+
+
+def test_a_step_that_could_not_be_logged_at_once_is_saved_with_its_line(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("full")
+    rescue = Training.rescue
+    with contextlib.ExitStack() as full, monkeypatch.context() as patched:
+
+        def rescue_with_room(self: Training) -> None:
+            full.close()
+            rescue(self)
+
+        patched.setattr(Training, "rescue", rescue_with_room)
+        interrupt_at(patched, 6, lambda: full.enter_context(largest_file(0)))
+        with pytest.raises(WriteError, match=r"metrics\.jsonl: file too large$"):
+            train.train(config, progress=False)
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 6
+    assert metrics(config.out)[-1]["episode"] == 6
     assert_equal(run(config, resume=True), whole)
     assert metrics(config.out) == metrics(thorough("whole").out)
 
@@ -618,9 +641,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(tiny_run: Callable[...,
     for one in (config, other):
         train.train(one, progress=False)
     shutil.copy(other.out / "last.pt", config.out)
-    with pytest.raises(
-        UserError, match=r"last\.pt holds a run of another config: train\.lr is 0\.5 there and 0"
-    ):
+    with pytest.raises(UserError, match=r"last\.pt holds a run of another config: train\.lr is 0\.5 there and 0"):
         train.train(config, resume=True, progress=False)
 
 
