@@ -81,9 +81,12 @@ def load(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
         weights = _content(file, path, "meta")["model"]
         if model is not None:
             _refuse_misfit(model, weights, path)
+            size = max(size, sum(part.numel() * part.itemsize for part in (*model.parameters(), *model.buffers())))
         most = LARGEST_SHARE * sum(weight.numel() * weight.itemsize for weight in weights.values()) + LARGEST_REST
         if size > most:
-            raise CheckpointError(f"{path}: {size} bytes, where weights of these shapes take at most {most} in all")
+            raise CheckpointError(
+                f"{path}: {size} bytes, unpacked, where such weights and all else take at most {most}"
+            )
         _compare_sums(file)
         content = _content(file, path, "cpu")
         for name, weight in content["model"].items():
@@ -209,12 +212,20 @@ def load_model(
     given: dict[str, Any] = {"backend": backend, "precision": precision}
     soap = replace(config.model.soap, **{key: value for key, value in given.items() if value is not None})
     described = replace(config.model, weights="random", soap=soap)  # the checkpoint brings all weights
+
+    def built() -> SOAPNet:
+        try:
+            return build_model(described, config.data.frames)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+            why = str(error).partition("\n")[0]
+            raise CheckpointError(f"{path}: the model that its config describes can't be built: {why}") from error
+
     outline = None
     # A config may describe any size: first without memory, which not every backbone of another library can do.
-    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-        outline = build_model(described, config.data.frames)
+    with contextlib.suppress(CheckpointError), torch.device("meta"):
+        outline = built()
     weights = load(path, outline)["model"]
-    model = build_model(described, config.data.frames)
+    model = built()
     load_weights(model, weights, path)
     return model.to(device).eval(), config
 

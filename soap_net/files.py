@@ -25,11 +25,14 @@ except ImportError:  # Windows, where a file that is being written can't be remo
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path` when the block ends, on disk for good, and goes if the block fails.
 
+    Its folder is made if need be.
+
     Raises:
         WriteError: the disk is full or the folder can't be written; the file at `path` is then as it was.
     """
     remove_stale(path.parent, path.name)
     with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         sink, temporary = _begun(path)
     try:
         with io.BufferedWriter(sink) as file:
@@ -108,6 +111,7 @@ class Appended:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
             self._end = os.fstat(self._file.fileno()).st_size
         self._kept = b""

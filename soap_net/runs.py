@@ -84,7 +84,7 @@ class RunFolder:
         Raises:
             UserError: it holds a run of another config, or this one, which is not to be resumed; or its config is
                 damaged, and its checkpoints as well.
-            OSError: it can't be written; what is there stays whole.
+            WriteError: it can't be written; what is there stays whole.
         """
         from soap_net.versions import versions  # imports torch
 
@@ -99,7 +99,6 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds this run already: add --resume to go on with it, or choose another --out"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
         remove_stale(self.path)
         save_config(config, self.config)
         write_text(self.versions, json.dumps(versions(), indent=2) + "\n")
@@ -256,9 +255,8 @@ class _Board:
         from torch.utils.tensorboard.summary import scalar
 
         self._event, self._scalar = event_pb2.Event, scalar
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = Appended(folder / f"{name}.{sum(1 for _ in folder.iterdir())}")
+        self.file = Appended(folder / f"{name}.{sum(1 for _ in folder.glob('*'))}")
         self._records = RecordWriter(self.file)
         self._add(first_step, file_version="brain.Event:2")
         started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

@@ -227,8 +227,8 @@ class Training:
             WriteError: the step is done, and can't be logged yet.
         """
         began = time.perf_counter()
-        self._whole = False
         buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self._whole = False
         try:
             sums = self._gradients(batch)
         except BaseException:

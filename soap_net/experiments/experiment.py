@@ -291,7 +291,6 @@ def _unfinished(wanted: Sequence[Run], folder: Path, results: Results) -> list[R
 def _work(experiment: Experiment, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
     """Does one run, in a process of its own, and writes its result.json."""
     result = experiment.work(run, config, stop, memory)
-    config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "result.json", json.dumps(result) + "\n")
     return result
 
@@ -315,7 +314,6 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no experiment; choose another --out")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(here, indent=2) + "\n")
     for place in (folder, *folder.glob("runs/*")):
         remove_stale(place)

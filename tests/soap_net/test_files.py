@@ -115,10 +115,16 @@ def test_a_file_that_holds_it_already_is_not_written(written: tuple[RunFolder, C
     assert {path: path.stat().st_ino for path in before} == before
 
 
+def test_the_folder_of_a_file_is_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "folder" / "a.txt", "a")
+    assert (tmp_path / "new" / "folder" / "a.txt").read_text() == "a"
+
+
 def test_an_error_of_writing_travels_between_processes(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(WriteError) as raised:
-        write_text(tmp_path / "gone" / "a.txt", "a")
-    assert str(raised.value) == f"{tmp_path / 'gone' / 'a.txt'}: no such file or directory"
+        write_text(tmp_path / "file" / "a.txt", "a")
+    assert str(raised.value) == f"{tmp_path / 'file' / 'a.txt'}: file exists"
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
 
 
