@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -672,6 +673,41 @@ def test_a_signal_to_the_whole_process_group_ends_training_cleanly(
     assert f"go on with: soap-net train --resume {config.out}" in errors
     assert "Traceback" not in errors
     assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] > 0
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=700k tmpfs "$DISK"
+"$PYTHON" -m soap_net train --config "$CONFIG" && exit 3
+find "$DISK" -name '*.part' >&2
+mount -o remount,size=16m "$DISK"
+"$PYTHON" -m soap_net train --resume "$DISK/run" >/dev/null 2>&1
+cp -r "$DISK/run" "$RESULT"
+"""
+
+
+@pytest.mark.slow
+def test_on_a_disk_that_is_full_a_run_ends_in_one_line_and_goes_on_once_there_is_room(
+    thorough: Callable[[str], Config], tmp_path: Path
+) -> None:
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("a disk of a given size takes a namespace of one's own")
+    whole = run(thorough("whole"))
+    config = thorough("disk/run")
+    (tmp_path / "disk").mkdir()
+    save_config(config, tmp_path / "c.yaml")
+    given = {"DISK": tmp_path / "disk", "CONFIG": tmp_path / "c.yaml", "RESULT": tmp_path / "result"}
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-ec", FULL_DISK], capture_output=True, text=True, timeout=200, check=False,
+        env={**environment(), "PYTHON": sys.executable, **{name: str(value) for name, value in given.items()}},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "episode" not in line and line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert re.fullmatch(rf"soap-net: {config.out}/\S+: no space left on device", lines[0])
+    result = checkpoint.load(tmp_path / "result" / "last.pt")
+    del result["config"]
+    assert_equal(result, whole)
+    assert metrics(tmp_path / "result") == metrics(thorough("whole").out)
 
 
 @pytest.mark.slow
