@@ -135,12 +135,12 @@ def values() -> list[Any]:
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The keys that lead to each value in nested dictionaries and lists."""
+    """The keys that lead to each value in nested dictionaries."""
     if path:
         yield path
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in items:
-        yield from places(value, (*path, key))
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from places(value, (*path, key))
 
 
 def changed(draw: random.Random, whole: bytes) -> bytes:

@@ -23,8 +23,8 @@ from soap_net import checkpoint
 from soap_net.config import Config
 from soap_net.train import train
 
-WRITING = ("write", "fsync", "replace", "mkdir", "unlink", "flush", "open")
-"""What of Python's own changes a file, or makes such a change last."""
+WRITING = ("write", "fsync", "replace", "mkdir", "unlink")
+"""What of the system's functions and of files' methods changes a file, or makes such a change last."""
 
 Folder = dict[str, Any]
 
@@ -73,7 +73,7 @@ def before_writes(act: Callable[[int], None]) -> Iterator[None]:
         nonlocal count
         if event == "c_call" and function.__name__ in WRITING:
             owner = getattr(function, "__self__", None)
-            if owner is os or getattr(owner, "__name__", "") in ("posix", "io") or isinstance(owner, io.IOBase):
+            if isinstance(owner, io.FileIO) or getattr(owner, "__name__", "") == os.name:
                 count += 1
                 act(count)
 
