@@ -21,6 +21,10 @@ FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_faile
 """Settings that may change between a run and its continuation, as they change no result."""
 
 
+class AnotherRun(UserError):
+    """A folder or checkpoint that belongs to a run of another config."""
+
+
 class UnreadableRun(UserError):
     """A folder whose run's settings can't be read: there is none, or its files are damaged."""
 
@@ -105,9 +109,9 @@ class RunFolder:
 
     @staticmethod
     def refuse_another(there: Mapping[str, Any], config: Config, where: Path) -> None:
-        """Raises `UserError` if `there`, all settings of the run in `where`, are not those of `config`."""
+        """Raises `AnotherRun` if `there`, all settings of the run in `where`, are not those of `config`."""
         if differ := difference(flatten(there), flatten(to_dict(config)), _free_to_change):
-            raise UserError(f"{where} holds a run of another config: {differ}; choose another --out")
+            raise AnotherRun(f"{where} holds a run of another config: {differ}; choose another --out")
 
     def read_config(self) -> dict[str, Any]:
         """The nested settings: those of config.yaml or, where it is damaged or missing, of last.pt or best.pt.

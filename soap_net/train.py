@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from soap_net import checkpoint
-from soap_net.config import Config, from_dict, to_dict
+from soap_net.config import Config, to_dict
 from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, shard
 from soap_net.data.loading import load
 from soap_net.data.memory import ClipMemory
@@ -35,7 +35,7 @@ from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
 from soap_net.optimizers import build_optimizer, learning_rate
 from soap_net.ranks import Ranks, join
-from soap_net.runs import MetricsLog, Progress, RunFolder
+from soap_net.runs import AnotherRun, MetricsLog, Progress, RunFolder
 
 # So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
 ENOUGH_READ = 500
@@ -205,11 +205,13 @@ class Training:
         """Goes on from last.pt. Raises `UserError` where it is damaged, or not this run's."""
         last = self.run.last
         try:
+            self.run.refuse_another(to_dict(checkpoint.load_config(last)), self.config, last)
             content = checkpoint.load_training(last, self.model, self.optimizer, self.scaler)
             self.state = Progress.of(content, self.config.train, last)
+        except AnotherRun:
+            raise
         except UserError as error:
             raise UserError(f"{error}; {self.run.instead_of_last()}") from error
-        self.run.refuse_another(to_dict(from_dict(content["config"], str(last))), self.config, last)
         self._saved = replace(self.state)
 
     def batches(self) -> list[range]:
