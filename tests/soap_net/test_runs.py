@@ -33,7 +33,7 @@ def begun(tiny_run: Callable[..., Config]) -> tuple[RunFolder, Config]:
     config = tiny_run()
     run = RunFolder(config.out)
     run.begin(config, resume=False)
-    checkpoint.save(run.last, {"config": to_dict(config), "model": {}})
+    checkpoint.save(run.last, {"config": to_dict(config), "model": {}, "progress": {"episode": config.train.episodes}})
     return run, config
 
 
@@ -53,7 +53,7 @@ def test_a_damaged_config_is_taken_from_the_checkpoint(begun: tuple[RunFolder, C
     run.begin(config, resume=True)
     assert run.config.read_bytes() == whole, "written anew"
     run.config.unlink()
-    with pytest.raises(UserError, match="holds this run already: add --resume"):
+    with pytest.raises(UserError, match="holds this run already"):
         run.begin(config, resume=False)
     run.last.rename(run.best)
     run.last.write_bytes(run.best.read_bytes()[:1000])
