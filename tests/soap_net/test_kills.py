@@ -35,8 +35,8 @@ def small(tiny_run: Callable[..., Config], tmp_path: Path) -> Iterator[Callable[
 
     def make(name: str) -> Config:
         return tiny_run(
-            train__optimizer="adamw", train__episodes=6, train__save_every=2, train__val_every=4, train__val_tasks=2,
-            train__milestones=[4], out=str(tmp_path / name),
+            train__optimizer="adamw", train__episodes=4, train__save_every=2, train__val_every=2, train__val_tasks=2,
+            train__milestones=[2], out=str(tmp_path / name),
         )  # fmt: skip
 
     threads = torch.get_num_threads()
@@ -154,8 +154,8 @@ def test_killed_before_each_write_a_run_goes_on_bit_for_bit(small: Callable[[str
     for number in range(1, count_writes(small("counted")) + 1):
         config = small(f"write{number}")
         assert kill_at(config, number) == -signal.SIGKILL
-        if number % 5 == 0:  # and once more, while it goes on
-            assert kill_at(config, 1 + number % 23, resume=True) == -signal.SIGKILL
+        if number % 5 == 0:  # and once more while it goes on, if that takes so many
+            kill_at(config, 1 + number % 23, resume=True)
         assert_goes_on(config, whole)
 
 
