@@ -145,7 +145,8 @@ def _demo(args: list[str]) -> int:
 
 
 def _train(args: list[str]) -> int:
-    from soap_net.config import parse, read_settings
+    from soap_net.config import parse
+    from soap_net.runs import RunFolder
 
     text = "Train a few-shot classifier. --resume [RUN] goes on with the run in --out, or in the folder RUN."
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -153,10 +154,8 @@ def _train(args: list[str]) -> int:
     options, settings = own.parse_known_args(args)
     base = None
     if isinstance(options.resume, str):
-        run = Path(options.resume)
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{run}: no run to resume: there is no config.yaml in it")
-        base = {**read_settings(run / "config.yaml"), "out": str(run)}
+        run = RunFolder(Path(options.resume))
+        base = {**run.read_config(), "out": str(run.path)}
     config = parse(settings, base=base, prog="soap-net train", description=text)
     if base is not None and str(config.out) != base["out"]:
         raise UserError(f"--resume {options.resume} goes on in that folder; --out {config.out} names another")
@@ -182,7 +181,7 @@ def _eval(args: list[str]) -> int:
     from soap_net import checkpoint
     from soap_net.config import flatten, parse, to_dict
 
-    trained = checkpoint.load(options.checkpoint)["config"]
+    trained = to_dict(checkpoint.load_config(options.checkpoint))
     config = parse(settings, base=trained, prog="soap-net eval", source=str(options.checkpoint))
     keys = flatten(to_dict(config))
     fixed = [key for key in keys if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]

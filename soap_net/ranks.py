@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from soap_net.errors import UserError
 
@@ -61,6 +61,27 @@ class Ranks:
                 with torch.no_grad():
                     tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
                 offset += tensor.numel()
+
+    def sum_step(self, model: nn.Module, numbers: Sequence[float]) -> list[float]:
+        """Sums gradients over all processes and averages buffers (running statistics of normalisations), in place.
+
+        Returns:
+            The sums of `numbers`.
+        """
+        if self.size == 1:
+            return list(numbers)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=self.device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        moved = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        self.sum([*gradients, *buffers, used, moved])
+        for parameter, gradient, count in zip(parameters, gradients, used.tolist(), strict=True):
+            # What no process used keeps no gradient, so that weight decay leaves it alone, as with one process.
+            parameter.grad = gradient if count else None
+        for buffer in buffers:
+            buffer.div_(self.size)
+        return moved.tolist()
 
     def gather(self, own: Mapping[int, T]) -> dict[int, T]:
         """The entries of all processes, in the order of their keys, as one process alone would have found them."""

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 TWO = """
 import json, sys, torch
+from torch import nn
 from soap_net.ranks import RankLost, join
 said = {}
 def error(name, work):
@@ -41,6 +42,15 @@ with join("cpu") as ranks:
     summed = [torch.full((2,), 1.0 + ranks.rank), torch.tensor(ranks.rank, dtype=torch.float64)]
     ranks.sum(summed)
     said["sums"] = [one.tolist() for one in summed]
+    model = nn.BatchNorm1d(1)
+    model.unused, model.used_once = nn.Linear(1, 1), nn.Linear(1, 1)
+    model.running_mean.fill_(3.0 * ranks.rank)
+    model.weight.grad = torch.tensor([1.0 + ranks.rank])
+    if ranks.first:
+        model.used_once.bias.grad = torch.tensor([7.0])
+    said["totals"] = ranks.sum_step(model, [1.5, ranks.rank])
+    said["step"] = [model.weight.grad.item(), model.used_once.bias.grad.item(), model.running_mean.item()]
+    said["no gradient"] = model.unused.weight.grad is None
     error("none fails", fail)
     error("one fails", lambda: fail(1))
     error("both fail", lambda: fail(0, 1))
@@ -104,6 +114,13 @@ def test_alone_a_sum_is_the_value_itself_and_an_error_ones_own() -> None:
 
 def test_processes_sum_tensors_of_any_type(two: list[list[Any]]) -> None:
     assert [said["sums"] for said, *_ in two] == [[[3.0, 3.0], 1.0]] * 2
+
+
+def test_processes_sum_gradients_and_average_statistics(two: list[list[Any]]) -> None:
+    for said, *_ in two:
+        assert said["totals"] == [3.0, 1.0]
+        assert said["step"] == [3.0, 7.0, 1.5]
+        assert said["no gradient"], "weight decay leaves alone what no process used"
 
 
 def test_processes_gather_in_the_order_of_keys_and_take_on_the_first_ones_tensors(two: list[list[Any]]) -> None:
