@@ -428,7 +428,7 @@ class Training:
 
 @dataclass
 class _Sums:
-    """What the episodes of a batch add up to, `TOTALS` in all processes; `losses` and `accuracies` are each one's here."""
+    """What a batch adds up to, `TOTALS` in all processes; `losses` and `accuracies` are those of each episode here."""
 
     loss: float = 0.0
     right: int = 0
