@@ -6,6 +6,7 @@ says what makes a command small, and why one is not run at all; one that no rule
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shlex
@@ -253,6 +254,15 @@ def test_links_lead_to_files() -> None:
     for page in SNIPPETS:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_test_that_stands_for_a_promise_is_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)(?:::([\w*]+))?`", (ROOT / "docs" / "promises.md").read_text(encoding="utf-8"))
+    assert len(named) > 50
+    for file, words in named:
+        text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file))
+        tests = re.findall(r"^def test_(\w+)", text, re.MULTILINE)
+        assert fnmatch.filter(tests, words or "*"), f"{file}: no test {words}"
 
 
 def test_snippets_are_found_in_every_form(tmp_path: Path) -> None:
