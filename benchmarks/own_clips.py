@@ -1,6 +1,6 @@
 """How good the preset own_clips is on folders of classes: its views, their choice, probabilities, "none of these".
 
-    python -m benchmarks.own_clips FOLDER [FOLDER ...] [--tasks 2000] [--out table.md]
+    python -m benchmarks.own_clips FOLDER [FOLDER ...] [--tasks 2000] [--out table.md] [--data.crop=224 ...]
 
 Each folder holds ``<class>/<clip>``. Features are computed once; the tasks are those that ``soap-net eval --config
 own_clips`` draws. The first interval is over tasks, as the field gives it; the second over clips, queries being drawn
@@ -170,8 +170,8 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--tasks", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="the table, as Markdown (by default it is printed)")
-    options = parser.parse_args()
-    config = load_config("own_clips", [f"--eval.tasks={options.tasks}"])
+    options, settings = parser.parse_known_args()
+    config = load_config("own_clips", [f"--eval.tasks={options.tasks}", *settings])
     tables = [rows(folder, config) for folder in options.folders]
     first, second = heads_of_tables(config)
     text = "\n".join([*first, *(row for part, _ in tables for row in part), "", *second, *(row for _, row in tables)])
