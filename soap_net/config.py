@@ -89,7 +89,7 @@ class ModelConfig:
     weights: str | None = "imagenet"
     """pretrained (what the net has by name), imagenet, kinetics, random (or null), or a .pth / .safetensors file."""
     head: str = "soap"
-    """Few-shot head: soap, prototype, tsn, otam, trx, bimhm or hyrsm."""
+    """Few-shot head: soap, prototype, tsn, otam, trx, bimhm, hyrsm, or views, which needs no training."""
     head_options: dict[str, Any] = field(default_factory=dict)
     """The head's own options."""
     soap: SoapConfig = field(default_factory=SoapConfig)
