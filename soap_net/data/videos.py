@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +61,7 @@ class _Layout:
     frames: int
     fps: float | None
     timeline: _Timeline | None  # None: only decoding from the start tells which frame is which
+    seconds: NDArray[np.float64] | None  # when each frame is shown, from 0; None where the file does not say
 
 
 class Video:
@@ -76,6 +78,28 @@ class Video:
 
     def fps(self) -> float | None:
         return self._layout().fps
+
+    def seconds(self) -> NDArray[np.float64]:
+        """When each frame is shown, ascending from 0. Raises ClipError where the file does not say."""
+        if (seconds := self._layout().seconds) is None:
+            raise ClipError(self.path, "the file does not say when its frames are shown")
+        return seconds
+
+    def stream(self, wanted: Iterable[int]) -> Generator[Tensor, None, None]:
+        """The frames ``wanted`` (ascending, distinct, in range), each uint8 ``(3, H, W)``, of a single decode.
+
+        Nothing but the frame handed over is kept. Raises ClipError.
+        """
+        with self._opened() as (container, stream):
+            decoded = enumerate(self._moving(container.decode(stream)))
+            for number in wanted:
+                yield self._patiently(partial(self._next, decoded, number))
+
+    def _next(self, decoded: Iterator[tuple[int, av.VideoFrame]], wanted: int) -> Tensor:
+        for number, frame in decoded:
+            if number == wanted:
+                return _upright(frame)
+        raise ClipError(self.path, f"frame {wanted} cannot be decoded")
 
     def read(self, wanted: Sequence[int]) -> list[Tensor]:
         timeline = self._layout().timeline
@@ -152,11 +176,14 @@ class Video:
             untimed = not {"mpeg", "mpegvideo"}.isdisjoint(formats) or ("avi" in formats and codec.has_b_frames)
             timed = not untimed and codec.name in _FRAME_PER_PACKET
             fps = float(stream.average_rate) if stream.average_rate else None
+            tick = float(stream.time_base or 0)
         shown = np.unique(np.array(pts, dtype=np.int64))
         if not (regular and timed and len(shown) == packets and keys and keys[0][0] == shown[0]):
-            return _Layout(self._count(), fps, None)
+            times = self._decoded_times()
+            return _Layout(len(times), fps, None, _from_zero([] if untimed else times, len(times), fps))
         key_pts, key_times = np.array(sorted(keys), dtype=np.int64).T
-        return _Layout(packets, fps, _Timeline(shown, np.searchsorted(shown, key_pts), key_times))
+        timeline = _Timeline(shown, np.searchsorted(shown, key_pts), key_times)
+        return _Layout(packets, fps, timeline, _from_zero(shown.astype(np.float64) * tick, packets, fps))
 
     def _check_length(self) -> None:
         # FFmpeg reads a Matroska or WebM file that is cut short without a word, as a shorter clip.
@@ -169,12 +196,13 @@ class Video:
         if end is not None and size < end:
             raise ClipError(self.path, f"the file is cut short: {size} of its {end} bytes are there")
 
-    def _count(self) -> int:
+    def _decoded_times(self) -> list[float | None]:
+        """Of each frame that decoding gives."""
         with self._opened() as (container, stream):
-            frames = sum(1 for _ in self._moving(container.decode(stream)))
-        if frames == 0:
+            times: list[float | None] = [frame.time for frame in self._moving(container.decode(stream))]
+        if not times:
             raise ClipError(self.path, "no frame of the video stream can be decoded")
-        return frames
+        return times
 
     def _read_by_time(self, timeline: _Timeline, wanted: Sequence[int]) -> list[Tensor] | None:
         """Seeks to the keyframe before each group of wanted frames; None where the decoder's times do not fit."""
@@ -247,6 +275,16 @@ class Video:
                 yield container, stream
             except av.FFmpegError as error:
                 raise ClipError(self.path, f"the video cannot be decoded ({said(error)})") from error
+
+
+def _from_zero(
+    times: NDArray[np.float64] | Sequence[float | None], frames: int, fps: float | None
+) -> NDArray[np.float64] | None:
+    """When each frame is shown, by the file's times where they are there and ascend, or else evenly by its rate."""
+    seconds = np.array([np.nan if time is None else time for time in times])
+    if len(seconds) == frames and np.isfinite(seconds).all() and (np.diff(seconds) > 0).all():
+        return seconds - seconds[0]
+    return np.arange(frames) / fps if fps else None
 
 
 def _starts_anew(packet: bytes, extradata: bytes | None) -> bool:
