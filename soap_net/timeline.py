@@ -10,9 +10,9 @@ import contextlib
 import csv
 import io
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import count, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ NONE = "none of these"
 PICTURES = (".png", ".svg", ".pdf")
 """What a picture of a timeline may be, by the ending of its name."""
 
-TOGETHER = 8
+TOGETHER = 4
 """Windows whose features are computed in one go."""
 _NEAR = 1e-6  # seconds: times nearer than this are the same
 
@@ -297,6 +297,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{shown:0>7}" if hours else shown
 
 
+def _ticks() -> Iterator[int]:
+    """Seconds from tick to tick that read well on a clock, ascending."""
+    yield from (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800)
+    yield from count(3600, 3600)
+
+
 def check_picture(path: Path) -> None:
     """Raises UserError where `path` names no kind of picture."""
     if path.suffix.lower() not in PICTURES:
@@ -312,7 +318,7 @@ def draw(path: Path, found: Timeline, classes: Sequence[str]) -> None:
     """
     check_picture(path)
     from matplotlib.figure import Figure  # slow to import
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     chances = np.array([[w.prediction.probabilities[name] for w in found.windows] for name in classes])
     rows = [*classes, NONE]
@@ -329,9 +335,10 @@ def draw(path: Path, found: Timeline, classes: Sequence[str]) -> None:
             text = f"{100 * segment.confidence:.0f} %"
             box = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1}
             axes.text(segment.start + length / 2, row, text, ha="center", va="center", fontsize="small", bbox=box)
-    axes.set(xlim=(0, found.seconds), ylim=(len(rows) - 0.5, -0.5), title=Path(found.clip).name, xlabel="time, m:ss")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 1.5, 2, 3, 6, 10], integer=True))
+    axes.set(xlim=(0, found.seconds), ylim=(len(rows) - 0.5, -0.5), xlabel="time, m:ss")
+    axes.set_title(Path(found.clip).name, parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.xaxis.set_major_locator(MultipleLocator(next(step for step in _ticks() if 10 * step >= found.seconds)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: clock(at).removesuffix(".0")))
     figure.colorbar(heat, ax=axes, label="probability", pad=0.01)
     with replacing(path) as file:

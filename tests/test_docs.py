@@ -167,7 +167,8 @@ def world(motion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         shutil.copy(clip, support)
     (tmp_path / "new").mkdir()
     shutil.copy(clips[-1], tmp_path / "new")
-    shutil.copy(clips[-1], tmp_path / "my_clip.mp4")
+    for name in ("my_clip.mp4", "long.mp4"):
+        shutil.copy(clips[-1], tmp_path / name)
     (tmp_path / "MY_CLASSES").symlink_to("my_classes")
     (tmp_path / "MY_CLIPS").symlink_to("new")
     (tmp_path / "my.yaml").write_text("train: {lr: 1e-4}\n")
