@@ -94,9 +94,9 @@ class ViewsHead(FewShotHead):
         return fit._replace(posterior=fit.posterior / fit.posterior.sum())
 
     def _standard(self, fit: _Fit, scores: Tensor) -> Tensor:
-        """``(V, Q, way)`` cosines in units of each view's spread, or where no support could be left out of each row's."""
+        """``(V, Q, way)`` cosines in units of each view's spread, or of each row's if no support can be left out."""
         if fit.level is None or fit.spread is None:
-            spread = scores.std(dim=-1, keepdim=True, unbiased=False)
+            spread = scores.std(dim=-1, keepdim=True, correction=0)
             return (scores - scores.mean(dim=-1, keepdim=True)) / spread.clamp_min(1e-6)
         return (scores - fit.level[:, None, None]) / fit.spread.clamp_min(1e-6)[:, None, None]
 
