@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from soap_kernels import backends
 from soap_kernels.backends import Backend, Fusion, Needs, Options, Priors
-from soap_kernels.frames import check_tensor, compute_dtype, empty_frames, without_autocast
+from soap_kernels.frames import as_float, as_output, check_tensor, compute_dtype, empty_frames, without_autocast
 from soap_kernels.weights import PARTS, Weights, count_maps, count_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -442,6 +442,8 @@ def soap(
     settings = (list(parts), list(tuple_sizes), precision, mean, std, out_dtype, out_channels_last, backend)
     if _in_plain_pytorch(x, *weights):
         options, _ = _open_soap(x, weights, *settings)
+        if 0 in x.shape[-2:]:  # which no convolution of PyTorch takes
+            return as_output(as_float(x, options.mean, options.std), options.out_dtype, out_channels_last)
         with _at_work(x, precision):
             return _REFERENCE.soap_forward(x, weights, options)[0]
     y, _ = torch.ops.soap_kernels.soap(x, list(weights), *settings)
@@ -496,6 +498,8 @@ def fuse_priors(
     settings = (stencil, gate, weight, bias, multiplicative, offset, interleaved, precision, backend)
     if _in_plain_pytorch(x, stencil, gate, weight, bias):
         priors, fusion, _ = _open_fusion(x, *settings)
+        if 0 in x.shape[-2:]:
+            return x.contiguous()
         with _at_work(x, precision):
             return _REFERENCE.fuse_priors(x, priors, fusion)
     return torch.ops.soap_kernels.fuse_priors(x, *settings)

@@ -374,6 +374,22 @@ def test_transforms_and_forward_mode_give_what_they_give_in_plain_pytorch(name: 
     torch.testing.assert_close(found(ours), found(plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(0, 4), (3, 0)])
+def test_planes_without_pixels_have_zero_gradients_under_transforms(size: tuple[int, int]) -> None:
+    module, x = SOAP(4, 2, (1, 3), 3), torch.zeros(1, 4, 2, *size)
+    weights = dict(module.named_parameters())
+
+    def energy(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        fused = soap_kernels.fuse_priors(x, weights["three_dem.conv.weight"])
+        sums = soap_kernels.window_sums(x[0])
+        return torch.func.functional_call(module, weights, (x,)).sum() + fused.sum() + sums.sum()
+
+    found = torch.func.grad(energy, (0, 1))(weights, x)
+    torch.testing.assert_close(found, ({name: torch.zeros_like(w) for name, w in weights.items()}, x))
+    assert torch.vmap(module)(torch.stack([x, x])).shape == (2, *x.shape)
+    assert torch.jit.trace(module, x)(x).shape == x.shape
+
+
 def test_gradients_of_each_clip_and_an_ensemble_are_those_of_one_after_another(backend: str) -> None:
     torch.manual_seed(0)
     modules = [SOAP(backend=backend) for _ in range(2)]

@@ -30,7 +30,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "eval", "classify", "report", "data check", "data motion", "experiment", "info"]
+    "command",
+    ["demo", "train", "eval", "learn", "classify", "report", "data check", "data motion", "experiment", "info"],
 )
 def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -49,7 +50,8 @@ def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixt
         (["train", "--config", "kinetics"], "kinetics: no such config file, nor a preset of that name"),
         (["train", "--data.root", "/nowhere", "--model.backbone", "tiny"], "/nowhere: no such data set folder"),
         (["train", "--resume", "/nowhere"], "/nowhere: not a run folder: there is no config.yaml in it"),
-        (["eval"], "the following arguments are required: --checkpoint; see soap-net eval --help"),
+        (["learn"], "the following arguments are required: --out; see soap-net learn --help"),
+        (["eval", "--data.root", "/nowhere"], "/nowhere: no such data set folder"),
         (["eval", "--checkpoint", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
         (["classify", "--checkpoint", "a", "--support", "/nowhere", "--query", "b"], "<clip>: /nowhere: no such data"),
         (["data", "check", "/nowhere"], "/nowhere: no such data set folder"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soap_net.errors import UserError, did_you_mean
-from soap_net.models.heads.base import Classes, Compared, Embedded, FewShotHead, cosines, wide
+from soap_net.models.heads.base import Classes, Compared, Embedded, FewShotHead, cosines, no_autocast, wide
 
 #: How a named mixture weighs the views appearance, motion and differences.
 MIXTURES = {
@@ -39,8 +39,8 @@ class ViewsHead(FewShotHead):
     so logits are log probabilities, and a single clip a class leaves both mixtures equal.
 
     Args:
-        dim: features per image.
-        frames: images per clip: T frames, then their T - 1 differences.
+        dim: features per vector.
+        frames: vectors per clip: those of its frames, then of their differences, as many or one less.
         by: "auto", or a mixture of `MIXTURES`.
     """
 
@@ -48,7 +48,7 @@ class ViewsHead(FewShotHead):
 
     def __init__(self, dim: int, frames: int, by: str = "auto") -> None:
         super().__init__(dim, frames)
-        if frames < 3 or frames % 2 == 0:
+        if frames < 2:
             raise UserError(f"the head views looks at changes: it needs clips of at least 2 frames (images: {frames})")
         if str(by) not in ("auto", *MIXTURES):
             near = did_you_mean(str(by), ("auto", *MIXTURES))
@@ -66,16 +66,19 @@ class ViewsHead(FewShotHead):
         return self.compare(support, classes, query).logits
 
     def compare(self, support: Embedded, classes: Classes, query: Embedded) -> Compared:
-        fit = self._fit(support, classes)
-        scores = [cosines(q, classes.mean(s)) for q, s in zip(query, support, strict=True)]
-        return self._compared(fit, torch.stack(scores))
+        with no_autocast(support[0]):
+            fit = self._fit(support, classes)
+            scores = [cosines(q, classes.mean(s)) for q, s in zip(query, support, strict=True)]
+            return self._compared(fit, torch.stack(scores))
 
     def held_out(self, support: Embedded, classes: Classes) -> Compared:
-        fit = self._fit(support, classes)
-        return self._compared(fit, fit.held_out)
+        with no_autocast(support[0]):
+            fit = self._fit(support, classes)
+            return self._compared(fit, fit.held_out)
 
     def choose(self, support: Embedded, classes: Classes) -> Tensor:
-        return self._fit(support, classes).posterior.sum(dim=1)
+        with no_autocast(support[0]):
+            return self._fit(support, classes).posterior.sum(dim=1)
 
     def _fit(self, support: Embedded, classes: Classes) -> _Fit:
         held_out = torch.stack([leave_one_out(cosines(view, view), classes) for view in support])
@@ -96,8 +99,8 @@ class ViewsHead(FewShotHead):
     def _standard(self, fit: _Fit, scores: Tensor) -> Tensor:
         """``(V, Q, way)`` cosines in units of each view's spread, or of each row's if no support can be left out."""
         if fit.level is None or fit.spread is None:
-            spread = scores.std(dim=-1, keepdim=True, correction=0)
-            return (scores - scores.mean(dim=-1, keepdim=True)) / spread.clamp_min(1e-6)
+            deviation = scores - scores.mean(dim=-1, keepdim=True)
+            return deviation / deviation.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
         return (scores - fit.level[:, None, None]) / fit.spread.clamp_min(1e-6)[:, None, None]
 
     def _chances(self, fit: _Fit, scores: Tensor) -> Tensor:
