@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from soap_net.classify import Classifier, Prediction
+    from soap_net.data.clips import Clip
+    from soap_net.timeline import Timeline
 
 CLIPS = "A clip is a video, a folder of frames or a zip of frames."
 ENOUGH = 9
@@ -68,6 +70,9 @@ def classify(args: list[str]) -> int:
     form.add_argument("--json", action="store_true", help="print all probabilities as JSON")
     form.add_argument("--csv", action="store_true", help="print all probabilities as CSV")
     own.add_argument("--out", type=Path, help="write what would be printed into this file (.json and .csv as such)")
+    own.add_argument("--window", type=float, help="of long videos: tell what happens when, by a window of SECONDS")
+    own.add_argument("--every", type=float, help="seconds from window to window (default: a third of the window)")
+    own.add_argument("--picture", type=Path, help="draw what happens when in the one video (.png, .svg or .pdf)")
     _add_sources(own, "what `soap-net learn` wrote")
     options, settings = own.parse_known(args)
     if options.support is None and options.classifier is None:
@@ -79,23 +84,59 @@ def classify(args: list[str]) -> int:
 
     support = clips_by_class(options.support) if options.support else {}
     queries = [clip for path in paths for clip in find_clips(path)]
+    _check_window(options, queries)
     classifier = _classifier(options, settings, "classify")
     if support:
         _warn(classifier.add(support, progress=True))
         print(_told(classifier), file=sys.stderr)
+    if options.window is not None:
+        from soap_net.timeline import as_csv, as_lines, as_rows
+
+        timelines = _timelines(classifier, queries, options)
+        _write(options, as_rows(timelines), as_csv(timelines), as_lines(timelines))
+        return 2 if any(timeline.error for timeline in timelines) else 0
     predictions = classifier.classify(queries, progress=True)
+    lines = _lines(predictions, max(options.top, 1))
+    _write(options, [_row(prediction) for prediction in predictions], _csv(predictions, classifier.classes), lines)
+    return 2 if any(prediction.error for prediction in predictions) else 0
+
+
+def _write(options: Namespace, rows: object, table: str, lines: Sequence[str]) -> None:
+    """Prints or writes answers in the form asked for: JSON, CSV, or lines for people."""
     suffix = options.out.suffix.lower() if options.out else ""
     if options.json or (suffix == ".json" and not options.csv):
-        text = json.dumps([_row(prediction) for prediction in predictions], indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
     elif options.csv or suffix == ".csv":
-        text = _csv(predictions, classifier.classes)
+        text = table
     else:
-        text = "".join(f"{line}\n" for line in _lines(predictions, max(options.top, 1)))
+        text = "".join(f"{line}\n" for line in lines)
     if options.out:
         write_text(options.out, text)
     else:
         print(text, end="")
-    return 2 if any(prediction.error for prediction in predictions) else 0
+
+
+def _check_window(options: Namespace, queries: Sequence[Clip]) -> None:
+    """Raises UserError for what goes with --window alone, and for a picture that can't be drawn."""
+    for name in ("every", "picture"):
+        if options.window is None and getattr(options, name) is not None:
+            raise UserError(f"--{name} is of long videos: say the window's length, too, as in --window 3")
+    if options.picture is not None:
+        from soap_net.timeline import check_picture
+
+        check_picture(options.picture)
+        if len(queries) > 1:
+            raise UserError(f"--picture shows one video, and there are {len(queries)}")
+
+
+def _timelines(classifier: Classifier, queries: Sequence[Clip], options: Namespace) -> list[Timeline]:
+    """What happens when in each video, drawn if that is asked for."""
+    from soap_net.timeline import draw, timeline
+
+    timelines = [timeline(classifier, clip, options.window, options.every, progress=True) for clip in queries]
+    if options.picture is not None and not timelines[0].error:
+        draw(options.picture, timelines[0], classifier.classes)
+    return timelines
 
 
 def _add_sources(own: Options, about: str) -> None:

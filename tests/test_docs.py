@@ -171,7 +171,8 @@ def world(motion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         shutil.copy(clip, support)
     (tmp_path / "new").mkdir()
     shutil.copy(clips[-1], tmp_path / "new")
-    shutil.copy(clips[-1], tmp_path / "my_clip.mp4")
+    for name in ("my_clip.mp4", "long.mp4"):
+        shutil.copy(clips[-1], tmp_path / name)
     (tmp_path / "MY_CLASSES").symlink_to("my_classes")
     shutil.copytree(tmp_path / "my_classes", tmp_path / "more_classes")
     (tmp_path / "MY_CLIPS").symlink_to("new")

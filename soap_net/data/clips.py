@@ -80,6 +80,13 @@ class Clip:
         _, height, width = source.read([0])[0].shape
         return ClipInfo(frames, height, width, source.fps())
 
+    def video(self) -> Video:
+        """The clip as a video, to read by time or from end to end. Raises ClipError where it is images."""
+        source = self._source()
+        if not isinstance(source, Video):
+            raise ClipError(self._shown(), "images have no times: it takes a video file")
+        return source
+
     def check(self) -> ClipInfo:
         """As `probe`, once every frame has been decoded. Raises ClipError where any `read` may."""
         source = self._source()

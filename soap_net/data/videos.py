@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,10 +93,19 @@ class _Packets:
     pts: NDArray[np.int64]  # ascending
     keys: list[tuple[int, int]]  # times of keyframes, and where to seek for them; none where times can't be trusted
     empty: frozenset[int]  # times of packets that may be too small for a picture
+    tick: float | None  # seconds of a unit of time; None where times are made up
 
     def long(self) -> bool:
         """Whether the video is longer than is decoded whole, though its packets can be trusted to be its frames."""
         return bool(self.keys) and not self.empty and self.count * max(self.pixels, _LEAST) > _WHOLE
+
+    def seconds(self, shown: Sequence[int | None]) -> NDArray[np.float64] | None:
+        """When frames with these times are shown, from 0 on; by the rate where times are missing or disordered."""
+        if self.tick is not None and None not in shown:
+            seconds = np.array(shown, dtype=np.float64) * self.tick
+            if (np.diff(seconds) > 0).all():
+                return seconds - seconds[0]
+        return np.arange(len(shown)) / self.fps if self.fps else None
 
     def timeline(self, shown: Sequence[int | None]) -> _Timeline | None:
         """That of frames with these times; None where only decoding from the start tells which frame is which."""
@@ -135,6 +145,7 @@ class _Layout:
     sums: NDArray[np.uint32] | None
     sizes: set[tuple[int, int]] | None
     telling: bool
+    seconds: NDArray[np.float64] | None  # when each frame is shown, from 0 on; None where the file does not say
 
     def wanted(self, numbers: Sequence[int], by_time: bool = True) -> list[_Wanted]:
         """How to know frames; their times come before their numbers."""
@@ -170,6 +181,27 @@ class Video:
 
     def fps(self) -> float | None:
         return self._layout().fps
+
+    def seconds(self) -> NDArray[np.float64]:
+        """When each frame is shown, ascending from 0. Raises ClipError where the file does not say."""
+        if (seconds := self._layout().seconds) is None:
+            raise ClipError(self.path, "the file does not say when its frames are shown")
+        return seconds
+
+    def stream(self, wanted: Sequence[int]) -> Generator[Tensor, None, None]:
+        """The frames ``wanted`` (ascending, distinct, in range), each uint8 ``(3, H, W)``, of a single decode.
+
+        Nothing but the frame handed over is kept. Of damaged frames what the decoder makes of them. Raises ClipError.
+        """
+        layout = self._layout()
+        with self._opened(threads=True) as (container, stream):
+            frames = self._frames(container, stream)
+            labelled = enumerate(frames) if layout.timeline is None else _timed(frames)
+            for number, frame in zip(wanted, layout.wanted(wanted), strict=True):
+                taken = self._patiently(partial(_taken, labelled, [replace(frame, sum=None)]))
+                if not taken:
+                    raise ClipError(self.path, f"the video is damaged: frame {number} cannot be decoded")
+                yield taken[0]
 
     def sizes(self) -> set[tuple[int, int]]:
         """Heights and widths of the frames, all of which are decoded for that."""
@@ -233,15 +265,18 @@ class Video:
             first = min(32, max(4, _SAMPLE // max(1, packets.pixels)))
             with suppress(ClipError):
                 frames = self._decode(strict=True, first=first)
-                timeline = packets.timeline(packets.pts.tolist())
+                pts = packets.pts.tolist()
+                timeline = packets.timeline(pts)
                 # Of interlaced pictures the fields may come in packets of their own, in some parts of a video only.
-                if timeline and frames.times == packets.pts[:first].tolist() and not frames.interlaced:
-                    return _Layout(packets.count, packets.fps, frames.turn, timeline, None, None, telling)
+                if timeline and frames.times == pts[:first] and not frames.interlaced:
+                    seconds = packets.seconds(pts)
+                    return _Layout(packets.count, packets.fps, frames.turn, timeline, None, None, telling, seconds)
         frames = self._decode()
         if not frames.times:
             raise ClipError(self.path, "no frame of the video stream can be decoded")
         timeline = packets.timeline(frames.times)
-        return _Layout(len(frames.times), packets.fps, frames.turn, timeline, frames.sums, frames.sizes, telling)
+        seconds, count = packets.seconds(frames.times), len(frames.times)
+        return _Layout(count, packets.fps, frames.turn, timeline, frames.sums, frames.sizes, telling, seconds)
 
     def _list_packets(self) -> tuple[_Packets, bool]:
         pts: list[int] = []
@@ -285,10 +320,11 @@ class Video:
                 raise ClipError(self.path, f"the file is cut short: {count} of its {stream.frames} frames are there")
             self._check_length(container, stream, end)
             fps = float(stream.average_rate) if stream.average_rate else None
+            tick = None if untimed or stream.time_base is None else float(stream.time_base)
             telling = codec.name in _TELLING
         times = np.unique(np.array(pts, dtype=np.int64))
         timed = timed and regular and len(times) == count
-        return _Packets(count, pixels, fps, times, keys if timed else [], frozenset(empty)), telling
+        return _Packets(count, pixels, fps, times, keys if timed else [], frozenset(empty), tick), telling
 
     def _check_length(self, container: InputContainer, stream: VideoStream, shown: int) -> None:
         """Refuses a Matroska or WebM file that is cut short, which FFmpeg reads as a shorter clip without a word."""

@@ -111,7 +111,7 @@ class SOAPNet(nn.Module):
             UserError: clips of a wrong shape or dtype, or that the backbone does not take.
         """
         _check_clips("clips", clips)
-        x = (clips.to(self.mean.dtype) / 255 - self.mean) / self.std if self._normalizes else clips
+        x = self._normalized(clips) if self._normalizes else clips
         if self.soap is not None:
             x = self.soap(x)
         if not self.head.takes_differences:
@@ -127,6 +127,24 @@ class SOAPNet(nn.Module):
         images = torch.cat([x.flatten(0, 1), changes.flatten(0, 1), torch.zeros_like(x[0, :1])])
         shown, changed, still = self._embed(images).split([x.shape[:2].numel(), changes.shape[:2].numel(), 1])
         return torch.cat([shown.unflatten(0, x.shape[:2]), (changed - still).unflatten(0, changes.shape[:2])], dim=1)
+
+    @property
+    def by_frame(self) -> bool:
+        """Whether a frame's features, and a difference's, are the same in every clip."""
+        return self.soap is None and not self.backbone.takes_clips
+
+    def frame_features(self, frames: Tensor) -> Tensor:
+        """``(F, D)`` features of ``(F, 3, H, W)`` uint8 frames, as `features` has them of a net that is `by_frame`."""
+        return self._embed(self._normalized(frames))
+
+    def change_features(self, before: Tensor, after: Tensor) -> Tensor:
+        """``(F, D)`` features of what changes between two ``(F, 3, H, W)`` uint8 frames, as `frame_features`."""
+        changes = self._normalized(after) - self._normalized(before)
+        features = self._embed(torch.cat([changes, torch.zeros_like(changes[:1])]))
+        return features[:-1] - features[-1:]
+
+    def _normalized(self, frames: Tensor) -> Tensor:
+        return (frames.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def _embed(self, images: Tensor) -> Tensor:
         chunks = -(-len(images) // self.chunk_frames) if self.chunk_frames else 1
