@@ -28,6 +28,9 @@ class FoldedSOAP(nn.Module):
         out_dtype: of the output; x's by default, that of the weights for uint8 frames.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         weights: Weights,

@@ -1,7 +1,7 @@
 """A classifier as one ONNX file, from frames to probabilities, for programs without PyTorch.
 
-Its input is ``frames`` (B, T, 3, crop, crop) uint8 RGB, its outputs ``probabilities`` (B, way) float32 and ``known`` (B,)
-bool. How a clip becomes such frames, and what the classes are, is in the file's metadata.
+Its input is ``frames`` (B, T, 3, crop, crop) uint8 RGB, its outputs are ``probabilities`` (B, way) float32 and ``known``
+(B,) bool. How a clip becomes such frames, and what the classes are, is in the file's metadata.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def export(classifier: Classifier, path: Path) -> float:
     calibration = classifier.calibration  # of a classifier that knows no classes this raises
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 (torch.onnx asks for it late, and in many words)
+        import onnxscript  # noqa: F401 (torch.onnx would ask for it late)
     except ImportError as error:
         raise UserError(f"{error.name} is missing, which export needs: pip install 'soap-net[export]'") from error
     net = FramesToClasses(classifier, calibration).eval()
@@ -62,7 +62,9 @@ def export(classifier: Classifier, path: Path) -> float:
     found = session.run(["probabilities"], {"frames": frames.numpy()})[0]
     apart = float(np.abs(found - expected).max())
     if not apart <= TOLERANCE:
-        raise UserError(f"onnxruntime {onnxruntime.__version__} computes other probabilities, by {apart:.1g}: not written")
+        raise UserError(
+            f"onnxruntime {onnxruntime.__version__} computes other probabilities, by {apart:.1g}: not written"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(written)

@@ -126,8 +126,8 @@ class SOAPNet(nn.Module):
             )
             return torch.cat([shown, (changed - still)[:, :-1]], dim=1)
         images = torch.cat([x.flatten(0, 1), changes.flatten(0, 1), torch.zeros_like(x[0, :1])])
-        clips, frames = x.shape[:2]
-        shown, changed, still = self._embed(images).split([clips * frames, clips * (frames - 1), 1])
+        count, frames = x.shape[:2]
+        shown, changed, still = self._embed(images).split([count * frames, count * (frames - 1), 1])
         return torch.cat([shown.unflatten(0, x.shape[:2]), (changed - still).unflatten(0, changes.shape[:2])], dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
