@@ -1,7 +1,7 @@
 """A classifier as one ONNX file, from frames to probabilities, for programs without PyTorch.
 
-Its input is ``frames`` (B, T, 3, crop, crop) uint8 RGB, its outputs are ``probabilities`` (B, way) float32 and ``known``
-(B,) bool. How a clip becomes such frames, and what the classes are, is in the file's metadata.
+Its input is ``frames`` (B, T, 3, crop, crop) uint8 RGB, its outputs are ``probabilities`` (B, way) float32 and
+``known`` (B,) bool. How a clip becomes such frames, and what the classes are, is in the file's metadata.
 """
 
 from __future__ import annotations

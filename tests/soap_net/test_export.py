@@ -135,7 +135,9 @@ def test_the_command_writes_the_file(
     learnt(tiny_data, "prototype", enabled=False).save(tmp_path / "my.classifier")
     monkeypatch.chdir(tmp_path)
     assert main(["export", "my.classifier", "--out", "my.onnx"]) == 0
-    assert "wrote my.onnx: frames (batch, 3, 3, 8, 8) uint8 to the probabilities of ç0, ç1, ç2" in capsys.readouterr().out
+    assert (
+        "wrote my.onnx: frames (batch, 3, 3, 8, 8) uint8 to the probabilities of ç0, ç1, ç2" in capsys.readouterr().out
+    )
     check(Classifier.load(Path("my.classifier"), "cpu"), Path("my.onnx"), every_clip(tiny_data)[:3])
     assert main(["export", "my.classifier", "--out", "."]) == 2
     assert main(["export", "none.classifier", "--out", "my.onnx"]) == 2
