@@ -10,9 +10,8 @@ import copy
 import io
 import json
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +52,10 @@ def export(classifier: Classifier, path: Path) -> float:
     try:
         written = _to_onnx(net, frames[:2], _metadata(classifier, calibration))
     except Exception as error:  # whatever a net of timm or a head does that can't be traced or has no ONNX operator
-        reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
         model = classifier.config.model
-        raise UserError(f"backbone {model.backbone} with head {model.head} can't be exported: {reason}") from error
+        raise UserError(
+            f"backbone {model.backbone} with head {model.head} can't be exported: {_root(error)}"
+        ) from error
     with torch.no_grad():
         expected = net(frames)[0].numpy()
     session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
@@ -97,25 +97,33 @@ class FramesToClasses(nn.Module):
 
 def _plain(soap: nn.Module | None) -> nn.Module | None:
     """SOAP without its kernels, which other runtimes lack."""
-    if not isinstance(soap, SOAP) or soap.variant == "release":
-        plain: Any = copy.deepcopy(soap)
-        if plain is not None:
-            plain.cpu().backend = "equations"
-        return plain
-    return soap.folded().cpu()
+    if isinstance(soap, SOAP) and soap.variant == "paper":
+        return soap.folded().cpu()
+    plain = copy.deepcopy(soap)
+    if isinstance(plain, SOAP):
+        plain.backend = "equations"
+    return None if plain is None else plain.cpu()
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what was behind it all."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _to_onnx(net: nn.Module, frames: Tensor, metadata: dict[str, str]) -> bytes:
-    batch = torch.export.Dim("batch")
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the exporter talks of its own affairs
+    talk = io.StringIO()  # of the exporter, on its own affairs
+    with warnings.catch_warnings(), redirect_stdout(talk), redirect_stderr(talk):
         warnings.simplefilter("ignore")
+        # Left to torch.onnx, a net that takes this number of clips only would be exported for that number, unsaid.
+        traced = torch.export.export(net, (frames,), dynamic_shapes={"frames": {0: torch.export.Dim("batch")}})
         program = torch.onnx.export(
-            net,
-            (frames,),
+            traced,
             dynamo=True,
             input_names=["frames"],
             output_names=["probabilities", "known"],
-            dynamic_shapes={"frames": {0: batch}},
+            dynamic_shapes={"frames": {0: "batch"}},
             verbose=False,
         )
     assert program is not None
