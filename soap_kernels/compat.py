@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soap_kernels import op
-from soap_kernels.frames import compute_dtype, without_autocast
-from soap_kernels.held import Held
+from soap_kernels.frames import check_tensor, compute_dtype, without_autocast
+from soap_kernels.held import Held, state_to_keep
 from soap_kernels.weights import PARTS, count_maps
 
 #: The convolutions that the published code makes anew in every forward, and so never saves.
@@ -210,10 +210,11 @@ def keep_unsaved(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     With one warning. A state_dict that has some of these convolutions is not the published code's, and is left to the
     strict check.
     """
-    own = {prefix + name: value for name, value in module.state_dict().items() if name.startswith(UNSAVED)}
+    own = [prefix + name for name in module.state_dict() if name.startswith(UNSAVED)]
     saved = [name for name in state if name.startswith(prefix + "conv_")]
     if own and saved and not any(name in state for name in own):
-        state.update(own)
+        kept = state_to_keep(module, state)
+        state.update({name: kept[name.removeprefix(prefix)] for name in own})
         warnings.warn(
             f"the state_dict has no {', '.join(UNSAVED)}: the published code draws them anew in every forward and "
             "never saves them; they keep their initial values",
@@ -285,6 +286,7 @@ class TriplePrior(nn.Module):
             ValueError: frames of another shape, or a clip length other than the constructor's, for which
                 ``channel_diff`` is made.
         """
+        check_tensor(x)
         frames = self.seq_len if seq_len is None else seq_len
         if frames != self.seq_len and self.fresh_convs is None:
             raise ValueError(f"TriplePrior: seq_len is {frames}, but it was made for {self.seq_len}")

@@ -7,12 +7,25 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What priors are computed in: fp64 for fp64 frames, fp32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_tensor(x: Any) -> None:
+    """Raises TypeError unless x is a dense tensor, with a line for what ``torch.fx`` puts in the place of one."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "SOAP checks shapes, which torch.fx.symbolic_trace has not: use torch.export.export, or a torch.fx.Tracer"
+            " whose is_leaf_module keeps SOAP whole"
+        )
+    if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
+        kind = f"{'nested' if x.is_nested else x.layout} tensor" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"SOAP: x is a {kind}, expected a dense tensor")
 
 
 class without_autocast(AbstractContextManager[None]):

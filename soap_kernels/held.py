@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,10 @@ class Held(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws both anew, as whoever built the module on meta asks of PyTorch's layers."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = self.weight[0].numel() ** -0.5
@@ -37,3 +43,14 @@ class Held(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{', '.join(map(str, self.weight.shape))}, bias={self.bias is not None}"
+
+
+def state_to_keep(module: nn.Module, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The module's state_dict, for a load of a state_dict that lacks it; from meta drawn anew where ``loaded`` lies."""
+    if any(p.is_meta for p in module.parameters()):
+        device = next((t.device for t in loaded.values() if isinstance(t, Tensor)), None)
+        module = deepcopy(module).to_empty(device=device)
+        for held in module.modules():
+            if isinstance(held, Held):
+                held.reset_parameters()
+    return module.state_dict()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from soap_kernels import backends, compat, equations, op
 from soap_kernels.backends import reference
 from soap_kernels.folded import FoldedSOAP
-from soap_kernels.frames import as_float, as_output, compute_dtype, without_autocast
+from soap_kernels.frames import as_float, as_output, check_tensor, compute_dtype, without_autocast
 from soap_kernels.held import Held
 from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps
 
@@ -197,6 +197,7 @@ class SOAP(nn.Module):
         )
 
     def _check(self, x: Tensor) -> None:
+        check_tensor(x)
         if x.dim() != 5 or x.shape[1] != self.frames or x.shape[2] != self.channels:
             raise ValueError(
                 f"SOAP: x has shape {tuple(x.shape)}, expected (B, T, C, H, W) with T = {self.frames} frames"
@@ -225,8 +226,6 @@ class SOAP(nn.Module):
         if self.backend == "equations":
             y = equations.soap(self._as_float(x), self.weights(), self.tuple_sizes)
             return as_output(y, self._out_dtype(x), self.out_channels_last)
-        if not self.parts and self.normalize is None and self.out_dtype is None and not self.out_channels_last:
-            return x
         return op.soap(
             x,
             self.weights().flatten(),

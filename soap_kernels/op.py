@@ -2,12 +2,13 @@
 
 They exist in ``torch.ops.soap_kernels`` without any extension. Each takes the name of a backend, looks it up in
 :mod:`soap_kernels.backends` and hands over checked arguments. ``soap`` is one node in the graph and saves for backward
-nothing but x, the weights and what ``prepare`` left (a few KB): backward recomputes.
+nothing but x, the weights and what ``prepare`` left (a few KB): backward recomputes. Where PyTorch can't use such a
+node (``torch.func``, forward mode, ``torch.jit.trace``) the functions compute in plain PyTorch, as the reference does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -18,12 +19,14 @@ from torch.autograd import forward_ad
 
 from soap_kernels import backends
 from soap_kernels.backends import Backend, Fusion, Needs, Options, Priors
-from soap_kernels.frames import compute_dtype, empty_frames, without_autocast
+from soap_kernels.frames import as_float, as_output, check_tensor, compute_dtype, empty_frames, without_autocast
 from soap_kernels.weights import PARTS, Weights, count_maps, count_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-ELSEWHERE = 'SOAP(backend="equations"), plain PyTorch all the way, has every derivative'
+ELSEWHERE = 'torch.func (jacrev, hessian) and SOAP(backend="equations") compute in plain PyTorch and have every one'
+
+_REFERENCE = backends.get("reference")
 
 _library = torch.library.Library("soap_kernels", "DEF")
 _library.define(
@@ -148,7 +151,8 @@ def _open_soap(x: Tensor, weights: Sequence[Tensor], *settings: Any) -> tuple[Op
     out_dtype = out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
     mean, std = (None if numbers is None else tuple(numbers) for numbers in (mean, std))
     options = Options(tuple(parts), tuple(tuple_sizes), precision, mean, std, out_dtype, out_channels_last)
-    return options, backends.choose(backend, x, out_dtype, *(w.dtype for w in weights))
+    chosen = backends.choose(backend, x, out_dtype, *(w.dtype for w in weights))
+    return options, chosen if parts else _REFERENCE
 
 
 def _at_work(x: Tensor, precision: str = "default") -> AbstractContextManager[None]:
@@ -380,12 +384,28 @@ _derive("window_sums", _window_sums_setup, _window_sums_autograd)
 _derive("fuse_priors", _fuse_priors_setup, _fuse_priors_autograd)
 
 
-def _refuse_forward_mode(op: str, tensors: Iterable[Tensor | None]) -> None:
-    """PyTorch gives an op with a backward alone a forward-mode derivative of zero, without a word."""
-    if not torch.compiler.is_compiling() and any(
+def _refuse_batch(*_: Any) -> None:
+    raise RuntimeError(f"SOAP has no derivatives by the batch (vectorize=, is_grads_batched=); {ELSEWHERE}")
+
+
+for _op in ("soap_backward", "fuse_priors_backward"):  # PyTorch batches the third, whose result is no list, by itself
+    torch.library.impl(f"soap_kernels::{_op}", "Batched", _refuse_batch, lib=_library)
+
+
+def _in_plain_pytorch(*tensors: Tensor | None) -> bool:
+    """Whether an op with a backward alone won't do.
+
+    Transforms of ``torch.func`` refuse it, ``torch.jit.trace`` can't write it down, and forward mode gives it a
+    derivative of zero, without a word.
+    """
+    check_tensor(tensors[0])
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch.jit.is_tracing() or any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise RuntimeError(f"{op} has no forward-mode derivative (jvp, jacfwd, make_dual); {ELSEWHERE}")
+    )
 
 
 def soap(
@@ -399,7 +419,7 @@ def soap(
     out_channels_last: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """``x`` plus SOAP's priors (Eqn 15), as one op.
+    """``x`` plus SOAP's priors (Eqn 15), as one op; x itself where there is nothing to do.
 
     Args:
         x: frames ``(B, T, C, H, W)``: fp32, fp16, bf16 or fp64, any strides; or uint8 with ``normalize``.
@@ -414,13 +434,19 @@ def soap(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, device or dtype; the text names it.
-        RuntimeError: the backend asked for is absent, the text says why; or a forward-mode derivative is asked for.
+        RuntimeError: the backend asked for is absent; the text says why.
     """
-    _refuse_forward_mode("soap", (x, *weights))
+    if not (parts or weights or normalize or out_dtype or out_channels_last):
+        return x
     mean, std = (None, None) if normalize is None else (list(normalize[0]), list(normalize[1]))
-    y, _ = torch.ops.soap_kernels.soap(
-        x, list(weights), list(parts), list(tuple_sizes), precision, mean, std, out_dtype, out_channels_last, backend
-    )
+    settings = (list(parts), list(tuple_sizes), precision, mean, std, out_dtype, out_channels_last, backend)
+    if _in_plain_pytorch(x, *weights):
+        options, _ = _open_soap(x, weights, *settings)
+        if 0 in x.shape[-2:]:  # which no convolution of PyTorch takes
+            return as_output(as_float(x, options.mean, options.std), options.out_dtype, out_channels_last)
+        with _at_work(x, precision):
+            return _REFERENCE.soap_forward(x, weights, options)[0]
+    y, _ = torch.ops.soap_kernels.soap(x, list(weights), *settings)
     return y
 
 
@@ -434,7 +460,9 @@ def window_sums(x: Tensor, backend: str = "auto") -> Tensor:
     Returns:
         ``(N, C, 3, 3)``, fp32 (fp64 for fp64): the total, less a border row or column, plus a corner.
     """
-    _refuse_forward_mode("window_sums", (x,))
+    if _in_plain_pytorch(x):
+        _open_window_sums(x, backend)
+        return _REFERENCE.window_sums(x)
     return torch.ops.soap_kernels.window_sums(x, backend)
 
 
@@ -467,7 +495,11 @@ def fuse_priors(
     Returns:
         Like x, contiguous.
     """
-    _refuse_forward_mode("fuse_priors", (x, stencil, gate, weight, bias))
-    return torch.ops.soap_kernels.fuse_priors(
-        x, stencil, gate, weight, bias, multiplicative, offset, interleaved, precision, backend
-    )
+    settings = (stencil, gate, weight, bias, multiplicative, offset, interleaved, precision, backend)
+    if _in_plain_pytorch(x, stencil, gate, weight, bias):
+        priors, fusion, _ = _open_fusion(x, *settings)
+        if 0 in x.shape[-2:]:
+            return x.contiguous()
+        with _at_work(x, precision):
+            return _REFERENCE.fuse_priors(x, priors, fusion)
+    return torch.ops.soap_kernels.fuse_priors(x, *settings)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from soap_kernels.frames import check_tensor
+from soap_kernels.held import state_to_keep
 from soap_kernels.modules import SOAP
 
 #: What a model may take: frames ``(B*T, C, H, W)``, or clips with channels or frames first.
@@ -31,7 +33,7 @@ class Plugged(nn.Module):
         self._input = _first_argument(model)
         self.register_load_state_dict_pre_hook(_take_model_keys)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, frames: Any = None, /, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs. The frames are its first argument, by position or by name; the others pass through.
 
         In a model whose signature doesn't name them (``*args, **kwargs``) they are the first keyword with a tensor of
@@ -39,20 +41,20 @@ class Plugged(nn.Module):
 
         Raises:
             ValueError: frames of another layout, or of a number that is no multiple of SOAP's.
+            TypeError: they are no dense tensor.
         """
-        if args:
-            return self.model(self._enhance(args[0]), *args[1:], **kwargs)
+        if frames is not None or args:
+            return self.model(self._enhance(frames), *args, **kwargs)
         if not kwargs:
             raise ValueError("plug: the model was called without frames")
         name = self._input
         if name not in kwargs:
-            frames = [k for k, value in kwargs.items() if isinstance(value, Tensor) and value.dim() in (4, 5)]
-            name = next(iter(frames), next(iter(kwargs)))
+            found = [k for k, value in kwargs.items() if isinstance(value, Tensor) and value.dim() in (4, 5)]
+            name = next(iter(found), next(iter(kwargs)))
         return self.model(**{**kwargs, name: self._enhance(kwargs[name])})
 
     def _enhance(self, x: Any) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise ValueError(f"plug: the model's input is a {type(x).__name__}, expected a tensor of frames or clips")
+        check_tensor(x)
         layout = self.layout if self.layout != "auto" else self._find_layout(x)
         frames = self.soap.frames
         if layout == "NCHW":
@@ -109,7 +111,9 @@ def _take_model_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: 
         return
     # All are taken out before one is put back: a new name may be another's old one.
     renamed = {f"{prefix}model.{key[len(prefix) :]}": state.pop(key) for key in keys}
-    state.update(renamed, **{f"{prefix}soap.{key}": value for key, value in module.soap.state_dict().items()})
+    state.update(
+        renamed, **{f"{prefix}soap.{key}": value for key, value in state_to_keep(module.soap, renamed).items()}
+    )
     warnings.warn("the state_dict is of the wrapped model alone: SOAP keeps its values", stacklevel=2)
 
 

@@ -50,10 +50,10 @@ def check(backend: str, device: str, dtype: torch.dtype, precision: str) -> Chec
     x = torch.randn(SHAPE).to(dtype)
     grad = torch.randn(SHAPE).to(dtype)
 
-    wide = [v.detach().double().requires_grad_() for v in (x, *module.weights().flatten())]
-    weights = Weights.unflatten(wide[1:], PARTS, len(module.tuple_sizes))
-    expected = equations.soap(wide[0], weights, module.tuple_sizes)
-    gradients = torch.autograd.grad(expected, wide, grad.double())
+    doubles = [v.detach().double().requires_grad_() for v in (x, *module.weights().flatten())]
+    weights = Weights.unflatten(doubles[1:], PARTS, len(module.tuple_sizes))
+    expected = equations.soap(doubles[0], weights, module.tuple_sizes)
+    gradients = torch.autograd.grad(expected, doubles, grad.double())
 
     leaves = [v.detach().to(device).requires_grad_() for v in (x, *module.weights().flatten())]
     grad = grad.to(device)

@@ -1,7 +1,20 @@
-"""`python -m soap_net` is `soap-net`."""
+"""The program `soap-net`, which is `python -m soap_net` too."""
 
-import sys
+from __future__ import annotations
 
-from soap_net.cli import main
+from typing import NoReturn
 
-sys.exit(main())
+from soap_net.interrupts import end_at_signals, leave
+
+
+def run() -> NoReturn:
+    """Does what the command line says, and ends the process with its exit code."""
+    end_at_signals()  # before the rest is imported
+
+    from soap_net.cli import main
+
+    leave(main())
+
+
+if __name__ == "__main__":
+    run()

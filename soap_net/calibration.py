@@ -84,7 +84,7 @@ def calibrate(held_out: Compared, classes: Classes, accept: float = ACCEPT) -> C
 
 def sharpness(logits: Tensor, labels: Tensor) -> float:
     """The factor at which the labels are likeliest, by a log-normal prior around 1; ``(N, way)`` and ``(N,)``."""
-    grid = torch.linspace(-4, 4, 161, dtype=torch.float64, device=logits.device)
+    grid = torch.arange(-80, 81, dtype=torch.float64, device=logits.device) / 20
     scaled = (logits * grid.exp()[:, None, None]).log_softmax(dim=-1)
     fit = scaled[:, torch.arange(len(labels)), labels].sum(dim=1) - grid.square() / 2
     return float(grid[fit.argmax()].exp())

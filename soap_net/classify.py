@@ -5,14 +5,13 @@ It needs no training: by default pretrained features (the preset own_clips), or 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from soap_net.calibration import ACCEPT, Calibration, calibrate
@@ -27,7 +26,7 @@ from soap_net.evaluate import CLIPS_PER_CALL, clip_features, refuse_non_finite
 from soap_net.models import build_model
 from soap_net.models.heads import Classes, Embedded, group_by_class
 from soap_net.models.soap_net import SOAPNet
-from soap_net.ranks import pick_device
+from soap_net.ranks import digest, pick_device
 from soap_net.supports import Supports, load_supports
 
 
@@ -138,7 +137,7 @@ class Classifier:
             classifier = cls.from_config(config, device, accept=accept)
         else:
             classifier = cls.from_checkpoint(checkpoint or Path(origin), device, accept=accept)
-        if fingerprint(classifier.model) != about.get("weights"):
+        if digest(classifier.model.state_dict()) != about.get("weights"):
             source = classifier.checkpoint or f"backbone {config.model.backbone} with weights {config.model.weights}"
             raise UserError(f"{path}: was made with other weights than those of {source}: learn it anew")
         classifier._take(supports)
@@ -211,7 +210,7 @@ class Classifier:
         about: dict[str, Any] = {
             "config": to_dict(self.config),
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
-            "weights": fingerprint(self.model),
+            "weights": digest(self.model.state_dict()),
             "accept": float(self.accept),
         }
         self.supports.save(path, about)
@@ -296,15 +295,6 @@ class Classifier:
                 progress=lambda count: bar.update(count),
             )
         return features, [None if error is None else str(error) for error in errors]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of all weights and statistics, by name: two models with the same one compute the same."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _distinct(names: Iterator[str]) -> list[str]:

@@ -7,11 +7,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soap_net.errors import UserError, nearest, said
-from soap_net.interrupts import Interrupted
+from soap_net.interrupts import Interrupted, exit_code, speaks
 from soap_net.options import SETTINGS, Options, own_clips, print_json
 
 if TYPE_CHECKING:
@@ -21,15 +22,18 @@ Command = Callable[[list[str]], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 130 if stopped, 2 for what the user can mend, 1 otherwise."""
+    """Runs a command and returns its exit code: 0, that of `interrupts.exit_code` if stopped, 2 for what the user can
+    mend, 1 otherwise."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
         return _dispatch(args)
     except (KeyboardInterrupt, Interrupted) as stopped:
-        print(f"soap-net: {str(stopped) or 'stopped'}", file=sys.stderr)
-        return 130
+        with suppress(OSError):  # the terminal may be gone
+            if speaks():
+                print(f"soap-net: {str(stopped) or 'stopped'}", file=sys.stderr)
+        return exit_code()
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -89,11 +93,6 @@ def _overview(prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def _prints() -> bool:
-    """Whether this process tells the user the outcome: the only one, or the first of those under torchrun."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _demo(args: list[str]) -> int:
     from soap_net.config import parse, presets, read_settings
 
@@ -109,7 +108,8 @@ def _demo(args: list[str]) -> int:
 
 
 def _train(args: list[str]) -> int:
-    from soap_net.config import parse, read_settings
+    from soap_net.config import parse
+    from soap_net.runs import RunFolder
 
     text = "Train a few-shot classifier. --resume [RUN] goes on with the run in --out, or in the folder RUN."
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -117,10 +117,8 @@ def _train(args: list[str]) -> int:
     options, settings = own.parse_known_args(args)
     base = None
     if isinstance(options.resume, str):
-        run = Path(options.resume)
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{run}: no run to resume: there is no config.yaml in it")
-        base = {**read_settings(run / "config.yaml"), "out": str(run)}
+        run = RunFolder(Path(options.resume))
+        base = {**run.read_config(), "out": str(run.path)}
     config = parse(settings, base=base, prog="soap-net train", description=text)
     if base is not None and str(config.out) != base["out"]:
         raise UserError(f"--resume {options.resume} goes on in that folder; --out {config.out} names another")
@@ -131,7 +129,7 @@ def _train(args: list[str]) -> int:
         folder = train(config, resume=options.resume is not None)
     except TrainingStopped as stopped:
         raise Interrupted(f"{stopped}; go on with: soap-net train --resume {stopped.folder}") from None
-    if _prints():
+    if speaks():
         print(f"trained: {folder}; evaluate with: soap-net eval --checkpoint {folder / 'best.pt'}")
     return 0
 
@@ -149,7 +147,7 @@ def _eval(args: list[str]) -> int:
     from soap_net.evaluate import evaluate_run
 
     result = evaluate_run(options.checkpoint, config, out=options.out)
-    if not _prints():
+    if not speaks():
         return 0
     if options.json:
         print_json(result.to_dict())
@@ -173,7 +171,7 @@ def _trained(path: Path, settings: list[str]) -> Config:
     from soap_net import checkpoint
     from soap_net.config import flatten, parse, to_dict
 
-    trained = checkpoint.load(path)["config"]
+    trained = to_dict(checkpoint.load_config(path))
     config = parse(settings, base=trained, prog="soap-net eval", source=str(path))
     keys = flatten(to_dict(config))
     fixed = [key for key in keys if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
@@ -241,11 +239,9 @@ def _data_check(args: list[str]) -> int:
     data = config.data
 
     from soap_net.data.check import check_data
-    from soap_net.data.transforms import FrameSampling
 
-    sampling = FrameSampling(data.frames, data.interval)
     splits = {split: data.split_file(split) for split in options.split}
-    report = check_data(data.root, splits, sampling=sampling, workers=data.workers)
+    report = check_data(data.root, splits, workers=data.workers)
     if options.json:
         print_json(report.as_dict())
     else:

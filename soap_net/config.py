@@ -84,11 +84,12 @@ class ModelConfig:
     """SOAP, backbone and few-shot head."""
 
     backbone: str = "resnet50"
-    """tiny, tiny3d, resnet18, resnet34, resnet50, vit_b_16, r3d_18, efficientnet_lite0 or timm:<name>."""
+    """tiny, resnet18, resnet34, resnet50, vit_b_16, efficientnet_lite0, timm:<name>; of clips tiny3d, r3d_18, mc3_18,
+    r3d_18_strided, r2plus1d_18, s3d, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b, hf:<folder or owner/model>."""
     weights: str | None = "imagenet"
-    """imagenet, random (or null), or a .pth / .safetensors file."""
+    """pretrained (what the net has by name), imagenet, kinetics, random (or null), or a .pth / .safetensors file."""
     head: str = "soap"
-    """Few-shot head: soap, prototype, tsn, otam, trx, bimhm or hyrsm."""
+    """Few-shot head: soap, prototype, tsn, otam, trx, bimhm, hyrsm, or views, which needs no training."""
     head_options: dict[str, Any] = field(default_factory=dict)
     """The head's own options."""
     soap: SoapConfig = field(default_factory=SoapConfig)

@@ -22,7 +22,7 @@ from soap_net.errors import UserError
 from soap_net.evaluate import evaluate_run
 from soap_net.experiments.experiment import changed
 from soap_net.experiments.processes import Job, Stop, perform
-from soap_net.files import write_text
+from soap_net.files import remove_stale, write_text
 from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, episode_seconds
 from soap_net.train import train
 
@@ -87,6 +87,7 @@ def clear(nets: Mapping[str, Config], summary: Path) -> None:
         run = RunFolder(net.out)
         if not net.out.exists():
             continue
+        remove_stale(net.out)  # of a process killed at the very start
         if not run.config.is_file() and any(net.out.iterdir()):
             raise UserError(f"{net.out}: holds other files than a run of the demo; choose another --out")
         if (

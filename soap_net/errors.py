@@ -23,6 +23,22 @@ class ClipError(UserError):
         return type(self), (self.path, self.reason)
 
 
+class WriteError(UserError, OSError):
+    """A file that can't be written, which it names; what was there before is whole. ``errno`` is the system's."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path}: {said(error)}")
+        self.path = path
+        self.error = error
+        self.errno, self.strerror = error.errno, error.strerror
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[type[WriteError], tuple[Path, OSError]]:
+        return type(self), (self.path, self.error)
+
+
 def said(error: Exception) -> str:
     """The reason for an error of the system or of FFmpeg, in lower case, as the end of a line."""
     return (getattr(error, "strerror", None) or str(error)).lower()

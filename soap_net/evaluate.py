@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from soap_net.checkpoint import load_model
-from soap_net.config import Amp, Config, DataConfig, EvalConfig
+from soap_net.checkpoint import load_model, non_finite
+from soap_net.config import Amp, Config, DataConfig, EvalConfig, flatten, to_dict
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import Episode, EpisodeSampler
 from soap_net.data.loading import PerClip, load
@@ -37,8 +37,8 @@ from soap_net.files import write_text
 from soap_net.interrupts import Interrupted
 from soap_net.models.heads import Embedded, FewShotHead, group_by_class
 from soap_net.models.soap_net import SOAPNet, build_model
-from soap_net.ranks import Ranks, join
-from soap_net.runs import RunFolder
+from soap_net.ranks import Ranks, digest, join, same_clips
+from soap_net.runs import FREE_TO_CHANGE, RunFolder, lists_by_name
 
 CLIPS_PER_CALL = 8
 EMBEDDED_LIMIT = 2 * 2**30
@@ -97,9 +97,8 @@ def autocast(device: torch.device, amp: Amp) -> torch.autocast:
 
 def refuse_non_finite(model: nn.Module) -> None:
     """Raises UserError if a weight or statistic of `model` is infinite or not a number, and names it."""
-    for name, weight in model.state_dict().items():
-        if not bool(weight.isfinite().all()):
-            raise UserError(f"{name}: the model's weights are not finite, so that whatever it answers means nothing")
+    if (name := non_finite(model.state_dict())) is not None:
+        raise UserError(f"{name}: the model's weights are not finite, so that whatever it answers means nothing")
 
 
 @torch.inference_mode()
@@ -395,15 +394,21 @@ def evaluate_run(
     """
     config.check()
     with join(config.device) as ranks:
-        model = _model(checkpoint, config, ranks.device)
         data, split = config.data, config.eval.split
-        clips = load_split(data.root, split, data.split_file(split), data.split_files)
         folder = checkpoint.parent if checkpoint else config.out
         target = out if out is not None and out.suffix == ".json" else RunFolder(out or folder).result
-        if ranks.first:
-            _refuse_unwritable(target)
+        with ranks.together():
+            model = _model(checkpoint, config, ranks.device)
+            clips = load_split(data.root, split, data.split_file(split), data.split_files)
+            if ranks.first:
+                _refuse_unwritable(target)
+        if ranks.size > 1:
+            keys = lists_by_name(flatten(to_dict(config)))
+            facts = {"digest of the weights": digest(model.state_dict())[:12], **same_clips(clips)}
+            facts |= {key: keys[key] for key in keys if key not in FREE_TO_CHANGE}
+            ranks.agree(facts, "all need the same command, data and checkpoint")
         result = evaluate(
-            model, clips, config.data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress, stop=stop
+            model, clips, data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress, stop=stop
         )
         if ranks.first:
             try:

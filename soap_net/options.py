@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 SETTINGS = "Settings may follow, as in --eval.tasks 1000; `soap-net train --help` lists them all."
 
+UNDOTTED = ("--config", "--out", "--device", "--print_config", "--help")
+"""What is among the settings without a dot; whatever else has none is an option of the command, misspelt."""
+
 
 class Options(argparse.ArgumentParser):
     """Options of one command; a mistake raises `UserError` rather than printing the whole usage."""
@@ -29,9 +32,14 @@ class Options(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_known(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Parses what it knows of `args`, and returns the rest beside it."""
+        """Parses what it knows of `args`, and returns the rest beside it: settings. An option misspelt is named."""
         self._given = list(args)
-        return self.parse_known_args(_joined(args))
+        values, rest = self.parse_known_args(_joined(args))
+        for option in rest:
+            name = option.partition("=")[0]
+            if "." not in name and name not in UNDOTTED and (hint := self._hint(option)):
+                raise UserError(f"unknown option {option}{hint}")
+        return values, rest
 
     def parse_exactly(self, args: Sequence[str]) -> argparse.Namespace:
         """Parses all of `args`; an unknown one is named together with the nearest there is."""

@@ -134,6 +134,7 @@ def _add_sources(own: Options, about: str) -> None:
 def _classifier(options: Namespace, settings: list[str], command: str) -> Classifier:
     """Of a file, of a checkpoint, or of the preset own_clips with what the options change in it."""
     from soap_net.classify import Classifier
+    from soap_net.data.motion import is_motion
 
     accept = {} if options.accept is None else {"accept": options.accept}
     changes = [name for name in ("backbone", "weights", "by") if getattr(options, name) is not None]
@@ -145,7 +146,14 @@ def _classifier(options: Namespace, settings: list[str], command: str) -> Classi
     if options.checkpoint is not None:
         if changes or settings:
             raise UserError(f"{f'--{changes[0]}' if changes else settings[0]} can't be set here: the checkpoint has it")
-        return Classifier.from_checkpoint(options.checkpoint, options.device, **accept)
+        classifier = Classifier.from_checkpoint(options.checkpoint, options.device, **accept)
+        if is_motion(classifier.data.root):
+            print(
+                f"warning: {options.checkpoint} was trained on the embedded moving dots, and knows nothing of real "
+                "video; without --checkpoint pretrained features are used",
+                file=sys.stderr,
+            )
+        return classifier
     config = own_clips(settings, command)
     if options.backbone is not None:
         config.model.backbone = options.backbone

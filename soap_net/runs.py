@@ -4,21 +4,67 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from soap_net.config import Config, flatten, save_config, to_dict
+from soap_net.config import Config, TrainConfig, flatten, from_dict, save_config, to_dict
 from soap_net.errors import UserError
-from soap_net.files import write_text
-from soap_net.settings import read_yaml
-from soap_net.versions import versions
+from soap_net.files import Appended, read_json, remove_stale, write_text
+from soap_net.settings import AtLeast, build, read, read_yaml
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_failed_share")
 """Settings that may change between a run and its continuation, as they change no result."""
+COMPUTES = ("soap_net", "torch")
+"""Of `versions`, those that a run goes on with only where they are the same, unless `--resume` says so."""
+
+
+class AnotherRun(UserError):
+    """A folder or checkpoint that belongs to a run of another config."""
+
+
+class UnreadableRun(UserError):
+    """A folder whose run's settings can't be read: there is none, or its files are damaged."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come; all of it goes into checkpoints."""
+
+    episode: Annotated[int, AtLeast(0)] = 0
+    validated: Annotated[int, AtLeast(0)] = 0
+    best_accuracy: Annotated[float, AtLeast(-1, most=100)] = -1.0
+    best_episode: Annotated[int, AtLeast(0)] = 0
+    clips_read: Annotated[int, AtLeast(0)] = 0
+    clips_failed: Annotated[int, AtLeast(0)] = 0
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], cfg: TrainConfig, path: Path) -> Progress:
+        """That of the checkpoint `path`; raises `UserError` where no run of `cfg` comes by it."""
+        values = read(content.get("progress"), cls, str(path))
+        state = build(cls, values)
+        between = state.episode % cfg.tasks_per_batch and state.episode != cfg.episodes
+        if (
+            not values
+            or between
+            or state.episode > cfg.episodes
+            or max(state.validated, state.best_episode) > state.episode
+        ):
+            raise UserError(
+                f"{path}: its progress is that of no such run: episode {state.episode} of {cfg.episodes} in batches of "
+                f"{cfg.tasks_per_batch}, validated at {state.validated}, best at {state.best_episode}"
+            )
+        return state
 
 
 class RunFolder:
@@ -45,63 +91,148 @@ class RunFolder:
         self.result = path / "eval.json"
 
     def begin(self, config: Config, resume: bool) -> None:
-        """Makes the folder, or sees that what is in it is this run.
+        """Makes the folder, or sees that what is in it is this run; clears away what killed processes left in it.
+
+        Without `resume` a run goes on too that was not finished, so that a command which was killed may simply be
+        given again; but not with other versions of what computes it.
 
         Raises:
-            UserError: it holds a run of another config, or this one, which is not to be resumed.
-            OSError: it can't be written; what is there stays whole.
+            UserError: it holds a run of another config; or without `resume`, a finished one or one of other versions;
+                or its config is damaged, and its checkpoints as well.
+            WriteError: it can't be written; what is there stays whole.
         """
-        if self.config.exists():
-            there, here = (_lists_by_name(flatten(one)) for one in (self.read_config(), to_dict(config)))
-            differ = difference(there, here, _free_to_change)
-            if differ:
-                raise UserError(f"{self.path} holds a run of another config: {differ}; choose another --out")
-            if self.last.exists() and not resume:
-                raise UserError(
-                    f"{self.path} holds this run already: add --resume to go on with it, or choose another --out"
-                )
-        self.path.mkdir(parents=True, exist_ok=True)
+        from soap_net.versions import versions  # imports torch
+
+        here = versions()
+        checkpoints = self.last.exists() or self.best.exists()
+        if checkpoints or self.config.exists():
+            try:
+                self.refuse_another(self.read_config(), config, self.path)
+            except UnreadableRun:
+                if checkpoints:
+                    raise  # else there is nothing to go on from, and nothing to lose
+        if self.last.exists() and not resume:
+            self._refuse_unless_stopped(config, here)
+        remove_stale(self.path)
         save_config(config, self.config)
-        write_text(self.versions, json.dumps(versions(), indent=2) + "\n")
+        write_text(self.versions, json.dumps(here, indent=2) + "\n")
+
+    @staticmethod
+    def refuse_another(there: Mapping[str, Any], config: Config, where: Path) -> None:
+        """Raises `AnotherRun` if `there`, all settings of the run in `where`, are not those of `config`."""
+        found, asked = (lists_by_name(flatten(one)) for one in (there, to_dict(config)))
+        if differ := difference(found, asked, free_to_change):
+            raise AnotherRun(f"{where} holds a run of another config: {differ}; choose another --out")
+
+    def _refuse_unless_stopped(self, config: Config, here: Mapping[str, Any]) -> None:
+        from soap_net.checkpoint import load  # imports torch
+
+        episode = Progress.of(load(self.last), config.train, self.last).episode
+        if episode >= config.train.episodes:
+            raise UserError(f"{self.path} holds this run already, and it is finished: choose another --out")
+        there = self.read_versions()
+        for name in COMPUTES:
+            if there.get(name) != here[name]:
+                raise UserError(
+                    f"{self.path} holds this run, stopped after episode {episode} with {name} {there.get(name)}, which "
+                    f"is {here[name]} here: add --resume to go on with it all the same, or choose another --out"
+                )
+        print(f"{self.path} holds this run, stopped after episode {episode}: going on with it", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps others from training in the folder meanwhile, on systems and disks that can.
+
+        Raises:
+            UserError: another process does.
+        """
+        if fcntl is None:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            for wait in (0.5, 1.0, 2.0, None):  # one that was killed may take a moment to be gone
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if wait is None:
+                        raise UserError(
+                            f"{self.path}: another process is training in it; wait for it, or choose another --out"
+                        ) from None
+                    time.sleep(wait)
+                except OSError:  # a disk of the network that knows no locks on folders
+                    break
+                else:
+                    break
+            yield
+        finally:
+            os.close(folder)
 
     def read_config(self) -> dict[str, Any]:
-        """The nested settings as they stand in the file, which an older version may have written.
+        """The nested settings: those of config.yaml or, where it is damaged or missing, of last.pt or best.pt.
 
         Raises:
-            UserError: this is not a run folder, or its config is damaged.
+            UnreadableRun: this is not a run folder, or all of these are damaged.
         """
-        if not self.config.is_file():
-            raise UserError(f"{self.path}: not a run folder: there is no config.yaml in it")
-        return read_yaml(self.config)
+        problem = f"{self.path}: not a run folder: there is no config.yaml in it"
+        if self.config.is_file():
+            try:
+                return to_dict(_whole_config(self.config))
+            except UserError as error:
+                problem = f"{error}; no whole last.pt or best.pt holds it either: begin anew in another --out"
+        from soap_net.checkpoint import load_config  # imports torch
+
+        for path in (self.last, self.best):
+            with contextlib.suppress(UserError):
+                return to_dict(load_config(path))
+        raise UnreadableRun(problem)
+
+    def instead_of_last(self) -> str:
+        """What can be done where last.pt is damaged, as the end of a message."""
+        from soap_net.checkpoint import load
+
+        with contextlib.suppress(UserError):
+            load(self.best)
+            return f"{self.best} is whole, for eval and classify; to train anew, delete {self.last}"
+        return f"to train anew, delete {self.last}"
 
     def read_versions(self) -> dict[str, Any]:
         """Empty where there are none."""
-        return json.loads(_text(self.versions) or "{}")
+        return read_json(self.versions) or {}
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The entries in their order; a last line that a crash cut off is left out."""
-        lines = _text(self.metrics).splitlines()
+        content = self.metrics.read_bytes() if self.metrics.is_file() else b""
         entries = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                entries.append(json.loads(line))
+        for line in content.decode("utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("episode"), int):
+                    entries.append(entry)
         return entries
 
     def read_result(self) -> dict[str, Any] | None:
         """What `EvalResult.to_dict` gave; None where the run was not evaluated."""
-        return json.loads(_text(self.result) or "null")
+        return read_json(self.result)
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def _whole_config(path: Path) -> Config:
+    """The settings in a config.yaml, none of which is missing. Raises `UserError`."""
+    values = read_yaml(path)
+    last = fields(Config)[-1].name
+    if not isinstance(values, dict) or last not in values or not path.read_bytes().endswith(b"\n"):
+        raise UserError(f"{path}: damaged: it ends before its last setting, which is {last}")
+    return from_dict(values, str(path))
 
 
-def _free_to_change(key: str) -> bool:
+def free_to_change(key: str) -> bool:
+    """Whether a setting, by dotted key, may change between a run and its continuation."""
     # Validation takes as many queries as evaluation.
     return key in FREE_TO_CHANGE or (key.startswith("eval.") and key != "eval.queries")
 
 
-def _lists_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+def lists_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Split files without their folders: a run may go on where its data set lies elsewhere, lists and all."""
     lists = ("data.train_split", "data.val_split", "data.test_split")
     return {key: Path(str(value)).name if key in lists and value else value for key, value in settings.items()}
@@ -137,30 +268,72 @@ class MetricsLog:
         run: the run's folder.
         episode: the last one that counts.
         active: False writes nothing, as in all processes but the first.
+        validated: the episode of the last validation that counts; by default `episode`.
+
+    Raises:
+        WriteError: on entering, and from `flush` and `sync`; what could not be written is kept for the next of these.
     """
 
-    def __init__(self, run: RunFolder, episode: int, active: bool) -> None:
+    def __init__(self, run: RunFolder, episode: int, active: bool, validated: int | None = None) -> None:
         self.run, self.episode, self.active = run, episode, active
-        self._board: SummaryWriter | None = None
+        self.validated = episode if validated is None else validated
+        self._files: list[Appended] = []
 
     def __enter__(self) -> MetricsLog:
         if self.active:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by one process only
-
-            kept = [entry for entry in self.run.read_metrics() if entry["episode"] <= self.episode]
+            kept = [
+                entry
+                for entry in self.run.read_metrics()
+                if entry["episode"] <= (self.validated if "val_accuracy" in entry else self.episode)
+            ]
             write_text(self.run.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
-            self._file = self.run.metrics.open("a", encoding="utf-8", buffering=1)
-            self._board = SummaryWriter(str(self.run.tensorboard), purge_step=self.episode + 1)
+            self._lines = Appended(self.run.metrics)
+            self._files.append(self._lines)
+            self._board = _Board(self.run.tensorboard, self.episode + 1)
+            self._files.append(self._board.file)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._board is not None:
-            self._file.close()
-            self._board.close()
+        for file in self._files:
+            file.close()
 
     def write(self, episode: int, **values: float) -> None:
-        """Adds a line."""
-        if self._board is not None:
-            self._file.write(json.dumps({"episode": episode, **values}) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(name, value, episode)
+        """Adds a line, which `flush` makes appear in the files."""
+        if self.active:
+            self._lines.write((json.dumps({"episode": episode, **values}) + "\n").encode())
+            self._board.write(episode, values)
+
+    def flush(self) -> None:
+        """Writes all lines, for who watches."""
+        for file in self._files:
+            file.flush()
+
+    def sync(self) -> None:
+        """Sees to it that all lines are on disk for good, as before a checkpoint that counts them as made."""
+        for file in self._files:
+            file.sync()
+
+
+class _Board:
+    """TensorBoard's own writer does so in a thread, which prints its errors; this one leaves them to the caller."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2  # slow to import, and needed by one process only
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
+
+        self._event, self._scalar = event_pb2.Event, scalar
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = Appended(folder / f"{name}.{sum(1 for _ in folder.glob('*'))}")
+        self._records = RecordWriter(self.file)
+        self._add(first_step, file_version="brain.Event:2")
+        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(first_step, session_log=started)  # drops what older files have from that step on
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._add(step, summary=self._scalar(name, value))
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), step=step, **content)
+        self._records.write(event.SerializeToString())

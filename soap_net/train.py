@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +23,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from soap_net import checkpoint
-from soap_net.config import Config, TrainConfig, to_dict
+from soap_net.config import Config, flatten, to_dict
 from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, shard
 from soap_net.data.loading import load
 from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import load_split
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import autocast, evaluate
+from soap_net.evaluate import EvalResult, autocast, evaluate
 from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.models import build_model
-from soap_net.ranks import Ranks, join
-from soap_net.runs import MetricsLog, RunFolder
-from soap_net.settings import build, read
+from soap_net.optimizers import build_optimizer, learning_rate
+from soap_net.ranks import Ranks, digest, join, same_clips, started_again
+from soap_net.runs import AnotherRun, MetricsLog, Progress, RunFolder, free_to_change, lists_by_name
+from soap_net.steps import Step, Sums
 
 # So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
 ENOUGH_READ = 500
@@ -52,37 +53,6 @@ class TrainingStopped(Interrupted):
 
 class NonFiniteLoss(UserError):
     """The loss of an episode was infinite or not a number."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come; all of it goes into checkpoints."""
-
-    episode: int = 0
-    validated: int = 0
-    best_accuracy: float = -1.0
-    best_episode: int = 0
-    clips_read: int = 0
-    clips_failed: int = 0
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step did. Losses are means per query; accuracies in percent.
-
-    `losses` and `accuracies` are those of each episode that this process took of the batch `episodes`; `loss` and
-    `accuracy` the means over the whole batch. `clipped` is what `train.clip_norm` multiplied the gradients by, 1 where
-    it left them. `seconds` are those of reading, forward, backward and update.
-    """
-
-    episodes: range
-    losses: list[float]
-    accuracies: list[float]
-    loss: float
-    accuracy: float
-    lr: float
-    clipped: float
-    seconds: float
 
 
 def train(
@@ -111,8 +81,10 @@ def train(
     Raises:
         UserError: impossible settings, bad data, a run folder that holds another run, too many clips that can't be
             decoded; `NonFiniteLoss` (one of them) names the episode and its clips.
+        WriteError: the run folder can't be written (one of them, too); what is already there stays whole.
         TrainingStopped: interrupted; the state was saved.
-        OSError: the run folder can't be written; what is already there stays whole.
+
+    Whatever else ends it, what was done up to the last finished step is saved first, if it can be.
     """
     config = config.check().absolute()
     signals = StopSignals()
@@ -123,7 +95,8 @@ def train(
         torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []),
     ):
         stop = stop or (lambda: signals.requested)
-        training = Training(config, ranks, progress=progress, stop=stop, memory=memory)
+        with ranks.together():
+            training = Training(config, ranks, progress=progress, stop=stop, memory=memory)
         with training.opened(resume):
             try:
                 training.validate_if_due()  # where the run was stopped in the middle of a validation
@@ -133,12 +106,13 @@ def train(
                         callback(training, step)
                     training.validate_if_due()
                     training.save_if_due()
+                training.finish()
             except Interrupted as error:
                 training.save(training.run.last)
                 raise TrainingStopped(config.out, training.state.episode) from error
-        training.save(training.run.last)
-        if training.val_clips is None:
-            training.save(training.run.best)
+            except BaseException:
+                training.rescue()
+                raise
     return config.out
 
 
@@ -167,8 +141,8 @@ class Training:
             )
         self.config, self.ranks, self.run = config, ranks, RunFolder(config.out)
         self._progress, self._stop, self._memory = progress, stop, memory
-        clips = load_split(data.root, "train", data.train_split, data.split_files)
-        self._sampler = EpisodeSampler(clips, episode.way, episode.shot, episode.queries, episode.seed)
+        self._clips = load_split(data.root, "train", data.train_split, data.split_files)
+        self._sampler = EpisodeSampler(self._clips, episode.way, episode.shot, episode.queries, episode.seed)
         self.val_clips = load_split(data.root, "val", data.val_split, data.split_files) if cfg.val_every else None
         self._val_config = replace(
             config.eval, tasks=cfg.val_tasks, way=episode.way, shot=episode.shot, seed=episode.seed, split="val"
@@ -182,26 +156,51 @@ class Training:
         self.optimizer = build_optimizer(cfg, self.model)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16")
         self.state = Progress()
-        self._saved_episode = 0
+        self._saved = Progress()  # in last.pt
+        self._whole = True  # whether weights, state and log are those of the same step
         self._named: set[str] = set()
 
     @contextlib.contextmanager
     def opened(self, resume: bool) -> Iterator[None]:
-        """Opens the run folder, takes up its checkpoint if it is to `resume` and has one, and reads episodes ahead."""
-        if self.ranks.first:
-            self.run.begin(self.config, resume)
-        self.ranks.wait()
-        if resume and self.run.last.exists():
-            content = checkpoint.load(self.run.last)
-            checkpoint.load_weights(self.model, content["model"], self.run.last)
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
-            self.state = build(Progress, read(content["progress"], Progress, str(self.run.last)))
-            self._saved_episode = self.state.episode
+        """Opens the run folder, takes up its checkpoint if there is one, and reads episodes ahead.
+
+        Raises:
+            UserError: see `RunFolder.begin`; or the processes found, or hold, different things.
+        """
+        with contextlib.ExitStack() as stack:
+            with self.ranks.together():
+                if self.ranks.first:
+                    stack.enter_context(self.run.held())
+                    self.run.begin(self.config, resume or started_again())
+            with self.ranks.together():
+                begun = self.run.last.exists()
+                if begun:
+                    self._take_up()
+            if self.ranks.size > 1:
+                self._agree(begun)
+            stack.enter_context(self._reading())
+            yield
+
+    def _agree(self, begun: bool) -> None:
+        """Ends all processes unless they are at the same place of the same run; `begun`: there is a last.pt."""
+        config = lists_by_name(flatten(to_dict(self.config)))
+        facts = {"last.pt": "there" if begun else "missing", **asdict(self.state), **same_clips(self._clips)}
+        facts |= same_clips(self.val_clips) if self.val_clips else {}
+        facts |= {key: config[key] for key in config if not free_to_change(key)}
+        remedy = "all need the same command, data and last.pt, which a common disk gives, or a copy for each"
+        self.ranks.agree(facts, remedy)
+        if not begun:  # random numbers may differ in the last bit between kinds of processors
+            self.ranks.copy_first([*self.model.parameters(), *self.model.buffers()])
+        state = [self.model.state_dict(), self.optimizer.state_dict()]
+        self.ranks.agree({"digest of the weights": digest(state)[:12]}, remedy)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Reads the episodes to come ahead, and keeps log and progress bar open."""
         mine = [index for batch in self.batches() for index in shard(batch, self.ranks.rank, self.ranks.size)]
         dataset = EpisodeDataset(self._sampler, clip_loader(self.config.data, train=True, memory=self._memory), mine)
         self._tasks = load(dataset, self.config.data.workers, pin_memory=self.ranks.device.type == "cuda")
-        self._log = MetricsLog(self.run, self.state.episode, self.ranks.first)
+        self._log = MetricsLog(self.run, self.state.episode, self.ranks.first, self.state.validated)
         self._bar = tqdm(
             total=self.config.train.episodes,
             initial=self.state.episode,
@@ -214,6 +213,19 @@ class Training:
         with self._log, self._bar, contextlib.closing(self._tasks):
             yield
 
+    def _take_up(self) -> None:
+        """Goes on from last.pt. Raises `UserError` where it is damaged, or not this run's."""
+        last = self.run.last
+        try:
+            self.run.refuse_another(to_dict(checkpoint.load_config(last)), self.config, last)
+            content = checkpoint.load_training(last, self.model, self.optimizer, self.scaler)
+            self.state = Progress.of(content, self.config.train, last)
+        except AnotherRun:
+            raise
+        except UserError as error:
+            raise UserError(f"{error}; {self.run.instead_of_last()}") from error
+        self._saved = replace(self.state)
+
     def batches(self) -> list[range]:
         """The episodes of each optimizer step still to come."""
         every, last = self.config.train.tasks_per_batch, self.config.train.episodes
@@ -225,22 +237,19 @@ class Training:
         Raises:
             Interrupted: stopped in the middle; the batch counts for nothing and is done again on resuming.
             NonFiniteLoss: in one of the episodes.
-            UserError: an episode can't be read, or, with the state saved, too many clips.
+            UserError: an episode can't be read, or too many clips.
+            WriteError: the step is done, and can't be logged yet.
         """
         began = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        sums = _Sums()
-        for index in shard(batch, self.ranks.rank, self.ranks.size):
-            self._episode(index, len(batch), sums)
-            if self._stop() and self.ranks.size == 1:
-                break
-        sums.stop = self._stop()
-        _sum_over_ranks(self.model, sums, self.ranks)
-        if sums.stop:
+        self._whole = False
+        try:
+            sums = self._gradients(batch)
+        except BaseException:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-            raise Interrupted
+            self._whole = True
+            raise
         lr = learning_rate(self.config.train, batch[-1])
         clipped = self._update(lr)
         self.state.episode = batch.stop
@@ -249,10 +258,26 @@ class Training:
         seconds = time.perf_counter() - began
         loss, accuracy = sums.loss / sums.queries, 100.0 * sums.right / sums.queries
         self._log.write(batch.stop, loss=loss, accuracy=accuracy, lr=lr, episodes_per_second=len(batch) / seconds)
+        self._whole = True
+        self._log.flush()
         self._refuse_failures()
         return Step(batch, sums.losses, sums.accuracies, loss, accuracy, lr, clipped, seconds)
 
-    def _episode(self, index: int, batch_size: int, sums: _Sums) -> None:
+    def _gradients(self, batch: range) -> Sums:
+        """Those of the batch, summed over its episodes and all processes. Raises as `step` does."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = Sums()
+        for index in shard(batch, self.ranks.rank, self.ranks.size):
+            self._episode(index, len(batch), sums)
+            if self._stop() and self.ranks.size == 1:
+                break
+        sums.stop = self._stop()
+        sums.add_other_processes(self.ranks, self.model)
+        if sums.stop:
+            raise Interrupted
+        return sums
+
+    def _episode(self, index: int, batch_size: int, sums: Sums) -> None:
         """Forward and backward on the next episode, which is `index`."""
         device, episode = self.ranks.device, self.config.episode
         task = next(self._tasks)
@@ -269,7 +294,7 @@ class Training:
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise _non_finite(value, task, self._saved_episode)
+            raise _non_finite(value, task)
         self.scaler.scale(loss / batch_size).backward()
         sums.add(value, int((logits.argmax(dim=1) == labels).sum()), task)
         for failure in task.failures:
@@ -294,11 +319,10 @@ class Training:
         return clipped
 
     def _refuse_failures(self) -> None:
-        """Raises UserError where too many clips can't be decoded, with the state saved."""
+        """Raises UserError where too many clips can't be decoded."""
         state, most = self.state, self.config.train.max_failed_share
         judged = state.clips_read >= ENOUGH_READ or state.episode == self.config.train.episodes
         if judged and state.clips_failed > most * state.clips_read:
-            self.save(self.run.last)  # to go on from, with a larger share or better clips
             raise UserError(
                 f"{state.clips_failed} of {state.clips_read} clips read up to episode {state.episode} could not be "
                 f"decoded, more than train.max_failed_share {most}; `soap-net data check` lists them"
@@ -313,37 +337,66 @@ class Training:
         state, alone = self.state, self.ranks.size == 1
         if self.val_clips is None or state.validated == state.episode or not self._due(self.config.train.val_every):
             return
+        if not alone and self._saved != state:  # not to be stopped in the middle, but perhaps killed
+            self.save(self.run.last)
         result = evaluate(
             self.model, self.val_clips, self.config.data, self._val_config, ranks=self.ranks,
             amp=self.config.train.amp, progress=self._progress, stop=lambda: alone and self._stop(),
             memory=self._memory,
         )  # fmt: skip
-        state.validated = state.episode
-        interval = {} if result.ci95 is None else {"val_ci95": result.ci95}
-        self._log.write(state.episode, val_accuracy=result.accuracy, **interval)
-        if result.accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_episode = result.accuracy, state.episode
-            self.save(self.run.best)
+        self._note_validation(result)
         if self._progress and self.ranks.first:
             tqdm.write(
                 f"episode {state.episode}: validation {result.shown} "
-                f"(best {state.best_accuracy:.2f} % at {state.best_episode})",
+                f"(best {self.state.best_accuracy:.2f} % at {self.state.best_episode})",
                 file=sys.stderr,
             )
+
+    def _note_validation(self, result: EvalResult) -> None:
+        """Saves the weights if none were better, and logs; unless all of it is done, the validation has not been."""
+        before, episode = self.state, self.state.episode
+        self._whole = False
+        self.state = replace(before, validated=episode)
+        if result.accuracy > before.best_accuracy:
+            self.state.best_accuracy, self.state.best_episode = result.accuracy, episode
+            try:
+                self.save(self.run.best)
+            except BaseException:
+                self.state, self._whole = before, True
+                raise
+        interval = {} if result.ci95 is None else {"val_ci95": result.ci95}
+        self._log.write(episode, val_accuracy=result.accuracy, **interval)
+        self._whole = True
+        self._log.flush()
 
     def save_if_due(self) -> None:
         """Writes last.pt where `train.save_every` says so, and after each validation."""
         if self._due(self.config.train.save_every) or self.state.validated == self.state.episode:
             self.save(self.run.last)
 
+    def finish(self) -> None:
+        """Writes what the end of a run asks for and is not there yet."""
+        if self.state != self._saved:  # a validation at the very end was made up for
+            self.save(self.run.last)
+        if self.val_clips is None:
+            self.save(self.run.best)
+
     def save(self, path: Path) -> None:
         """Writes a checkpoint: weights and progress, and in last.pt all else it takes to go on."""
-        self._saved_episode = self.state.episode
         if self.ranks.first:
+            self._log.sync()  # as what the checkpoint counts as done is not logged again
             content = {"config": to_dict(self.config), "model": self.model.state_dict(), "progress": asdict(self.state)}
             if path == self.run.last:
                 content |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
             checkpoint.save(path, content)
+        if path == self.run.last:
+            self._saved = replace(self.state)
+
+    def rescue(self) -> None:
+        """Writes last.pt up to the last finished step, where an error ends the run before that was due."""
+        if self._whole and self.state != self._saved:
+            with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+                self.save(self.run.last)
 
     def _due(self, every: int) -> bool:
         """Whether the batch that ended at `state.episode` reached a multiple of `every`, or the end."""
@@ -353,78 +406,13 @@ class Training:
         return episode // every > (episode - cfg.tasks_per_batch) // every
 
 
-@dataclass
-class _Sums:
-    """What the episodes of a batch add up to; `losses` and `accuracies` are those of each one here."""
-
-    loss: float = 0.0
-    right: int = 0
-    queries: int = 0
-    read: int = 0
-    failed: int = 0
-    stop: bool = False
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-
-    def add(self, loss: float, right: int, task: EpisodeClips) -> None:
-        """Adds an episode with the loss and the right answers of all its queries."""
-        queries, failed = len(task.query_names), len(task.failures)
-        self.loss += loss
-        self.right += right
-        self.queries += queries
-        self.read += len(task.support_names) + queries + failed
-        self.failed += failed
-        self.losses.append(loss / queries)
-        self.accuracies.append(100.0 * right / queries)
-
-
-def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that take gradients."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    return torch.optim.SGD(parameters, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-
-
-def learning_rate(cfg: TrainConfig, episode: int) -> float:
-    """The rate of the optimizer step whose last episode is `episode` (from 0).
-
-    `MultiStepLR` and `CosineAnnealingLR` advanced once per episode, as the field does: milestones count episodes,
-    whatever `tasks_per_batch` is.
-    """
-    if cfg.schedule == "cosine":
-        return cfg.lr * 0.5 * (1.0 + math.cos(math.pi * episode / cfg.episodes))
-    return cfg.lr * cfg.gamma ** sum(milestone <= episode for milestone in cfg.milestones)
-
-
 def _dropout_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
 
 
-def _sum_over_ranks(model: nn.Module, sums: _Sums, ranks: Ranks) -> None:
-    """Sums gradients and `sums`, and averages the buffers (running statistics of normalisations)."""
-    if ranks.size == 1:
-        return
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=ranks.device)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    names = ("loss", "right", "queries", "read", "failed", "stop")
-    moved = torch.tensor([float(getattr(sums, name)) for name in names], dtype=torch.float64, device=ranks.device)
-    ranks.sum([*gradients, *buffers, used, moved])
-    for name, value in zip(names, moved.tolist(), strict=True):
-        setattr(sums, name, type(getattr(sums, name))(value))
-    for parameter, gradient, count in zip(parameters, gradients, used.tolist(), strict=True):
-        # What no process used keeps no gradient, so that weight decay leaves it alone, as with one process.
-        parameter.grad = gradient if count else None
-    for buffer in buffers:
-        buffer.div_(ranks.size)
-
-
-def _non_finite(value: float, task: EpisodeClips, saved: int) -> NonFiniteLoss:
+def _non_finite(value: float, task: EpisodeClips) -> NonFiniteLoss:
     clips = ", ".join([*task.support_names, *task.query_names])
-    kept = f"nothing after episode {saved} was kept" if saved else "nothing was kept"
     return NonFiniteLoss(
-        f"loss is {value} in episode {task.index}; {kept}; "
-        f"a lower --train.lr or --train.clip_norm 1 may help; its clips: {clips}"
+        f"loss is {value} in episode {task.index}; a lower --train.lr or --train.clip_norm 1 may help; "
+        f"its clips: {clips}"
     )

@@ -6,6 +6,7 @@ says what makes a command small, and why one is not run at all; one that no rule
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shlex
@@ -87,7 +88,10 @@ RULES = (
     Rule(r"import timm, torch, torchvision, transformers\n(?s:.*)", slow=True),
     Rule(r"python -m soap_net", slow=True),
     Rule(r"python -m soap_kernels.selfcheck", not_run="test_selfcheck.py runs it"),
+    Rule(r"python -m benchmarks.own_clips FOLDER", not_run="test_own_clips.py runs it on a small folder"),
     Rule(r"(make|python -m benchmarks|pytest benchmarks) .*|python -m benchmarks", not_run="run by make, in .ci/run"),
+    Rule(r"soap-net learn .* --drop wave .*", not_run="names a class of the reader's; test_own.py drops some"),
+    Rule(r"soap-net learn .* --backbone resnet50", not_run="downloads weights; test_own.py runs it with another net"),
     Rule(r"(.* )?pip (install|wheel).*", not_run="the tests of building and packaging install in every way"),
     Rule(r"source .*|tensorboard .*|.* pre_commit install", not_run="acts on the reader's shell, screen or checkout"),
     Rule(r"pytest -m gpu.*|python benchmarks/\w+\.py.*", not_run="needs a GPU"),
@@ -171,6 +175,7 @@ def world(motion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     shutil.copy(clips[-1], tmp_path / "new")
     shutil.copy(clips[-1], tmp_path / "my_clip.mp4")
     (tmp_path / "MY_CLASSES").symlink_to("my_classes")
+    shutil.copytree(tmp_path / "my_classes", tmp_path / "more_classes")
     (tmp_path / "MY_CLIPS").symlink_to("new")
     (tmp_path / "my.yaml").write_text("train: {lr: 1e-4}\n")
     monkeypatch.chdir(tmp_path)
@@ -251,6 +256,15 @@ def test_links_lead_to_files() -> None:
     for page in SNIPPETS:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_test_that_stands_for_a_promise_is_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)(?:::([\w*]+))?`", (ROOT / "docs" / "promises.md").read_text(encoding="utf-8"))
+    assert len(named) > 50
+    for file, words in named:
+        text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file))
+        tests = re.findall(r"^def test_(\w+)", text, re.MULTILINE)
+        assert fnmatch.filter(tests, words or "*"), f"{file}: no test {words}"
 
 
 def test_snippets_are_found_in_every_form(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ template <class Task> void share_each(Pool& pool, int64_t count, const Task& tas
 
 // For the folds: frames are done before a second thread has woken up.
 Each each_of(const Shape& shape, Pool& pool) {
-  return [&pool, wide = shape.planes() > 64](int count, const std::function<void(int)>& task) {
-    if (wide) return share_each(pool, count, [&](int64_t k) { task(static_cast<int>(k)); });
+  return [&pool, many = shape.planes() > 64](int count, const std::function<void(int)>& task) {
+    if (many) return share_each(pool, count, [&](int64_t k) { task(static_cast<int>(k)); });
     for (int k = 0; k < count; ++k) task(k);
   };
 }
@@ -287,7 +287,7 @@ struct Chunks {
 
 Chunks chunks_of(const Shape& shape, int64_t blocks, size_t chunk_bytes) {
   // Enough to keep many cores busy and fp32 sums short, as long as the accumulators stay under 2 % of x (but 8: a
-  // wide layer's are as big as its weights), and each chunk has work that outweighs its closing transform.
+  // layer of many planes has them as big as its weights), and each chunk has work that outweighs its closing transform.
   const int64_t total = shape.clips * blocks;
   const double x_bytes = 4. * static_cast<double>(shape.clips * shape.planes()) * static_cast<double>(shape.pixels());
   const int64_t by_memory =
@@ -334,9 +334,9 @@ PriorGradients sweep_all(const Stages& s, Sweep& w, Pool& pool) {
     d.conv.resize(static_cast<size_t>(outputs) * w.forward.conv.inputs * 9);
     d.conv_bias = reduce(bias, chunks.count);
     const int groups = (outputs + s.gradient_group(outputs) - 1) / s.gradient_group(outputs);
-    const ConvParts parts{w.forward.conv.inputs, outputs, I, O, O / groups, s.gradient_group(outputs)};
-    share_each(pool, parts.inputs,
-        [&](int64_t k) { reduce_conv(conv.get(), chunks.count, parts, static_cast<int>(k), d.conv.data()); });
+    const ConvPartials partials{w.forward.conv.inputs, outputs, I, O, O / groups, s.gradient_group(outputs)};
+    share_each(pool, partials.inputs,
+        [&](int64_t k) { reduce_conv(conv.get(), chunks.count, partials, static_cast<int>(k), d.conv.data()); });
   }
   if (!stencil.empty()) d.stencil = reduce(stencil, chunks.count);
   // By clip and plane: the bands of a clip, in order.

@@ -96,7 +96,7 @@ void unfold_hmem(const Weights& w, const FoldedGradients& g, std::vector<Numbers
     const int Q = m.o * C;
     Numbers &dmotion = out[at + 2 * k], &dmotion_bias = out[at + 2 * k + 1];
     Numbers &dproject = out[at + 2 * sizes + 2 * k], &dproject_bias = out[at + 2 * sizes + 2 * k + 1];
-    // The gradient of channel c's difference, and c's part of that of restore.
+    // The gradient of channel c's difference, and c's share of that of restore.
     std::vector<Numbers> dd(C);
     Numbers by_channel(static_cast<size_t>(C) * T * m.maps);
     each(C, [&](int c) {

@@ -27,10 +27,9 @@ SOAP_INLINE void finish_plane(const Fuse& f, int64_t clip, int plane, const Bloc
     const float* prior, bool base_in_place, Store store) {
   alignas(64) float pixels[4][TILE * STAGE];
   alignas(64) float out[4][TILE * L];
-  const int H = f.shape.height, W = f.shape.width;
   v z[TILE][TILE];
   if (M) {
-    positions<Strict>(M, z);
+    points_to_positions<Strict>(M, z);
     if (!Linear) {
       SOAP_UNROLL(16)
       for (int k = 0; k < POSITIONS; ++k) z[k / 4][k % 4] = sigmoid2_of_finite(z[k / 4][k % 4]);
@@ -55,12 +54,12 @@ SOAP_INLINE void finish_plane(const Fuse& f, int64_t clip, int plane, const Bloc
   SOAP_UNROLL(4)
   for (int s = 0; s < 4; ++s) {
     const Segment& g = b.segment[s];
-    const Centre x = centre(f.base, base_in_place, clip, plane, g, H, W, pixels[s]);
+    const Rows x = own_rows(f.base, base_in_place, clip, plane, b, s, pixels[s]);
     const bool whole = g.rows == TILE && g.cols == L;
     float* row = y + g.row * f.y.row + g.col;
     SOAP_UNROLL(4)
     for (int k = 0; k < TILE; ++k) {
-      const v p = ld(x.p + k * x.row);
+      const v p = ld(x.first + k * x.apart);
       const v r = multiply ? p * z[k][s] : p + z[k][s];
       if (store == Store::general || !whole) {
         st(out[s] + k * L, r);
@@ -79,7 +78,7 @@ __attribute__((noinline)) void finish_block(
     const Fuse& f, const Plan& plan, int group, int64_t clip, const Block& b, const float* M, const float* prior) {
   const int first = group * plan.group, planes = f.shape.planes();
   const int last = plan.outputs ? (first + plan.group < planes ? first + plan.group : planes) : planes;
-  const bool base_in_place = direct(f.base);
+  const bool base_in_place = loads_in_place(f.base);
   const bool flat = f.y.dtype == Dtype::f32 && f.y.col == 1;
   // Stores past the cache where every row starts on a vector's boundary: y is not read again here.
   const bool aligned = flat && (reinterpret_cast<uintptr_t>(f.y.data) % sizeof(v) == 0) && f.y.row % L == 0 &&

@@ -100,7 +100,7 @@ double plane_total(const Source& x, int64_t clip, int plane, int height, int wid
 void plane_sums(const Source& x, int64_t clip, int first, int count, int height, int width, double* out) {
   const int64_t pixels = static_cast<int64_t>(height) * width;
   int k = 0;
-  if (direct(x) && x.row == width) {  // a plane is one run of memory: rows need not be told apart
+  if (loads_in_place(x) && x.row == width) {  // a plane is one run of memory: rows need not be told apart
     for (; k + STREAMS <= count; k += STREAMS) {
       const float* p[STREAMS];
       for (int r = 0; r < STREAMS; ++r)

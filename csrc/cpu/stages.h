@@ -75,7 +75,7 @@ struct Fuse {
 struct Sweep {
   Fuse forward;  // y is not used
   Source grad;
-  Sink dz;     // linear parts' gradients, (clips, conv outputs + stencil slots, H, W); data null: not wanted
+  Sink dz;  // gradients of what the sigmoids take, (clips, conv outputs + stencil slots, H, W); data null: not wanted
   Sink dbase;  // multiplicative: grad times the sum; data null: not wanted
 };
 

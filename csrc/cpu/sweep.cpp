@@ -79,14 +79,14 @@ int64_t lay(const Plan& p, const Sizes& s, int planes, float* base, Buffers* out
 }
 
 // The incoming gradient of one plane of a block: 4 rows of each segment, then tiles in lanes.
-SOAP_INLINE void gradient_tiles(const Source& g, bool in_place, int64_t clip, int plane, const Block& b, int height,
-    int width, v (&e)[TILE][TILE]) {
+SOAP_INLINE void gradient_tiles(
+    const Source& g, bool in_place, int64_t clip, int plane, const Block& b, v (&e)[TILE][TILE]) {
   alignas(64) float buffer[4][TILE * STAGE];
   SOAP_UNROLL(4)
   for (int s = 0; s < 4; ++s) {
-    const Centre c = centre(g, in_place, clip, plane, b.segment[s], height, width, buffer[s]);
+    const Rows rows = own_rows(g, in_place, clip, plane, b, s, buffer[s]);
     SOAP_UNROLL(4)
-    for (int k = 0; k < TILE; ++k) e[k][s] = ld(c.p + k * c.row);
+    for (int k = 0; k < TILE; ++k) e[k][s] = ld(rows.first + k * rows.apart);
   }
 }
 
@@ -111,20 +111,20 @@ __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, c
     int64_t clip, const Block& b, const float* M, const float* prior, float* gathered, float* D, float* bias,
     float* gate) {
   const Fuse& f = w.forward;
-  const int H = f.shape.height, W = f.shape.width, C = f.shape.channels, planes = f.shape.planes();
+  const int C = f.shape.channels, planes = f.shape.planes();
   const int first = group * plan.group;
   const int last = plan.outputs ? (first + plan.group < planes ? first + plan.group : planes) : planes;
   const bool multiply = f.mode == Mode::multiplicative;
-  const bool grad_in_place = direct(w.grad), x_in_place = direct(f.base);
+  const bool grad_in_place = loads_in_place(w.grad), x_in_place = loads_in_place(f.base);
   const v one = set1(1.f);
   for (int plane = first; plane < last; ++plane) {
     v e[TILE][TILE], z[TILE][TILE] = {};
     if (grad_in_place && plane + 1 < last) fetch_near<TILE>(w.grad, clip, plane + 1, b, 0);
-    gradient_tiles(w.grad, grad_in_place, clip, plane, b, H, W, e);
+    gradient_tiles(w.grad, grad_in_place, clip, plane, b, e);
     v dbase[TILE][TILE] = {};
     if (multiply) {
       v x[TILE][TILE];
-      gradient_tiles(f.base, x_in_place, clip, plane, b, H, W, x);
+      gradient_tiles(f.base, x_in_place, clip, plane, b, x);
       SOAP_UNROLL(16)
       for (int k = 0; k < POSITIONS; ++k) {
         dbase[k / 4][k % 4] = e[k / 4][k % 4];
@@ -148,7 +148,7 @@ __attribute__((noinline)) void differentiate(const Sweep& w, const Plan& plan, c
         st(to + k * L, plane % C ? ld(to + k * L) + e[k / 4][k % 4] : e[k / 4][k % 4]);
     }
     if (plan.outputs) {
-      positions<Strict>(M + (plane - first) * plan.m_step, z);
+      points_to_positions<Strict>(M + (plane - first) * plan.m_step, z);
       v db = set1(0.f);
       SOAP_UNROLL(16)
       for (int k = 0; k < POSITIONS; ++k) {
@@ -188,7 +188,7 @@ __attribute__((noinline)) void differentiate_stencil(const Sweep& w, const Plan&
       d[k / 4][k % 4] = ld(gathered + (t * POSITIONS + k) * L) * (s * (one - s));
     }
     if (w.dz.data) write_tiles(w.dz, clip, plan.outputs + t, b, d);
-    spread<Strict>(d, spread_slots + t * L, plan.mean_step);
+    positions_to_points<Strict>(d, spread_slots + t * L, plan.mean_step);
   }
   const int kinds = Strict ? 9 : POINTS;
   for (int k = 0; k < kinds; ++k) {
@@ -227,7 +227,7 @@ __attribute__((noinline)) void turn(const Sizes& sizes, const float* D, float* t
     v d[TILE][TILE];
     SOAP_UNROLL(16)
     for (int k = 0; k < POSITIONS; ++k) d[k / 4][k % 4] = ld(turned + k * sizes.turned_step + j);
-    spread<false>(d, Z + j, sizes.z_step);
+    positions_to_points<false>(d, Z + j, sizes.z_step);
   }
 }
 
@@ -367,7 +367,7 @@ size_t sweep_scratch(const Sweep& w) {
 }
 
 void sweep_open(const Sweep& w, float* scratch) {
-  // All of it: padded inputs and outputs take part in the products and must stay finite.
+  // All of it: padded inputs and outputs enter the products and must stay finite.
   memset(scratch, 0, sweep_scratch(w) * sizeof(float));
 }
 

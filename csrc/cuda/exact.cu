@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(THREADS) fuse_exact_kernel(const __grid_consta
   float* common = tile + p.layout.columns * PLANE;  // 3DEM's prior, [frame][pixel]
   float* gates = common + 8 * PIXELS;
   const int64_t b = blockIdx.x / p.tiles;
-  const int index = int(blockIdx.x % p.tiles), h0 = index / p.tiles_wide * ROWS, w0 = index % p.tiles_wide * TILE_WIDTH;
+  const int index = int(blockIdx.x % p.tiles), h0 = index / p.tiles_across * ROWS,
+            w0 = index % p.tiles_across * TILE_WIDTH;
   const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8, h = h0 + row,
             w = w0 + column;
   if (j == 3) GatePrologue::whole(gates, gates + planes, p, b);
@@ -104,15 +105,16 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
   float* dz = tile + columns * PLANE;  // [row][pixel]
   float* common = dz + rows * LINE;    // [frame][pixel]: the stencil's prior, then the gradient summed over channels
   float* gates = common + 8 * PIXELS;
-  const int64_t b = blockIdx.x / p.parts;
-  const int part = int(blockIdx.x % p.parts), tiles = p.tiles_wide * p.tiles_high;
-  const int begin = int(int64_t(tiles) * part / p.parts), end = int(int64_t(tiles) * (part + 1) / p.parts);
+  const int64_t b = blockIdx.x / p.blocks;
+  const int block = int(blockIdx.x % p.blocks), tiles = p.tiles_across * p.tiles_down;
+  const int begin = int(int64_t(tiles) * block / p.blocks), end = int(int64_t(tiles) * (block + 1) / p.blocks);
   const int lane = threadIdx.x & 31, j = threadIdx.x >> 5, row = lane / 4, column = lane % 4 * 8;
   if (j == 3) GatePrologue::whole(gates, gates + planes, p, b);
   float dw[6][9] = {}, bias_sum = 0.f, gate_sum[8] = {};
 #pragma unroll 1
   for (int index = begin; index < end; ++index) {
-    const int h0 = index / p.tiles_wide * ROWS, w0 = index % p.tiles_wide * TILE_WIDTH, h = h0 + row, w = w0 + column;
+    const int h0 = index / p.tiles_across * ROWS, w0 = index % p.tiles_across * TILE_WIDTH, h = h0 + row,
+              w = w0 + column;
     __syncthreads();
     load_tile(tile, p.x, s, o, CP, b, h0, w0);
     __syncthreads();
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, 2) sweep_exact_kernel(const __grid_co
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
     const float v = warp_sum(gate_sum[t]);
-    if (lane == 0 && j < CP) p.gate_partial[(b * p.parts + part) * CP * 8 + j * 8 + t] = v;
+    if (lane == 0 && j < CP) p.gate_partial[(b * p.blocks + block) * CP * 8 + j * 8 + t] = v;
   }
   __syncthreads();
   if (threadIdx.x < unsigned(rows))
@@ -227,7 +229,7 @@ void fuse_exact(const FuseParams& p, void* stream) {
 void sweep_exact(const SweepParams& p, void* stream) {
   const size_t shared = exact_memory(p.layout, p.shape, true);
   allow_shared(sweep_exact_kernel, shared);
-  SOAP_LAUNCH(sweep_exact_kernel, unsigned(p.shape.clips * p.parts), THREADS, shared, stream, p);
+  SOAP_LAUNCH(sweep_exact_kernel, unsigned(p.shape.clips * p.blocks), THREADS, shared, stream, p);
   launched("sweep, strict");
 }
 

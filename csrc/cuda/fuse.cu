@@ -15,9 +15,9 @@ size_t fuse_memory(const Call& call) {
 void fuse(const Call& call, const float* prepared, const Frames& y, void* stream) {
   const Shape& shape = call.shape;
   FuseParams p{shape, call.options, layout(shape, call.options), call.x, y, call.weights.gate, prepared};
-  p.tiles_wide = (shape.width + TILE_WIDTH - 1) / TILE_WIDTH;
+  p.tiles_across = (shape.width + TILE_WIDTH - 1) / TILE_WIDTH;
   p.vector_x = vector_rows(call.x, shape);
-  p.tiles = p.tiles_wide * ((shape.height + 7) / 8);
+  p.tiles = p.tiles_across * ((shape.height + 7) / 8);
   const int64_t bytes = reinterpret_cast<uintptr_t>(y.data) % 16;
   const bool planar = y.column == 1 && y.row % 8 == 0 && y.channel % 8 == 0,
              inner = y.column == 3 && y.channel == 1 && shape.channels == 3 && y.row % 8 == 0;

@@ -14,7 +14,7 @@ struct FuseParams {
   Frames x, y;
   Array gate;
   const float* prepared;
-  int tiles_wide, tiles;    // of a clip
+  int tiles_across, tiles;  // of a clip
   bool vector_x, vector_y;  // whole aligned vectors of 8 pixels; of y: of 24 values in a row if channels lie innermost
 };
 
@@ -38,12 +38,12 @@ __device__ __forceinline__ void load8(
   if (vector && count >= 8) {
     constexpr int V = TypeOf<X>::vector, WORDS = V * sizeof(X) / 4;
 #pragma unroll
-    for (int part = 0; part < 8 / V; ++part) {
-      const Words<WORDS> w = load_words<WORDS>(p + part * V);
+    for (int k = 0; k < 8 / V; ++k) {
+      const Words<WORDS> w = load_words<WORDS>(p + k * V);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         const float u = unpack<X>(w, e);
-        v[part * V + e] = TypeOf<X>::dtype == U8 ? fmaf(u, scale, shift) : u;
+        v[k * V + e] = TypeOf<X>::dtype == U8 ? fmaf(u, scale, shift) : u;
       }
     }
   } else {
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(128, SOAP_FUSE_BLOCKS) fuse_kernel(const __gri
   float* gates = reinterpret_cast<float*>(shared + XT * terms_apart);
   float* means = gates + planes;
   const int64_t b = blockIdx.x / p.tiles;
-  const int tile = int(blockIdx.x % p.tiles), h0 = tile / p.tiles_wide * TILE_ROWS,
-            w0 = tile % p.tiles_wide * TILE_WIDTH;
+  const int tile = int(blockIdx.x % p.tiles), h0 = tile / p.tiles_across * TILE_ROWS,
+            w0 = tile % p.tiles_across * TILE_WIDTH;
   const Clip<X> x = clip_of<X>(p.x, s, b, p.vector_x);
   GatePrologue prologue;
   if (threadIdx.x >= 96) prologue.begin(p, b);

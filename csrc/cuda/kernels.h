@@ -1,10 +1,10 @@
 // The CUDA kernels of SOAP as plain host functions: no torch, no CUDA types in the arguments but the stream.
 //
 // Frames are clips (B, T, C, H, W). A plane is one channel of one frame. Frames are worked on in blocks of 8
-// ("octets"): plane (t, c) is column ((t / 8) * CP + c) * 8 + t % 8 of the folded 3x3 convolution, and output (t, j) is
-// row
-// ((t / 8) * (CP + 1) + j) * 8 + t % 8, where j < C is HMEM's prior of channel j and j = CP is 3DEM's of the frame.
-// CP is C rounded up to 1 or 3. A group of 8 lanes of an MMA fragment then holds one octet of one channel.
+// ("octets"). In the folded 3x3 convolution, with CP for C rounded up to 1 or 3:
+//   column ((t / 8) * CP + c) * 8 + t % 8        is plane (t, c);
+//   row    ((t / 8) * (CP + 1) + j) * 8 + t % 8  is HMEM's prior of plane (t, j) or, with j = CP, 3DEM's of frame t.
+// A group of 8 lanes of an MMA fragment then holds one octet of one channel.
 #pragma once
 #include <cstdint>
 
@@ -43,8 +43,7 @@ struct Shape {
   int frames, channels, height, width;
 };
 
-// Weights of the parts that are on. Folded: SOAP's own (motion .. restore, cwem). Direct: conv weight and bias as
-// given.
+// Weights of the parts that are on. Folded: SOAP's own (motion .. restore, cwem). Direct: conv and conv_bias as given.
 struct Weights {
   Array stencil;  // (3, 3, 3)
   Array expand, temporal, temporal_bias, squeeze;
@@ -112,10 +111,10 @@ inline Layout layout(const Shape& s, const Options& o) {
   return l;
 }
 
-// Rows of partial sums that a sweep leaves: `parts` a clip, each `numel` floats a pair of octets; `gates` beside them.
+// Rows of partial sums that a sweep leaves: `blocks` a clip, each `numel` floats a pair of octets; `gates` beside them.
 struct SweepPlan {
-  int tiles_wide, tiles_high;     // of a clip
-  int parts;                      // blocks a clip
+  int tiles_across, tiles_down;   // of a clip
+  int blocks;                     // a clip
   int64_t numel;                  // 9 * rows of an octet * columns of an octet + rows of an octet
   int64_t partial, gate_partial;  // floats in all
   int64_t sums, gates;            // floats after `reduce`
@@ -158,7 +157,7 @@ struct Wide {
 };
 int wide_chunks(const Shape&, const Frames& x, const Frames& other);
 void join(const Wide&, const Shape&, const Frames& x, const Frames& y, void* stream);
-void part(const Wide&, const Shape&, const Frames& x, const Frames& grad, void* stream);
+void join_backward(const Wide&, const Shape&, const Frames& x, const Frames& grad, void* stream);
 
 int64_t launches();  // kernels launched so far by this library
 }  // namespace soap::cuda

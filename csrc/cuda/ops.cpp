@@ -256,7 +256,7 @@ void join_op(const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias, con
 }
 
 // Fills dz and direct; returns the sums over pixels of the gradient of the gates and of the bias, (2, B, T, C, chunks).
-Tensor part_op(const Tensor& grad, const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias,
+Tensor join_backward_op(const Tensor& grad, const Tensor& x, const MaybeTensor& z, const MaybeTensor& bias,
     const MaybeTensor& gate, bool planes, bool stencil, bool multiplicative, double offset, const MaybeTensor& dz,
     const MaybeTensor& direct) {
   Wide w = wide_of(z, bias, gate, planes, stencil, multiplicative, offset);
@@ -266,7 +266,7 @@ Tensor part_op(const Tensor& grad, const Tensor& x, const MaybeTensor& z, const 
   w.dz = dz ? dz->data_ptr() : nullptr;
   w.direct = data(direct);
   w.shares = data(shares);
-  part(w, shape, frames_of(x), frames_of(grad), stream_of(x));
+  join_backward(w, shape, frames_of(x), frames_of(grad), stream_of(x));
   return shares;
 }
 
@@ -281,7 +281,7 @@ STABLE_TORCH_LIBRARY_IMPL(soap_kernels, SOAP_KEY, m) {
   m.impl("cuda_fuse_priors", TORCH_BOX(&fuse_priors_op));
   m.impl("cuda_fuse_priors_backward", TORCH_BOX(&fuse_priors_backward_op));
   m.impl("cuda_join", TORCH_BOX(&join_op));
-  m.impl("cuda_part", TORCH_BOX(&part_op));
+  m.impl("cuda_join_backward", TORCH_BOX(&join_backward_op));
   m.impl("cuda_window_sums", TORCH_BOX(&window_sums_op));
   m.impl("cuda_window_sums_backward", TORCH_BOX(&window_sums_backward_op));
 }

@@ -14,7 +14,7 @@ struct Reduce {
   const float *prepared, *partial, *gate_partial;
   float *sums, *gates;
   int64_t numel, rows, column_blocks;  // rows of partial sums; blocks over the columns of one octet pair
-  int parts, pairs;
+  int blocks, pairs;
 };
 
 // gates[0]: gradient of the gate (given) or of its pre-activation (CWEM), (B, T, C); gates[1]: the plane means.
@@ -24,9 +24,9 @@ __device__ __forceinline__ void reduce_gate(const Reduce& p, int64_t i) {
   if (i >= s.clips * planes) return;
   const int64_t b = i / planes;
   const int t = int(i % planes) / C, c = int(i % planes) % C;
-  const float* from = p.gate_partial + ((t / 8 * s.clips + b) * p.parts * CP + c) * 8 + t % 8;
+  const float* from = p.gate_partial + ((t / 8 * s.clips + b) * p.blocks * CP + c) * 8 + t % 8;
   float v = 0.f;
-  for (int part = 0; part < p.parts; ++part) v += from[int64_t(part) * CP * 8];
+  for (int block = 0; block < p.blocks; ++block) v += from[int64_t(block) * CP * 8];
   if (p.options.cwem) {
     const float area = __fdividef(1.f, float(s.height) * float(s.width));
     const float* taps = p.prepared + p.layout.taps;
@@ -83,8 +83,8 @@ void reduce(const Call& call, const float* prepared, const float* partial, const
   const Options& options = call.options;
   const SweepPlan plan = plan_sweep(shape, options);
   Reduce p{shape, options, layout(shape, options), prepared, partial, gate_partial, sums, gates, plan.numel};
-  p.rows = shape.clips * plan.parts;
-  p.parts = plan.parts;
+  p.rows = shape.clips * plan.blocks;
+  p.blocks = plan.blocks;
   p.pairs = options.rows() ? p.layout.octets * p.layout.octets : 0;
   p.column_blocks = (plan.numel / 4 + COLUMNS - 1) / COLUMNS;
   const int64_t gate_blocks =

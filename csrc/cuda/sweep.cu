@@ -21,16 +21,16 @@ SweepPlan plan_sweep(const Shape& shape, const Options& options) {
   const Layout l = layout(shape, options);
   const int rows = options.mode == EXACT ? 8 : SWEEP_ROWS;
   SweepPlan plan;
-  plan.tiles_wide = (shape.width + TILE_WIDTH - 1) / TILE_WIDTH;
-  plan.tiles_high = (shape.height + rows - 1) / rows;
-  const int64_t tiles = int64_t(plan.tiles_wide) * plan.tiles_high;
+  plan.tiles_across = (shape.width + TILE_WIDTH - 1) / TILE_WIDTH;
+  plan.tiles_down = (shape.height + rows - 1) / rows;
+  const int64_t tiles = int64_t(plan.tiles_across) * plan.tiles_down;
   const int64_t blocks = 2 * multiprocessors(), wanted = (blocks + shape.clips - 1) / shape.clips;
   const int64_t each = wanted < tiles ? (tiles + wanted - 1) / wanted : 1;
-  plan.parts = int((tiles + each - 1) / each);
+  plan.blocks = int((tiles + each - 1) / each);
   const int octet_rows = l.rows / l.octets, octet_columns = l.columns / l.octets;
   plan.numel = 9 * int64_t(octet_rows) * octet_columns + octet_rows;
-  plan.partial = int64_t(l.octets) * l.octets * shape.clips * plan.parts * plan.numel;
-  plan.gate_partial = l.octets * shape.clips * plan.parts * octet_columns;
+  plan.partial = int64_t(l.octets) * l.octets * shape.clips * plan.blocks * plan.numel;
+  plan.gate_partial = l.octets * shape.clips * plan.blocks * octet_columns;
   plan.sums = int64_t(l.octets) * l.octets * plan.numel;
   plan.gates = 2 * shape.clips * shape.frames * shape.channels;
   return plan;
@@ -43,8 +43,8 @@ void sweep(const Call& call, const Frames& grad, const float* prepared, float* p
   const Frames& x = call.x;
   const SweepPlan plan = plan_sweep(shape, options);
   SweepParams p{shape, options, layout(shape, options), x, grad, call.weights.gate, prepared, partial, gate_partial, dz,
-      through, plan.tiles_wide, plan.tiles_high};
-  p.parts = plan.parts;
+      through, plan.tiles_across, plan.tiles_down};
+  p.blocks = plan.blocks;
   p.numel = plan.numel;
   p.vector_x = vector_rows(x, shape);
   p.grad_layout = SCALAR;

@@ -20,7 +20,7 @@ struct SweepParams {
   Array gate;
   const float* prepared;
   float *partial, *gate_partial, *dz, *through;
-  int tiles_wide, tiles_high, parts, grad_layout;
+  int tiles_across, tiles_down, blocks, grad_layout;
   int64_t numel;
   bool vector_x;
 };
@@ -103,9 +103,9 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
   float* gates = reinterpret_cast<float*>(dz + XT * S::DZ);
   float* means = gates + planes;
   float* sums = means + planes;
-  const int64_t b = blockIdx.x / p.parts;
-  const int part = int(blockIdx.x % p.parts), tiles = p.tiles_wide * p.tiles_high;
-  const int begin = int(int64_t(tiles) * part / p.parts), end = int(int64_t(tiles) * (part + 1) / p.parts);
+  const int64_t b = blockIdx.x / p.blocks;
+  const int block = int(blockIdx.x % p.blocks), tiles = p.tiles_across * p.tiles_down;
+  const int begin = int(int64_t(tiles) * block / p.blocks), end = int(int64_t(tiles) * (block + 1) / p.blocks);
   const Clip<X> x = clip_of<X>(p.x, s, b, p.vector_x);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3, n = lane & 7,
             matrix = lane >> 3;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
 
 #pragma unroll 1
   for (int tile = begin; tile < end; ++tile) {
-    const int h0 = tile % p.tiles_high * SWEEP_ROWS, w0 = tile / p.tiles_high * TILE_WIDTH;
+    const int h0 = tile % p.tiles_down * SWEEP_ROWS, w0 = tile / p.tiles_down * TILE_WIDTH;
     const bool fresh = tile == begin || h0 == 0;
     if (o.rows())
 #pragma unroll 1
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
     if (!planted<DZ_BARRIER>) __syncthreads();
     if (o.rows()) {
       if (threadIdx.x < 8 * CP * SWEEP_ROWS &&
-          (tile + 1) % p.tiles_high != 0) {  // the next tile's rows, read after this
+          (tile + 1) % p.tiles_down != 0) {  // the next tile's rows, read after this
         const int f = only * 8 + threadIdx.x % 8, c = threadIdx.x / 8 % CP,
                   next = h0 + SWEEP_ROWS + 1 + threadIdx.x / 8 / CP;
         if (f < s.frames && c < s.channels && next < s.height)
@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, SOAP_SWEEP_BLOCKS)
     for (int k = 0; k < 6; ++k) v += sums[k * (2 * CP + 1) * 8 + i];
     const int j = i / 8;
     if (j <= CP) out[9 * ROWS * Tile<CP>::COLUMNS + i] = v;
-    else if (only == 0) p.gate_partial[((int64_t(to) * s.clips + b) * p.parts + part) * CP * 8 + i - (CP + 1) * 8] = v;
+    else if (only == 0)
+      p.gate_partial[((int64_t(to) * s.clips + b) * p.blocks + block) * CP * 8 + i - (CP + 1) * 8] = v;
   }
 }
 
@@ -313,7 +314,7 @@ template <class X, int MODE, int CP> void launch_sweep(const SweepParams& p, voi
   const size_t shared = SweepShared<X, MODE, CP>::bytes(p.layout, p.shape.frames * p.shape.channels);
   allow_shared(sweep_kernel<X, MODE, CP>, shared);
   SOAP_LAUNCH((sweep_kernel<X, MODE, CP>),
-      dim3(unsigned(p.shape.clips * p.parts), unsigned(p.layout.octets * p.layout.octets)), SWEEP_THREADS, shared,
+      dim3(unsigned(p.shape.clips * p.blocks), unsigned(p.layout.octets * p.layout.octets)), SWEEP_THREADS, shared,
       stream, p);
   launched("sweep");
 }

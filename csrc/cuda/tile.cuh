@@ -266,11 +266,11 @@ struct GatePrologue {
     const Shape& s = p.shape;
     const Options& o = p.options;
     const float* means = p.prepared + p.layout.means;
-    const float4* part = reinterpret_cast<const float4*>(means + (b * s.frames * s.channels + plane) * SEGMENTS);
+    const float4* partial = reinterpret_cast<const float4*>(means + (b * s.frames * s.channels + plane) * SEGMENTS);
     float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < SEGMENTS / 4; ++k) {
-      const float4 v = part[k];
+      const float4 v = partial[k];
       sum += (v.x + v.y) + (v.z + v.w);
     }
     const int c = plane % s.channels;

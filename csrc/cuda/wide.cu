@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) join_kernel(const __g
 }
 
 template <int V>
-__global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) part_kernel(const __grid_constant__ WideParams p) {
+__global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) join_backward_kernel(const __grid_constant__ WideParams p) {
   SOAP_SHARED(float, gathered);  // (WARPS, 32 * V): each warp's sum over its channels of what reaches the frame's prior
   const Place<V> at(p);
   const Wide& o = p.wide;
@@ -173,15 +173,15 @@ void join(const Wide& wide, const Shape& shape, const Frames& x, const Frames& y
   launched("join");
 }
 
-void part(const Wide& wide, const Shape& shape, const Frames& x, const Frames& grad, void* stream) {
+void join_backward(const Wide& wide, const Shape& shape, const Frames& x, const Frames& grad, void* stream) {
   WideParams p{
       wide, shape, x, grad, Frames{}, int64_t(shape.height) * shape.width, unsigned(wide_chunks(shape, x, grad))};
   const int64_t blocks = shape.clips * shape.frames * p.chunks;
   const int pixels = pixels_a_lane(shape, x, grad);
   const size_t shared = sizeof(float) * THREADS * pixels;
-  if (pixels == 8) SOAP_LAUNCH((part_kernel<8>), unsigned(blocks), THREADS, shared, stream, p);
-  else SOAP_LAUNCH((part_kernel<1>), unsigned(blocks), THREADS, shared, stream, p);
-  launched("part");
+  if (pixels == 8) SOAP_LAUNCH((join_backward_kernel<8>), unsigned(blocks), THREADS, shared, stream, p);
+  else SOAP_LAUNCH((join_backward_kernel<1>), unsigned(blocks), THREADS, shared, stream, p);
+  launched("join_backward");
 }
 
 }  // namespace soap::cuda

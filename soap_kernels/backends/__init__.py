@@ -75,10 +75,10 @@ class Backend(Protocol):
     """Forward and backward of every op; what a new backend has to write.
 
     :mod:`soap_kernels.op` is the only caller, and ends every special case before it gets here. All arguments are
-    checked; x holds something (no empty batch, no empty plane); tensors are fp32, fp16 or bf16, x also uint8 with
-    ``options.mean``, and fp64 for the reference alone; weights, priors, ``prepared`` and the gradient of window sums
-    are contiguous, x and the gradient of frames have any strides; autocast is off, the tensors' device is current, and
-    convolutions by PyTorch are fp32 where asked (no TF32 unless ``precision`` is "fast").
+    checked; a part is on, and x holds something (no empty batch, no empty plane); tensors are fp32, fp16 or bf16, x
+    also uint8 with ``options.mean``, and fp64 for the reference alone; weights, priors, ``prepared`` and the gradient
+    of window sums are contiguous, x and the gradient of frames have any strides; autocast is off, the tensors' device
+    is current, and convolutions by PyTorch are fp32 where asked (no TF32 unless ``precision`` is "fast").
 
     Gradients may come back in any floating dtype and with any strides: the op casts them to those of what they are of.
     None stands for one that nobody asked for. Shapes are those of :mod:`soap_kernels.op`.

@@ -40,7 +40,7 @@ _library.define(
 )
 _JOINED = "Tensor? z, Tensor? bias, Tensor? gate, bool planes, bool stencil, bool multiplicative, float offset"
 _library.define(f"cuda_join(Tensor x, {_JOINED}, Tensor(a!) y) -> ()")
-_library.define(f"cuda_part(Tensor grad, Tensor x, {_JOINED}, Tensor(a!)? dz, Tensor(b!)? direct) -> Tensor")
+_library.define(f"cuda_join_backward(Tensor grad, Tensor x, {_JOINED}, Tensor(a!)? dz, Tensor(b!)? direct) -> Tensor")
 _library.define("cuda_window_sums(Tensor x, Tensor(a!) sums) -> ()")
 _library.define("cuda_window_sums_backward(Tensor grad, Tensor(a!) dx) -> ()")
 _library.define(
@@ -177,14 +177,14 @@ def _join(x: Tensor, z: Tensor | None, p: Prepared, fusion: Fusion, y: Tensor) -
     torch.ops.soap_kernels.cuda_join(x, z, *_joined(p, fusion), y)
 
 
-def _part(
+def _join_backward(
     grad: Tensor, x: Tensor, z: Tensor | None, p: Prepared, fusion: Fusion, dz: Tensor | None, direct: Tensor | None
 ) -> Tensor:
-    shares: Tensor = torch.ops.soap_kernels.cuda_part(grad, x, z, *_joined(p, fusion), dz, direct)
+    shares: Tensor = torch.ops.soap_kernels.cuda_join_backward(grad, x, z, *_joined(p, fusion), dz, direct)
     return shares
 
 
-WIDE = Wide(_join, _part)
+WIDE = Wide(_join, _join_backward)
 
 
 class CudaBackend:

@@ -1,8 +1,8 @@
 """SOAP on planes too many for one tile (feature maps), on any GPU: PyTorch convolves, two kernels do all the rest.
 
 Forward: the folded convolution, whose rows are HMEM's planes and behind them 3DEM's frames, then ``join``. Backward:
-the convolution once more, ``part`` from the incoming gradient to its output's, and from there to input and weights. The
-convolution's operands have the frames' dtype where that holds their range, all that lies between is fp32.
+the convolution once more, ``join_backward`` from the incoming gradient to its output's, and from there to input and
+weights. The convolution's operands have the frames' dtype where that holds their range, all that lies between is fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Join(Protocol):
         """
 
 
-class Part(Protocol):
+class JoinBackward(Protocol):
     def __call__(
         self,
         grad: Tensor,
@@ -42,7 +42,7 @@ class Part(Protocol):
     ) -> Tensor:
         """Writes dz, like z, and where given ``direct`` (fp32, contiguous): x's gradient beside the convolution.
 
-        Returns the sums of what reaches a plane's gate and a plane's dz, in parts: ``(2, B, T, C, parts)``.
+        Returns the sums of what reaches a plane's gate and a plane's dz, by chunks of it: ``(2, B, T, C, chunks)``.
         """
 
 
@@ -66,10 +66,10 @@ def _convolve(x: Tensor, p: Prepared, fusion: Fusion) -> tuple[Tensor | None, Te
 
 
 class Wide:
-    """The ops of a backend that brings ``join`` and ``part``."""
+    """The ops of a backend that brings ``join`` and ``join_backward``."""
 
-    def __init__(self, join: Join, part: Part) -> None:
-        self.join, self.part = join, part
+    def __init__(self, join: Join, join_backward: JoinBackward) -> None:
+        self.join, self.join_backward = join, join_backward
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options, y: Tensor) -> None:
         """Writes y."""
@@ -109,7 +109,7 @@ class Wide:
         direct = None
         if needs.x and fusion.multiplicative:
             direct = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        gate_shares, bias_shares = self.part(grad, x, z, p, fusion, dz, direct)
+        gate_shares, bias_shares = self.join_backward(grad, x, z, p, fusion, dz, direct)
         dx = None
         if needs.x:
             dx = grad.float() if direct is None else direct

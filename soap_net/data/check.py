@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from tqdm import tqdm
 from soap_net.data.clips import Clip, ClipError, ClipInfo
 from soap_net.data.loading import PerClip, load
 from soap_net.data.splits import ClipSet, MissingClipsError, load_split
-from soap_net.data.transforms import FrameSampling
 
 _COLUMNS = ("split", "classes", "clips", "per class", "frames", "size", "fps", "missing", "broken")
 
@@ -130,21 +128,20 @@ def _spread(values: Sequence[Any]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def _probe(sampling: FrameSampling, clip: Clip) -> ClipInfo:
-    info = clip.probe()
-    clip.read(sampling.indices(info.frames, None))  # a damaged video may still have its first frame
-    return info
-
-
 def check_data(
     root: Path,
     splits: Mapping[str, Path | None],
     *,
-    sampling: FrameSampling | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> DataReport:
-    """Reads, of every clip of ``splits`` (names to split files, None: the data set's own), what evaluation reads.
+    """Reads every frame, which training may ask for, of every clip of ``splits``.
+
+    Args:
+        root: of the data set.
+        splits: names to split files; None is the data set's own.
+        workers: processes that read; 0 is this one.
+        progress: show a bar where somebody watches.
 
     Raises:
         UserError: no data set or split there, or a malformed split file. Missing and broken clips are reported.
@@ -162,7 +159,7 @@ def check_data(
         report.splits.append(found[-1][1])
     for clip_set, split_report in found:
         clips = [clip for members in clip_set.clips for clip in members]
-        probes = load(PerClip(clips, partial(_probe, sampling or FrameSampling())), workers)
+        probes = load(PerClip(clips, Clip.check), workers)
         silent = None if progress else True  # None: silent where nobody watches
         for result in tqdm(probes, desc=f"reading {clip_set.split}", unit="clip", leave=False, disable=silent):
             if isinstance(result, ClipError):

@@ -55,8 +55,9 @@ class Clip:
     def read(self, indices: Sequence[int]) -> Tensor:
         """The frames ``indices`` (any order, repeats allowed) as uint8 RGB ``(len(indices), 3, H, W)``, channels last.
 
-        Videos with rotation metadata are turned upright, alpha is dropped, grey becomes RGB. Raises ClipError where
-        the file is missing or broken, a frame does not exist, or frames differ in size.
+        Videos with a display matrix are turned and mirrored as players show them, alpha is dropped, grey becomes RGB.
+        Raises ClipError where the file is missing or broken, a frame does not exist, or frames differ in size. Of a
+        damaged video the frames are the same in every read and process, or it is a ClipError.
         """
         if not indices:
             raise ClipError(self._shown(), "no frame numbers were asked for")
@@ -67,10 +68,7 @@ class Clip:
             outside = wanted[0] if wanted[0] < 0 else wanted[-1]
             raise ClipError(self._shown(), f"frame {outside} was asked for, and it has frames 0 to {count - 1}")
         frames = source.read(wanted)
-        sizes = {frame.shape for frame in frames}
-        if len(sizes) > 1:
-            found = " and ".join(f"{width}x{height}" for _, height, width in sorted(sizes))
-            raise ClipError(self._shown(), f"its frames differ in size: {found}")
+        self._check_sizes({(frame.shape[1], frame.shape[2]) for frame in frames})
         place = {number: position for position, number in enumerate(wanted)}
         # Decoders give pixels with their channels together; resizing is fastest so, and cropping leaves less to turn.
         return torch.stack([frames[place[number]].permute(1, 2, 0) for number in indices]).permute(0, 3, 1, 2)
@@ -81,6 +79,22 @@ class Clip:
         frames = source.num_frames()
         _, height, width = source.read([0])[0].shape
         return ClipInfo(frames, height, width, source.fps())
+
+    def check(self) -> ClipInfo:
+        """As `probe`, once every frame has been decoded. Raises ClipError where any `read` may."""
+        source = self._source()
+        info = self.probe()
+        if isinstance(source, Video):
+            sizes = source.sizes()
+        else:
+            sizes = {(frame.shape[1], frame.shape[2]) for n in range(info.frames) for frame in source.read([n])}
+        self._check_sizes(sizes)
+        return info
+
+    def _check_sizes(self, sizes: set[tuple[int, int]]) -> None:
+        if len(sizes) > 1:
+            found = " and ".join(f"{width}x{height}" for height, width in sorted(sizes))
+            raise ClipError(self._shown(), f"its frames differ in size: {found}")
 
     def _shown(self) -> Path:
         return Path(self.path, self.member)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from soap_net.data.clips import Clip
 from soap_net.errors import ClipError, UserError
-from soap_net.interrupts import leave_signals_to_main
+from soap_net.interrupts import deaf_while_starting, live_with_main
 
 T = TypeVar("T")
 
@@ -69,8 +69,8 @@ def load(
 ) -> Generator[T | list[T], None, None]:
     """The items of `dataset` in their order, or lists of `batch_size` of them, read by `workers` processes.
 
-    The processes end with the generator: when it is exhausted, closed or dropped, or raises. They ignore Ctrl-C and
-    SIGTERM, so that the main process can finish what it does first.
+    The processes end with the generator: when it is exhausted, closed or dropped, or raises; and with the main process.
+    They ignore Ctrl-C and SIGTERM, so that the main process can finish what it does first.
 
     Args:
         dataset: has a length; its items travel between processes.
@@ -89,7 +89,7 @@ def load(
         batch_size=batch_size,
         collate_fn=None if batch_size is None else list,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_main,
+        worker_init_fn=live_with_main,
         pin_memory=pin_memory,
     )
     crew = _Crew(batches)
@@ -203,15 +203,15 @@ class _Crew:
 
 def _started(batches: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
     child_ended = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
-    with _starting:
+    with _starting, deaf_while_starting():
         others = multiprocessing.active_children()
         before = child_ended and signal.getsignal(child_ended)
         items = iter(batches)
         processes = [child for child in multiprocessing.active_children() if child not in others]
-    main = threading.current_thread() is threading.main_thread()
-    if child_ended and main and _is_pytorchs(signal.getsignal(child_ended)):
-        # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
-        signal.signal(child_ended, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
+        main = threading.current_thread() is threading.main_thread()
+        if child_ended and main and _is_pytorchs(signal.getsignal(child_ended)):
+            # It would raise a worker's death in whatever line is running then, far from here; DataLoader polls as well.
+            signal.signal(child_ended, signal.SIG_DFL if before is None or _is_pytorchs(before) else before)
     return items, processes
 
 

@@ -299,6 +299,11 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
     return root
 
 
+def is_motion(root: Path) -> bool:
+    """Whether the folder holds the motion data set, which shows dots and nothing else."""
+    return (root / MARKER).is_file()
+
+
 def _remove_stale(root: Path) -> None:
     """Removes the folders that killed processes left beside ``root``; one that another is writing to stays."""
     for folder in root.parent.glob(f".{glob.escape(root.name)}.part-*"):

@@ -34,7 +34,7 @@ from soap_net.evaluate import evaluate
 from soap_net.experiments.drawing import plot_accuracies
 from soap_net.experiments.processes import Job, Stop, perform
 from soap_net.experiments.results import Estimate, Result, Results, Row
-from soap_net.files import write_text
+from soap_net.files import read_json, remove_stale, write_text
 from soap_net.interrupts import Interrupted
 from soap_net.ranks import Ranks, pick_device
 from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference
@@ -270,12 +270,14 @@ def run_experiment(
                     results.finished[run.cell, run.seed] = result
                     shown = ", ".join(f"{name} {one['accuracy']:.1f} %" for name, one in result["tests"].items())
                     bar.write(f"{run.folder}: {shown}", file=sys.stderr)
-    except Interrupted:
-        raise ExperimentStopped(
-            f"stopped with {len(results.finished)} of {len(wanted)} runs finished; the same command goes on"
-        ) from None
-    finally:
+    except Exception as error:  # not where all ends at once: what is finished makes the table another time
         experiment.write(folder, results, about)
+        if isinstance(error, Interrupted):
+            raise ExperimentStopped(
+                f"stopped with {len(results.finished)} of {len(wanted)} runs finished; the same command goes on"
+            ) from None
+        raise
+    experiment.write(folder, results, about)
     return results
 
 
@@ -283,15 +285,14 @@ def _unfinished(wanted: Sequence[Run], folder: Path, results: Results) -> list[R
     """Reads the results of those of `wanted` that are finished into `results`, and returns the others."""
     for run in wanted:
         path = folder / "runs" / run.folder / "result.json"
-        if (run.cell, run.seed) not in results.finished and path.exists():
-            results.finished[run.cell, run.seed] = _read_json(path)
+        if (run.cell, run.seed) not in results.finished and (result := read_json(path)) is not None:
+            results.finished[run.cell, run.seed] = result
     return [run for run in wanted if (run.cell, run.seed) not in results.finished]
 
 
 def _work(experiment: Experiment, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
     """Does one run, in a process of its own, and writes its result.json."""
     result = experiment.work(run, config, stop, memory)
-    config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "result.json", json.dumps(result) + "\n")
     return result
 
@@ -310,8 +311,8 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     asked = experiment.config if embedded else experiment.config.absolute()
     settings = {key: value for key, value in flatten(to_dict(asked)).items() if key not in free}
     here = {"experiment": experiment.name, "preset": experiment.preset, **settings}
-    if path.exists():
-        there = _read_json(path)
+    remove_stale(folder, path.name)  # of a process killed at the very start
+    if (there := read_json(path)) is not None:
         if not embedded:  # older versions left it as it was given
             there["data.root"] = str(Path(str(there.get("data.root"))).absolute())
         if differ := difference(there, here, lambda key: False):
@@ -319,19 +320,9 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no experiment; choose another --out")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(here, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What one of the experiment's own files holds; they are written whole, so a broken one was damaged since."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to have it made anew") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it holds no object); delete it to have it made anew")
-    return content
+    for place in (folder, *folder.glob("runs/*")):
+        remove_stale(place)
 
 
 def machine() -> str:

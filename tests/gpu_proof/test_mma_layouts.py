@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import build as shim
+import shim_build as shim
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent

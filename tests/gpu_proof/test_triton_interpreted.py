@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from published import check_in_single_precision
 from soap_kernels import equations, op
 from soap_kernels.backends import Fusion, Priors, reference
 from soap_kernels.compat import TriplePrior
 from soap_kernels.frames import as_float
 from soap_kernels.modules import SOAP
 from soap_kernels.weights import PARTS, Weights
-from test_compat import check_in_single_precision
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py with TRITON_INTERPRET=1"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import soap_kernels
-from soap_kernels import CWEM, HMEM, SOAP, ThreeDEM, backends
+from soap_kernels import CWEM, HMEM, SOAP, ThreeDEM, backends, plug
+from soap_kernels.compat import TriplePrior
 from soap_kernels.weights import PARTS
 
 OPS = torch.ops.soap_kernels
@@ -251,6 +254,16 @@ def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
         OPS.soap(*soap_arguments("cudnn"))
 
 
+@pytest.mark.parametrize("kind", ["ndarray", "torch.sparse_coo tensor", "torch._mkldnn tensor", "nested tensor"])
+def test_what_is_no_dense_tensor_is_refused_at_every_door(kind: str) -> None:
+    x = torch.randn(8, 3, 4, 4)
+    made = {"ndarray": x.numpy(), "torch.sparse_coo tensor": x.to_sparse(), "torch._mkldnn tensor": x.to_mkldnn()}
+    frames = made.get(kind, torch.nested.nested_tensor([x, x]))
+    for door in (SOAP(), HMEM(), SOAP(variant="release"), TriplePrior(), soap_kernels.window_sums, plug(nn.ReLU())):
+        with pytest.raises(TypeError, match=f"SOAP: x is a {kind}, expected a dense tensor"):
+            door(frames)
+
+
 def test_a_weight_on_another_device_is_named() -> None:
     weights = SOAP().weights().flatten()
     weights[0] = weights[0].to("meta")
@@ -285,7 +298,10 @@ def test_float64_out_or_in_a_weight_is_served_and_has_gradients_of_its_own(backe
 
 def test_an_op_returns_no_memory_of_its_own_input(backend: str) -> None:
     x = torch.randn(1, 2, 3, 4, 5, requires_grad=True)
-    for y in (soap_kernels.soap(x, [], (), backend=backend), soap_kernels.fuse_priors(x, backend=backend)):
+    for y in (
+        OPS.soap(*soap_arguments(backend, x=x, weights=[], parts=[]))[0],
+        soap_kernels.fuse_priors(x, backend=backend),
+    ):
         assert torch.equal(y, x)
         assert y.data_ptr() != x.data_ptr()
         grad = torch.randn_like(y)
@@ -299,20 +315,108 @@ def test_fuse_priors_refuses_a_bias_without_its_weight() -> None:
         soap_kernels.fuse_priors(torch.randn(1, 2, 1, 3, 3), bias=torch.zeros(2))
 
 
-@pytest.mark.parametrize("name", ["soap", "window_sums", "fuse_priors"])
-def test_a_forward_mode_derivative_is_refused_rather_than_zero(name: str) -> None:
-    weights = SOAP().weights().flatten()
-    calls = {
-        "soap": lambda x: soap_kernels.soap(x, weights),
-        "window_sums": lambda x: soap_kernels.window_sums(x.flatten(0, 1)),
-        "fuse_priors": lambda x: soap_kernels.fuse_priors(x, gate=torch.ones(1, 8, 3)),
+def plain_window_sums(x: Tensor) -> Tensor:
+    return F.unfold(x, 3, padding=1).sum(-1).view(*x.shape[:2], 3, 3)
+
+
+def plain_fuse_priors(x: Tensor, stencil: Tensor, gate: Tensor) -> Tensor:
+    prior = torch.sigmoid(F.conv3d(x.mean(2)[:, None], stencil, padding=1))[:, 0, :, None]
+    return x * (1.0 + gate[..., None, None] + prior)
+
+
+def transformed() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """Each function, the same in plain PyTorch, and what both are called with."""
+    torch.manual_seed(0)
+    module, oracle, x = SOAP(4, 2, (1, 3), 3), SOAP(4, 2, (1, 3), 3, backend="equations"), torch.randn(1, 4, 2, 3, 4)
+    names = list(module.state_dict())
+    weights = tuple(w.detach() for w in module.weights().flatten())
+
+    def soap(x: Tensor, *weights: Tensor) -> Tensor:
+        return soap_kernels.soap(x, weights, tuple_sizes=(1, 3))
+
+    def equations(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(oracle, dict(zip(names, weights, strict=True)), (x,))
+
+    def fuse_priors(x: Tensor, stencil: Tensor, gate: Tensor) -> Tensor:
+        return soap_kernels.fuse_priors(x, stencil, gate, multiplicative=True)
+
+    priors = (x, torch.randn(1, 1, 3, 3, 3), torch.rand(1, 4, 2))
+    return {
+        "soap": (soap, equations, (x, *weights)),
+        "window_sums": (soap_kernels.window_sums, plain_window_sums, (x[0],)),
+        "fuse_priors": (fuse_priors, plain_fuse_priors, priors),
     }
-    x = torch.randn(1, 8, 3, 4, 4)
-    with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative .*; SOAP.backend=.equations"):
-        torch.func.jvp(calls[name], (x,), (torch.ones_like(x),))
-    module = SOAP(backend="equations")
-    _, tangent = torch.func.jvp(module, (x,), (torch.ones_like(x),))
-    assert tangent.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("name", ["soap", "window_sums", "fuse_priors"])
+def test_transforms_and_forward_mode_give_what_they_give_in_plain_pytorch(name: str) -> None:
+    ours, plain, tensors = transformed()[name]
+    every = tuple(range(len(tensors)))
+    stacked, tangents = [torch.stack([t, 2 * t]) for t in tensors], tuple(torch.randn_like(t) for t in tensors)
+
+    def found(function: Callable[..., Tensor]) -> list[Any]:
+        def loss(*tensors: Tensor) -> Tensor:
+            return function(*tensors).square().sum()
+
+        with forward_ad.dual_level():
+            duals = map(forward_ad.make_dual, tensors, tangents)
+            tangent = forward_ad.unpack_dual(function(*duals)).tangent
+        return [
+            torch.vmap(function)(*stacked),
+            torch.func.grad(loss, every)(*tensors),
+            torch.vmap(torch.func.grad(loss, every))(*stacked),
+            torch.func.jacrev(function)(*tensors),
+            torch.func.jacfwd(function)(*tensors),
+            torch.func.hessian(loss)(*tensors),
+            tangent,
+        ]
+
+    torch.testing.assert_close(found(ours), found(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (3, 0)])
+def test_planes_without_pixels_have_zero_gradients_under_transforms(size: tuple[int, int]) -> None:
+    module, x = SOAP(4, 2, (1, 3), 3), torch.zeros(1, 4, 2, *size)
+    weights = dict(module.named_parameters())
+
+    def energy(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        fused = soap_kernels.fuse_priors(x, weights["three_dem.conv.weight"])
+        sums = soap_kernels.window_sums(x[0])
+        return torch.func.functional_call(module, weights, (x,)).sum() + fused.sum() + sums.sum()
+
+    found = torch.func.grad(energy, (0, 1))(weights, x)
+    torch.testing.assert_close(found, ({name: torch.zeros_like(w) for name, w in weights.items()}, x))
+    assert torch.vmap(module)(torch.stack([x, x])).shape == (2, *x.shape)
+    assert torch.jit.trace(module, x)(x).shape == x.shape
+
+
+def test_gradients_of_each_clip_and_an_ensemble_are_those_of_one_after_another(backend: str) -> None:
+    torch.manual_seed(0)
+    modules = [SOAP(backend=backend) for _ in range(2)]
+    weights, _ = torch.func.stack_module_state(modules)
+    x = torch.randn(3, 8, 3, 5, 6)
+
+    def energy(weights: dict[str, Tensor], clip: Tensor) -> Tensor:
+        return torch.func.functional_call(modules[0], weights, (clip[None],)).square().sum()
+
+    each = torch.vmap(torch.vmap(torch.func.grad(energy), (None, 0)), (0, None))(weights, x)
+    for m, module in enumerate(modules):
+        for k in range(3):
+            expected = torch.autograd.grad(module(x[k : k + 1]).square().sum(), list(module.parameters()))
+            torch.testing.assert_close([g[m, k] for g in each.values()], list(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_what_autograd_alone_cannot_do_is_one_line_that_says_what_can(backend: str) -> None:
+    x, module = torch.randn(1, 8, 3, 2, 2), SOAP(backend=backend)
+    can = r"torch.func \(jacrev, hessian\) and SOAP\(backend=\"equations\"\)"
+    for refused in (
+        lambda: torch.autograd.functional.jacobian(module, x, vectorize=True),
+        lambda: torch.autograd.functional.hvp(lambda x: module(x).sum(), x, x),
+        lambda: torch.autograd.functional.jacobian(lambda x: soap_kernels.fuse_priors(x), x, vectorize=True),
+    ):
+        with pytest.raises(RuntimeError, match=can) as error:
+            refused()
+        assert "\n" not in str(error.value)
 
 
 def test_backward_checks_what_it_is_given(backend: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,29 @@ class Spy:
         return call
 
 
-def test_a_backend_meets_no_special_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No empty frames, no float64, no weight or prior with gaps, no call for gradients that nobody needs."""
+@pytest.fixture
+def spy() -> Iterator[Spy]:
     spy = Spy()
-    monkeypatch.setattr(backends, "_registered", {"spy": spy})
-    monkeypatch.setattr(backends, "_choose", backends._choose.__wrapped__)
+    backends.register(spy)
+    yield spy
+    backends.unregister("spy")
+
+
+def test_a_backend_meets_no_special_case(spy: Spy) -> None:
+    """No empty frames, no part, no float64, no weight or prior with gaps, no call for gradients that nobody needs."""
     module = SOAP(4, 3, (1, 2), backend="spy")
     module.hmem.restore.weight.data = module.hmem.restore.weight.data.T.contiguous().T
     weights = [w.detach().requires_grad_() for w in module.weights().flatten()]
     x = torch.randn(2, 4, 3, 5, 6, requires_grad=True)
     gate = torch.rand(4, 3, 2).permute(2, 0, 1).requires_grad_()
+    soap_kernels.soap(x, [], (), out_dtype=torch.bfloat16, backend="spy").sum().backward()
     for frames in (x, x[:0], x[..., :0], x.double()):
         soap_kernels.window_sums(frames.flatten(0, 1), "spy").sum().backward()
         soap_kernels.fuse_priors(frames, gate=gate[: len(frames)], backend="spy").sum().backward()
         soap_kernels.soap(frames, weights, tuple_sizes=(1, 2), backend="spy").sum().backward()
         soap_kernels.soap(frames, weights, tuple_sizes=(1, 2), out_dtype=torch.float64, backend="spy").sum().backward()
     worked = [(method, args) for method, args in spy.seen if method not in ("why_absent", "prepared_numel")]
-    assert len(worked) == 6  # once each, of the sixteen calls above forward and backward
+    assert len(worked) == 6  # once each, of the seventeen calls above forward and backward
     for method, args in worked:
         flat, _ = torch.utils._pytree.tree_flatten(args)
         tensors = [v for v in flat if isinstance(v, torch.Tensor)]

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_frames_among_other_keywords_are_found_by_the_model_s_signature() -> Non
     torch.testing.assert_close(hidden(labels=labels, pixels=x), hidden(x))
     traced = plug(torch.jit.trace(Frames().eval(), x), frames=4, tuple_sizes=(1, 2))  # says nothing of its arguments
     torch.testing.assert_close(traced(x), traced.model(traced.soap(x[None])[0]))
-    with pytest.raises(ValueError, match="input is a str, expected a tensor of frames or clips"):
+    with pytest.raises(TypeError, match="x is a str, expected a dense tensor"):
         model("clip.mp4")
 
 
@@ -195,11 +196,65 @@ def test_exports_and_the_exported_program_gives_the_same() -> None:
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))
     assert any("soap_kernels" in str(node.target) for node in program.graph.nodes)
-    clips = plug(Clips(True), frames=4)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_exports_for_any_number_of_clips_and_says_so_as_of_any_model(named: bool) -> None:
+    torch.manual_seed(0)
     batch = torch.export.Dim("batch", min=1, max=16)
-    program = torch.export.export(clips, (torch.randn(2, 4, 3, 6, 7),), dynamic_shapes=(({0: batch},),))
-    x = torch.randn(3, 4, 3, 6, 7)
-    torch.testing.assert_close(program.module()(x), clips(x))
+    for model, x, sizes in (
+        (plug(Clips(True), frames=4), torch.randn(2, 4, 3, 6, 7), {0: batch}),
+        (plug(Frames(), frames=4).eval(), torch.randn(8, 3, 6, 7), {0: 4 * batch}),
+    ):
+        program = torch.export.export(model, (x,), dynamic_shapes={"frames": sizes} if named else (sizes,))
+        torch.testing.assert_close(program.module()(torch.cat([x, x])), model(torch.cat([x, x])))
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "release"}, {"normalize": ((0.5,) * 3, (0.2,) * 3)}])
+def test_a_traced_model_holds_plain_operations_and_takes_any_number_of_clips(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = plug(Frames(), frames=4, tuple_sizes=(1, 2), **settings).eval()
+    x = torch.randint(0, 256, (12, 3, 6, 7), dtype=torch.uint8 if "normalize" in settings else torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, that what is checked is checked now alone, and that it is old
+        traced = torch.jit.trace(model, x[:8])
+    assert {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()} <= {"aten", "prim"}
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_symbolic_tracing_is_refused_with_what_to_do_or_keeps_soap_whole(variant: str) -> None:
+    model = plug(Frames(), frames=4, variant=variant)
+    for module in (model, model.soap, *([model.soap.cwem] if variant == "paper" else [])):
+        with pytest.raises(TypeError, match=r"use torch.export.export, or a torch.fx.Tracer whose is_leaf_module"):
+            torch.fx.symbolic_trace(module)
+
+    class Whole(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, SOAP) or super().is_leaf_module(module, name)
+
+    net = nn.Sequential(model.soap, nn.ReLU())
+    x = torch.randn(2, 4, 3, 5, 5)
+    torch.testing.assert_close(torch.fx.GraphModule(net, Whole().trace(net))(x), net(x))
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_a_model_on_meta_takes_the_wrapped_models_state_and_fresh_soap_weights(variant: str) -> None:
+    torch.manual_seed(0)
+    net, x = Frames().eval(), torch.randn(8, 3, 6, 7)
+    with torch.device("meta"):
+        model = plug(Frames(), frames=4, variant=variant).eval()
+    with pytest.warns(UserWarning, match="SOAP keeps its values"):
+        model.load_state_dict(net.state_dict(), assign=True)
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    assert all(p.requires_grad for p in model.parameters())
+    expected = plug(net, frames=4, variant=variant).eval()
+    expected.soap.load_state_dict(model.soap.state_dict())
+    torch.testing.assert_close(model(x), expected(x))
+    for w in model.soap.state_dict().values():  # as drawn for the first time: within the bound, and spread over it
+        bound = w[0].numel() ** -0.5 if w.dim() > 1 else 1.0
+        assert w.abs().max() <= bound
+        assert w.dim() == 1 or w.std() > bound / 4
 
 
 def test_trains_under_ddp(tmp_path: Path) -> None:

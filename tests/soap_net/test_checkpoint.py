@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import copy
 import errno
+import math
 import os
 import pickle
 import re
+import resource
 import stat
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from soap_kernels import SOAP
 from soap_net import checkpoint
@@ -18,6 +23,7 @@ from soap_net.checkpoint import CheckpointError
 from soap_net.config import Config, to_dict
 from soap_net.errors import UserError
 from soap_net.models import build_model
+from soap_net.optimizers import build_optimizer
 
 
 @pytest.fixture
@@ -57,44 +63,6 @@ def test_a_model_is_rebuilt_without_its_first_weights(tmp_path: Path, tiny_run: 
     assert trained == config
     assert not rebuilt.training
     torch.testing.assert_close(rebuilt.state_dict(), model.state_dict(), rtol=0, atol=0)
-
-
-def test_a_full_disk_leaves_the_old_file_whole(
-    tmp_path: Path, content: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.pt"
-    checkpoint.save(path, content)
-    before = path.read_bytes()
-
-    def on_a_full_disk(self: Path, mode: str) -> IO[bytes]:
-        self.touch()
-        return open("/dev/full", "wb")
-
-    monkeypatch.setattr(Path, "open", on_a_full_disk)
-    with pytest.raises(OSError, match="No space left") as raised:
-        checkpoint.save(path, {**content, "large": torch.zeros(1_000_000)})
-    monkeypatch.undo()
-    assert raised.value.errno == errno.ENOSPC
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["a.pt"]
-
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_failure_at_the_end_of_writing_leaves_the_old_file_whole(
-    tmp_path: Path, content: dict[str, object], monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
-    path = tmp_path / "a.pt"
-    checkpoint.save(path, content)
-    before = path.read_bytes()
-
-    def fail(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, function, fail)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(path, content)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["a.pt"]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, -1])
@@ -212,3 +180,200 @@ def test_another_architecture_is_named(tmp_path: Path, tiny_run: Callable[..., C
     checkpoint.save(path, {"config": to_dict(with_soap), "model": weights})
     with pytest.raises(CheckpointError, match=r"of another shape, first head\..*\(9, .*expected \(8, "):
         checkpoint.load_model(path)
+
+
+# -------------------------------------------------------------------------------------------------- strange contents
+
+NAME = "soap.three_dem.conv.weight"
+STRANGE: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "nan": (lambda w: w.clone().fill_(math.nan), "the weight {} holds values that are not finite"),
+    "infinite": (lambda w: w / 0, "the weight {} holds values that are not finite"),
+    "integer": (
+        lambda w: w.long(),
+        r"1 weights of another kind of number, first {}: \(.*\) int64, expected",
+    ),
+    "boolean": (lambda w: w > 0, r"1 weights of another kind of number, first {}: \(.*\) bool, expected"),
+    "complex": (lambda w: w.to(torch.complex64), "the weight {} is complex"),
+    "sparse": (lambda w: w.to_sparse(), "{} is made by 'torch._utils _rebuild_sparse_tensor'"),
+    "quantized": (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "{} is made by .*_rebuild_qtensor"),
+    "meta": (lambda w: w.to("meta"), "the weight {} has no values"),
+    "shape": (lambda w: w.flatten(), r"1 weights of another shape, first {}: \(27,\) float32, expected \(1, 1, 3"),
+    "giant": (lambda w: torch.zeros(1).expand(10**12), r"the weight {} is of shape \(1000000000000,\), with fewer val"),
+    "text": (lambda w: "abc", "its model holds other things than weights"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of quantized tensors, and of checks of sparse ones
+@pytest.mark.parametrize("kind", STRANGE)
+def test_weights_that_are_none_are_refused_by_name(tmp_path: Path, content: dict[str, Any], kind: str) -> None:
+    make, message = STRANGE[kind]
+    content["model"][NAME] = make(content["model"][NAME])
+    torch.save({"format": 1, **content}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt: .*" + message.format(f"'?{NAME}'?")) as raised:
+        checkpoint.load_model(tmp_path / "a.pt")
+    assert "\n" not in str(raised.value)
+    if kind not in ("integer", "boolean", "shape"):  # which are wrong for this model alone
+        with pytest.raises(CheckpointError, match=message.format(f"'?{NAME}'?")):
+            checkpoint.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_nobody_could_go_on_from_are_not_saved(
+    tmp_path: Path, content: dict[str, Any], value: float
+) -> None:
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, content)
+    before = path.read_bytes()
+    content["model"][NAME] = torch.full_like(content["model"][NAME], value)
+    with pytest.raises(CheckpointError, match=rf"a\.pt: not written, as the weight {NAME} is not finite any more"):
+        checkpoint.save(path, content)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_weights_of_lower_precision_are_taken(tmp_path: Path, content: dict[str, Any]) -> None:
+    content["model"] = {name: w.half() if w.is_floating_point() else w for name, w in content["model"].items()}
+    checkpoint.save(tmp_path / "a.pt", content)
+    model, _ = checkpoint.load_model(tmp_path / "a.pt")
+    torch.testing.assert_close(model.state_dict()[NAME], content["model"][NAME].float(), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- limits on memory
+
+
+def test_no_more_is_unpacked_than_weights_take(
+    tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pt"
+    size = sum(weight.nbytes for weight in content["model"].values())
+    fits = [torch.zeros(size // 4) for _ in range(3)]  # as AdamW's moments and a little more
+    checkpoint.save(path, {**content, "optimizer": {"state": fits}})
+    assert checkpoint.load(path)["optimizer"]["state"][0].numel() == size // 4
+    checkpoint.save(path, {**content, "optimizer": {"state": torch.zeros(3 * size + checkpoint.LARGEST_REST)}})
+    refuse_real_loads(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"a\.pt: \d+ bytes, unpacked, where such .* take at most \d+$"):
+        checkpoint.load(path)
+
+
+def refuse_real_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a checkpoint's tensors may be looked at, and not read."""
+    load = torch.load
+
+    def look(*args: Any, **options: Any) -> Any:
+        assert options["map_location"] == "meta"
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", look)
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "message"),
+    [
+        ("model", {"head_options": {"out_dim": 10**11}}, r"of another shape, first head\..*expected \(100000000000"),
+        ("model", {"head_options": {"out_dim": 2**62}}, "the model that its config describes can't be built: "),
+        ("data", {"frames": 10**6}, r"of another shape, first soap\.hmem.*expected \(1000000"),
+    ],
+)
+def test_a_config_of_a_giant_model_takes_no_memory(
+    tmp_path: Path, content: dict[str, Any], group: str, change: dict[str, Any], message: str
+) -> None:
+    content["config"][group].update(change)
+    checkpoint.save(tmp_path / "a.pt", content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=message) as raised:
+        checkpoint.load_model(tmp_path / "a.pt")
+    assert "\n" not in str(raised.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB"
+
+
+def test_tables_that_a_config_describes_count_as_well(tmp_path: Path, tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(model__soap__enabled=False)
+    weights = build_model(config.model, config.data.frames).state_dict()
+    config.data.frames = 10**5  # sines for each, 230 MB, of which no weight tells
+    checkpoint.save(tmp_path / "a.pt", {"config": to_dict(config), "model": weights})
+    with pytest.raises(CheckpointError, match=r"a\.pt: 2\d{8} bytes, unpacked, where such .* take at most \d+$"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def rebuilt(
+    path: Path, change: Callable[[str, bytes], tuple[str, bytes]], compression: int = zipfile.ZIP_STORED
+) -> None:
+    """Writes the archive at `path` anew, its check sums right."""
+    with zipfile.ZipFile(path) as archive:
+        members = [change(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+
+
+def test_compressed_members_and_what_takes_memory_by_a_number_are_refused(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, content)
+    rebuilt(path, lambda name, data: (name, data), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        checkpoint.load(path)
+    checkpoint.save(path, content)
+    giant = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."  # bytearray(2**31 - 1)
+    rebuilt(path, lambda name, data: (name, giant if name.endswith("data.pkl") else data))
+    with pytest.raises(CheckpointError, match="is made by 'builtins bytearray'"):
+        checkpoint.load(path)
+
+
+def test_a_config_is_read_without_the_weights(
+    tmp_path: Path, content: dict[str, Any], tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path / "a.pt", content)
+    refuse_real_loads(monkeypatch)
+    assert checkpoint.load_config(tmp_path / "a.pt") == tiny_run()
+
+
+# ---------------------------------------------------------------------------------------------- going on with training
+
+
+def trained(config: Config) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+    """A model, an optimizer and a scaler after one step."""
+    model = build_model(config.model, config.data.frames)
+    optimizer, scaler = build_optimizer(config.train, model), torch.amp.GradScaler("cpu")
+    sum((parameter**2).sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    return model, optimizer, scaler
+
+
+BROKEN_STATES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no optimizer": lambda c: c.pop("optimizer"),
+    "no scaler": lambda c: c.pop("scaler"),
+    "another kind": lambda c: c["optimizer"].update(state=[1]),
+    "a number too many": lambda c: c["optimizer"]["state"].update({10**6: c["optimizer"]["state"][0]}),
+    "a name for a number": lambda c: c["optimizer"]["state"].update(a=c["optimizer"]["state"][0]),
+    "a part missing": lambda c: c["optimizer"]["state"][0].popitem(),
+    "another shape": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "integers": lambda c: c["optimizer"]["state"][0].update(exp_avg=c["optimizer"]["state"][0]["exp_avg"].long()),
+    "text": lambda c: c["optimizer"]["state"][0].update(exp_avg="a"),
+    "no step": lambda c: c["optimizer"]["state"][0].update(step=None),
+    "no scale": lambda c: c.update(scaler={}),
+    "an infinite scale": lambda c: c["scaler"].update(scale=math.inf),
+    "a tracker of text": lambda c: c["scaler"].update(_growth_tracker="a"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_STATES)
+def test_a_state_that_no_training_leaves_is_refused_and_nothing_taken_up(
+    tmp_path: Path, content: dict[str, Any], tiny_run: Callable[..., Config], kind: str
+) -> None:
+    config, path = tiny_run(train__optimizer="adamw"), tmp_path / "last.pt"
+    model, optimizer, scaler = trained(config)
+    saved = {"config": to_dict(config), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    saved = copy.deepcopy({**saved, "model": model.state_dict()})
+    checkpoint.save(path, saved)
+    checkpoint.load_training(path, *trained(config))
+    BROKEN_STATES[kind](saved)
+    checkpoint.save(path, saved)
+    fresh = trained(config)
+    before = copy.deepcopy([part.state_dict() for part in fresh])
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt: (holds weights alone|its (optimizer|loss scaler)'s state is not)"
+    ):
+        checkpoint.load_training(path, *fresh)
+    torch.testing.assert_close([part.state_dict() for part in fresh], before, rtol=0, atol=0)

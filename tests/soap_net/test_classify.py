@@ -110,3 +110,60 @@ def test_clips_are_found_in_files_and_folders(tiny_data: Path, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no clips in this folder"):
         find_clips(tmp_path / "empty")
+
+
+@pytest.fixture
+def untrained(tiny_run: Callable[..., Config]) -> Classifier:
+    config = tiny_run()
+    config.model.head, config.model.head_options = "views", {}
+    return Classifier.from_config(config, "cpu")
+
+
+def test_a_saved_classifier_answers_to_the_bit(untrained: Classifier, tiny_data: Path, tmp_path: Path) -> None:
+    untrained.learn(support(tiny_data, {0: 3, 1: 2, 2: 3}))
+    untrained.save(tmp_path / "my.classifier")
+    loaded = Classifier.load(tmp_path / "my.classifier", "cpu")
+    queries = [Clip(tiny_data / f"test (class {i})" / "v3") for i in range(3)]
+    assert loaded.classify(queries) == untrained.classify(queries)
+    assert (loaded.calibration, loaded.chosen) == (untrained.calibration, untrained.chosen)
+
+
+def test_added_and_dropped_clips_give_what_learning_the_rest_gives(untrained: Classifier, tiny_data: Path) -> None:
+    clips = support(tiny_data, {0: 3, 1: 3, 2: 2})
+    untrained.learn({"c0": clips["c0"][:1], "c1": clips["c1"], "old": clips["c2"]})
+    untrained.add({"c0": clips["c0"][1:], "c2": clips["c2"]})
+    untrained.drop("old")
+    untrained.drop("c1/v1")
+    grown = untrained.classify([clips["c0"][0]])[0].probabilities
+    untrained.learn({"c0": clips["c0"], "c1": [clips["c1"][0], clips["c1"][2]], "c2": clips["c2"]})
+    learnt = untrained.classify([clips["c0"][0]])[0].probabilities
+    assert grown == pytest.approx(learnt, rel=1e-5)
+    untrained.drop("c0")
+    with pytest.raises(UserError, match="at least 2 classes"):
+        untrained.drop("c1")
+
+
+def test_a_classifier_of_other_weights_is_refused(untrained: Classifier, tiny_data: Path, tmp_path: Path) -> None:
+    untrained.learn(support(tiny_data, {0: 1, 1: 1}))
+    with torch.no_grad():
+        next(untrained.model.backbone.parameters()).add_(1)
+    untrained.save(tmp_path / "my.classifier")
+    with pytest.raises(UserError, match="made with other weights than those of backbone tiny"):
+        Classifier.load(tmp_path / "my.classifier", "cpu")
+
+
+def test_a_clip_like_no_class_is_none_of_these(untrained: Classifier, tiny_data: Path) -> None:
+    untrained.learn(support(tiny_data, {0: 4, 1: 4, 2: 4}))
+    assert untrained.supports is not None
+    like, unlike = untrained.supports.features[0], -untrained.supports.features[0]
+    known, unknown = untrained.predict("like", like), untrained.predict("unlike", unlike)
+    assert known.known
+    assert known.label == "c0"
+    assert (unknown.known, unknown.label) == (False, None)
+    assert unknown.nearest is not None
+
+
+def test_accept_is_a_share(untrained: Classifier) -> None:
+    for accept in (0.0, 1.5):
+        with pytest.raises(UserError, match="accept is"):
+            Classifier(untrained.model, untrained.config, accept=accept)

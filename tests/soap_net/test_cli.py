@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from soap_net import train
 from soap_net.cli import COMMANDS, main
 from soap_net.config import Config, save_config
 
@@ -30,7 +30,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "eval", "classify", "report", "data check", "data motion", "experiment", "info"]
+    "command",
+    ["demo", "train", "eval", "learn", "classify", "report", "data check", "data motion", "experiment", "info"],
 )
 def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -48,8 +49,9 @@ def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixt
         (["train", "--train.schedule", "cosin"], "train.schedule is 'cosin': it must be one of multistep, cosine; did"),
         (["train", "--config", "kinetics"], "kinetics: no such config file, nor a preset of that name"),
         (["train", "--data.root", "/nowhere", "--model.backbone", "tiny"], "/nowhere: no such data set folder"),
-        (["train", "--resume", "/nowhere"], "/nowhere: no run to resume: there is no config.yaml in it"),
-        (["eval"], "the following arguments are required: --checkpoint; see soap-net eval --help"),
+        (["train", "--resume", "/nowhere"], "/nowhere: not a run folder: there is no config.yaml in it"),
+        (["learn"], "the following arguments are required: --out; see soap-net learn --help"),
+        (["eval", "--data.root", "/nowhere"], "/nowhere: no such data set folder"),
         (["eval", "--checkpoint", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
         (["classify", "--checkpoint", "a", "--support", "/nowhere", "--query", "b"], "<clip>: /nowhere: no such data"),
         (["data", "check", "/nowhere"], "/nowhere: no such data set folder"),
@@ -75,16 +77,18 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_full_disk_is_one_line(
-    tiny_run: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_run: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "last.pt"))
-
-    save_config(tiny_run(), tmp_path / "c.yaml")
-    monkeypatch.setattr(train.checkpoint, "save", full)
-    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 1
+    config = tiny_run()
+    save_config(config, tmp_path / "c.yaml")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))  # room for all but checkpoints
+    try:
+        assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("soap-net: ")]
-    assert errors == [f"soap-net: {tmp_path / 'last.pt'}: no space left on device"]
+    assert errors == [f"soap-net: {config.out / 'last.pt'}: file too large"]
 
 
 def test_train_eval_and_classify_follow_each_other(
@@ -94,7 +98,11 @@ def test_train_eval_and_classify_follow_each_other(
     save_config(config, tmp_path / "c.yaml")
     assert main(["train", "--config", str(tmp_path / "c.yaml"), "--train.lr", "0.02"]) == 0
     assert f"soap-net eval --checkpoint {config.out / 'best.pt'}" in capsys.readouterr().out
-    assert main(["train", "--resume", str(config.out)]) == 0
+    whole = (config.out / "config.yaml").read_bytes()
+    for size in (0, 200):  # as a full disk leaves it
+        (config.out / "config.yaml").write_bytes(whole[:size])
+        assert main(["train", "--resume", str(config.out)]) == 0
+        assert (config.out / "config.yaml").read_bytes() == whole
     assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
     assert "train.lr is 0.02 there and 0.01 here" in capsys.readouterr().err
     assert main(["train", "--resume", str(config.out), "--out", str(tmp_path / "elsewhere")]) == 2

@@ -98,6 +98,9 @@ def test_an_unfinished_demo_keeps_its_runs_and_any_other_starts_anew(done: Path,
     assert _cleared(leave(finished=False), "--train.lr=0.1") == []
     assert _cleared(leave(finished=True)) == []
     out = leave(finished=False)
+    (out / "with_soap" / "config.yaml").rename(out / "with_soap" / ".config.yaml.0123abcd.part")  # killed at its start
+    assert _cleared(out) == ["without_soap"]
+    out = leave(finished=False)
     (out / "with_soap" / "config.yaml").rename(out / "with_soap" / "thesis.txt")
     with pytest.raises(UserError, match="holds other files than a run of the demo"):
         _cleared(out)

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from soap_net.config import Config, TrainConfig, load_config, save_config
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
 from soap_net.data.splits import load_split
 from soap_net.data.transforms import clip_loader
-from soap_net.errors import UserError
+from soap_net.errors import UserError, WriteError
 from soap_net.evaluate import evaluate
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
@@ -348,9 +352,66 @@ def test_a_folder_of_another_run_is_not_overwritten(tiny_run: Callable[..., Conf
     for resume in (False, True):
         with pytest.raises(UserError, match=r"another config: train\.lr is 0\.01 there and 0\.5 here; choose another"):
             train.train(tiny_run(train__episodes=2, train__lr=0.5), resume=resume, progress=False)
-    with pytest.raises(UserError, match="holds this run already: add --resume"):
+    with pytest.raises(UserError, match="holds this run already, and it is finished: choose another --out"):
         train.train(config, progress=False)
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
+
+
+def stop_at(episode: int) -> Callable[[Training, Step], None]:
+    """A callback that stops the training after so many episodes."""
+
+    def stop(training: Training, step: Step) -> None:
+        if training.state.episode == episode:
+            raise Interrupted
+
+    return stop
+
+
+def test_the_same_command_goes_on_with_a_run_that_was_not_finished(
+    thorough: Callable[[str], Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, stopped = run(thorough("straight")), thorough("stopped")
+    with pytest.raises(TrainingStopped):
+        train.train(stopped, progress=False, callback=stop_at(6))
+    assert capsys.readouterr().err == ""
+    assert_equal(run(stopped), straight)
+    assert capsys.readouterr().err == f"{stopped.out} holds this run, stopped after episode 6: going on with it\n"
+    assert metrics(stopped.out) == metrics(thorough("straight").out)
+
+
+def test_a_run_stopped_with_other_versions_goes_on_where_that_is_asked_for(thorough: Callable[[str], Config]) -> None:
+    config = thorough("stopped")
+    with pytest.raises(TrainingStopped):
+        train.train(config, progress=False, callback=stop_at(6))
+    before = checkpoint.load(config.out / "last.pt")["progress"]
+    path = config.out / "versions.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "torch": "1.0"}))
+    with pytest.raises(UserError, match=r"stopped after episode 6 with torch 1\.0, which is .* here: add --resume"):
+        train.train(config, progress=False)
+    assert checkpoint.load(config.out / "last.pt")["progress"] == before
+    assert run(config, resume=True)["progress"]["episode"] == 12
+
+
+def test_a_process_that_torchrun_started_again_finds_a_finished_run_done(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = run(tiny_run(train__episodes=2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert_equal(run(tiny_run(train__episodes=2)), before)
+
+
+def test_two_trainings_in_one_folder_at_a_time_are_refused(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soap_net.runs.time.sleep", lambda seconds: None)
+    config = tiny_run(train__episodes=4)
+
+    def train_too(training: Training, step: Step) -> None:
+        with pytest.raises(UserError, match=f"^{config.out}: another process is training in it; wait for it, or"):
+            train.train(config, progress=False)
+
+    train.train(config, progress=False, callback=train_too)
+    train.train(config, progress=False, resume=True)
 
 
 def test_what_changes_no_result_may_change_on_resuming(tiny_run: Callable[..., Config], tiny_data: Path) -> None:
@@ -418,7 +479,7 @@ def test_versions_name_the_commit_in_a_checkout() -> None:
 def test_a_loss_that_is_not_finite_names_the_episode_and_its_clips(tiny_run: Callable[..., Config]) -> None:
     config = tiny_run(train__lr=1e30, train__val_every=0, train__save_every=12)
     with pytest.raises(
-        NonFiniteLoss, match=r"loss is \S+ in episode [23]; nothing was kept; .*clips: train \(class \d\)/v\d, "
+        NonFiniteLoss, match=r"loss is \S+ in episode [23]; a lower .*; its clips: train \(class \d\)/v\d, "
     ) as raised:
         train.train(config, progress=False)
     assert "\n" not in str(raised.value)
@@ -493,18 +554,207 @@ def test_a_class_without_readable_clips_is_one_line(
     assert "\n" not in str(raised.value)
 
 
-def test_a_full_disk_stops_training_with_the_old_checkpoint_whole(
+# ----------------------------------------------------------------------------------- whatever ends a run saves first
+
+
+class Broken(BaseException):
+    """An error that nothing in the project knows."""
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "count"), [(Broken(), 6), (KeyboardInterrupt(), 9), (UserError("a worker"), 12), (OSError(5, "io"), 4)]
+)
+def test_whatever_ends_a_run_saves_up_to_the_last_finished_step(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch, error: BaseException, count: int
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("ended")
+    config.train.save_every = 100
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, count, failing(error))
+        with pytest.raises(type(error)):
+            train.train(config, progress=False)
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == (count - 1) // 2 * 2
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+
+
+def test_what_ends_a_run_before_its_first_step_leaves_no_checkpoint(
     tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_run(train__val_every=0)
+    interrupt_at(monkeypatch, 2, failing(Broken()))
+    with pytest.raises(Broken):
+        train.train(config := tiny_run(), progress=False)
+    assert not (config.out / "last.pt").exists()
 
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
 
-    interrupt_at(monkeypatch, 6, lambda: monkeypatch.setattr(checkpoint.os, "fsync", full))
-    with pytest.raises(OSError, match="No space left"):
-        train.train(config, progress=False)
+@pytest.mark.parametrize("name", ["_note_validation", "_refuse_failures", "save_if_due", "validate_if_due"])
+def test_an_error_between_steps_costs_none(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("ended")
+    work = getattr(Training, name)
+
+    def fail_at_8(self: Training, *args: Any) -> Any:
+        if self.state.episode == 8:
+            raise Broken
+        return work(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, name, fail_at_8)
+        with pytest.raises(Broken):
+            train.train(config, progress=False)
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 8
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+
+
+def test_a_step_that_broke_off_in_the_middle_of_its_update_is_not_saved(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("ended")
+    step = torch.optim.AdamW.step
+
+    def half_a_step(self: torch.optim.AdamW, *args: Any) -> Any:
+        if self.param_groups[0]["lr"] < config.train.lr:  # after the milestone at episode 6
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].zero_()
+            raise Broken
+        return step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", half_a_step)
+        with pytest.raises(Broken):
+            train.train(config, progress=False)
     assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 4
+    assert_equal(run(config, resume=True), whole)
+
+
+def test_a_class_that_runs_out_of_readable_clips_costs_no_episode(
+    tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    config = tiny_run(data__root=str(root), train__val_every=0, train__save_every=100, episode__way=3)
+    whole = run(tiny_run(train__val_every=0, train__save_every=100, episode__way=3, out=str(tmp_path / "whole")))
+    gone = root / "train (class 1)"
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 8, lambda: gone.rename(root / "away"))
+        with pytest.raises(UserError, match=r"class 'train \(class 1\)' has no readable clip left"):
+            train.train(config, progress=False)
+    (root / "away").rename(gone)
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 6
+    resumed = run(config, resume=True)
+    assert_equal(resumed, whole)
+
+
+# ------------------------------------------------------------------------------------------------------- full disks
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write beyond so many bytes of any file, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "room"), [("metrics.jsonl", 60), ("tensorboard/events*", 100), ("last.pt", 9000), ("*st.pt", -1)]
+)
+def test_a_full_disk_is_one_line_and_costs_nothing_once_there_is_room(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch, name: str, room: int
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("full")
+    with contextlib.ExitStack() as full, monkeypatch.context() as patched:
+
+        def fill() -> None:
+            size = next(config.out.glob(name)).stat().st_size
+            full.enter_context(largest_file(room if name == "last.pt" else size + room))
+
+        interrupt_at(patched, 6, fill)
+        with pytest.raises(WriteError) as raised:
+            train.train(config, progress=False)
+    path = str(raised.value).removesuffix(": file too large")
+    assert fnmatch(path, f"{config.out}/{'*st.pt' if name == 'last.pt' else name}")
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 4
+    assert not list(config.out.glob(".*")), "nothing half-written"
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+
+
+def test_a_step_that_could_not_be_logged_at_once_is_saved_with_its_line(
+    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(thorough("whole"))
+    config = thorough("full")
+    rescue = Training.rescue
+    with contextlib.ExitStack() as full, monkeypatch.context() as patched:
+
+        def rescue_with_room(self: Training) -> None:
+            full.close()
+            rescue(self)
+
+        patched.setattr(Training, "rescue", rescue_with_room)
+        interrupt_at(patched, 6, lambda: full.enter_context(largest_file(0)))
+        with pytest.raises(WriteError, match=r"metrics\.jsonl: file too large$"):
+            train.train(config, progress=False)
+    assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 6
+    assert metrics(config.out)[-1]["episode"] == 6
+    assert_equal(run(config, resume=True), whole)
+    assert metrics(config.out) == metrics(thorough("whole").out)
+
+
+# -------------------------------------------------------------------------------------------------- damaged run folders
+
+
+def test_a_damaged_config_costs_nothing(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(train__episodes=4)
+    whole = run(config)
+    text = (config.out / "config.yaml").read_bytes()
+    for size in (0, 200, len(text) - 1):
+        (config.out / "config.yaml").write_bytes(text[:size])
+        assert_equal(run(config, resume=True), whole)
+        assert (config.out / "config.yaml").read_bytes() == text
+
+
+def test_a_damaged_last_checkpoint_says_what_else_there_is(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(train__episodes=4)
+    run(config)
+    last, best = config.out / "last.pt", config.out / "best.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="not a whole checkpoint") as raised:
+        train.train(config, resume=True, progress=False)
+    assert str(raised.value).endswith(f"; {best} is whole, for eval and classify; to train anew, delete {last}")
+    best.write_bytes(b"")
+    with pytest.raises(UserError, match="not a whole checkpoint") as raised:
+        train.train(config, resume=True, progress=False)
+    assert str(raised.value).endswith(f"; to train anew, delete {last}")
+    assert "is whole" not in str(raised.value)
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(tiny_run: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny_run(train__episodes=4)
+    wider = {"model__head_options": {"out_dim": 9}}
+    other = tiny_run(train__episodes=4, train__lr=0.5, out=str(tmp_path / "other"), **wider)
+    for one in (config, other):
+        train.train(one, progress=False)
+    shutil.copy(other.out / "last.pt", config.out)
+    with pytest.raises(UserError, match=r"last\.pt holds a run of another config: model.*there.*--out$"):
+        train.train(config, resume=True, progress=False)
 
 
 # ------------------------------------------------------------------------------------------------ whole processes
@@ -530,10 +780,45 @@ def test_a_signal_to_the_whole_process_group_ends_training_cleanly(
         time.sleep(0.1)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert f"go on with: soap-net train --resume {config.out}" in errors
     assert "Traceback" not in errors
     assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] > 0
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=700k tmpfs "$DISK"
+"$PYTHON" -m soap_net train --config "$CONFIG" && exit 3
+find "$DISK" -name '*.part' >&2
+mount -o remount,size=16m "$DISK"
+"$PYTHON" -m soap_net train --resume "$DISK/run" >/dev/null 2>&1
+cp -r "$DISK/run" "$RESULT"
+"""
+
+
+@pytest.mark.slow
+def test_on_a_disk_that_is_full_a_run_ends_in_one_line_and_goes_on_once_there_is_room(
+    thorough: Callable[[str], Config], tmp_path: Path
+) -> None:
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("a disk of a given size takes a namespace of one's own")
+    whole = run(thorough("whole"))
+    config = thorough("disk/run")
+    (tmp_path / "disk").mkdir()
+    save_config(config, tmp_path / "c.yaml")
+    given = {"DISK": tmp_path / "disk", "CONFIG": tmp_path / "c.yaml", "RESULT": tmp_path / "result"}
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-ec", FULL_DISK], capture_output=True, text=True, timeout=200, check=False,
+        env={**environment(), "PYTHON": sys.executable, **{name: str(value) for name, value in given.items()}},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "episode" not in line and line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert re.fullmatch(rf"soap-net: {config.out}/\S+: no space left on device", lines[0])
+    result = checkpoint.load(tmp_path / "result" / "last.pt")
+    del result["config"]
+    assert_equal(result, whole)
+    assert metrics(tmp_path / "result") == metrics(thorough("whole").out)
 
 
 @pytest.mark.slow

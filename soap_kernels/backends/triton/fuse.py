@@ -3,7 +3,7 @@
 
 A tile is rows of columns, a halo of which on either side are read but not written. The three column taps are not three
 shifted reads: each aligned row of pixels is multiplied with the weights of all three, and the *products* move by one
-column. Reads stay aligned and 128 bits wide, and an fp32 pixel is split into two bf16 numbers once per row tap.
+column. Reads stay aligned and of 128 bits, and an fp32 pixel is split into two bf16 numbers once per row tap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from soap_kernels.backends.triton import plan
 from soap_kernels.backends.triton.plan import Frames, Layout, Normalization, Numbers
 from soap_kernels.backends.triton.prepare import Prepared, gate_rows, is_plane, sigmoid
 
-JOIN_BLOCK = 1024  # pixels of a program of join and part
+JOIN_BLOCK = 1024  # pixels of a program of join, either way
 
 
 def fuse(
@@ -80,7 +80,7 @@ def split(v, least: tl.constexpr, numbers: tl.constexpr):
 
 @triton.jit
 def load_weights(tap, low: tl.constexpr, numbers: tl.constexpr, stored: tl.constexpr):
-    """A tap's weights and their low part, which lies ``low`` behind them, or else is split off here."""
+    """A tap's weights and their low term, which lies ``low`` behind them, or else is split off here."""
     w = tl.load(tap)
     low_w = w
     if stored.split > 0:
@@ -93,7 +93,7 @@ def load_weights(tap, low: tl.constexpr, numbers: tl.constexpr, stored: tl.const
 @triton.jit
 def pixel(frames, h, w, layout: tl.constexpr):
     """Where pixel (h, w) lies in a plane."""
-    if layout.wide:
+    if layout.long_offsets:
         h = h.to(tl.int64)
         w = w.to(tl.int64)
     return h * frames.row + w * frames.column
@@ -313,7 +313,7 @@ def fuse_dx_kernel(
 
 @triton.jit
 def frame_pixels(H, W, T: tl.constexpr, BLOCK: tl.constexpr):
-    """The frame of a program of join and part, in the batch and in its clip, its pixels, which exist, and how many."""
+    """A program's frame in the batch and in its clip, its pixels, which exist, and how many: of join, either way."""
     frame = tl.program_id(1).to(tl.int64)
     t = frame % T
     area = H.to(tl.int64) * W

@@ -14,7 +14,7 @@ from soap_kernels.backends.triton.plan import Layout, Normalization, Numbers
 from soap_kernels.backends.triton.prepare import Given, Prepared, prepare
 from soap_kernels.backends.triton.prepare import prepared_numel as numel_of
 from soap_kernels.backends.triton.reduce import Reduced, reduce
-from soap_kernels.backends.triton.sweep import part, sweep, weigh
+from soap_kernels.backends.triton.sweep import join_backward, sweep, weigh
 from soap_kernels.backends.triton.window_sums import window_sums, window_sums_backward
 from soap_kernels.backends.wide import Wide
 from soap_kernels.frames import empty_frames
@@ -24,7 +24,7 @@ __all__ = [
     "window_sums_backward",
 ]  # fmt: skip
 
-WIDE = Wide(join, part)
+WIDE = Wide(join, join_backward)
 
 
 def _numbers(x: Tensor, options: Options) -> Numbers:
@@ -33,7 +33,7 @@ def _numbers(x: Tensor, options: Options) -> Numbers:
 
 def prepared_numel(x: Tensor, options: Options) -> int:
     layout = Layout.of(x, options, 1)
-    return numel_of(x.shape[0], layout, _numbers(x, options)) if layout.fits and options.parts else 0
+    return numel_of(x.shape[0], layout, _numbers(x, options)) if layout.fits else 0
 
 
 def _hidden(weights: Sequence[Tensor], options: Options) -> int:
@@ -44,7 +44,7 @@ def _hidden(weights: Sequence[Tensor], options: Options) -> int:
 def soap_forward(x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
     y = empty_frames(x, options.out_dtype, options.out_channels_last)
     layout, normalization = Layout.of(x, options, _hidden(weights, options), y), Normalization.of(options)
-    if not layout.fits or not options.parts:
+    if not layout.fits:
         WIDE.soap_forward(x, weights, options, y)
         return y, torch.empty(prepared_numel(x, options), device=x.device)
     numbers, given = _numbers(x, options), Given.of(options.unflatten(weights))
@@ -70,7 +70,7 @@ def soap_backward(
     grad: Tensor, x: Tensor, prepared: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
 ) -> Gradients:
     layout = Layout.of(x, options, _hidden(weights, options), grad)
-    if not layout.fits or not options.parts:
+    if not layout.fits:
         return WIDE.soap_backward(grad, x, weights, options, needs)
     numbers = _numbers(x, options)
     pieces = Prepared.of(prepared, layout, numbers)

@@ -1,5 +1,16 @@
 """What the kernels are compiled for: layout, number formats, tiles; what they are handed; and the launcher that counts.
 
+The folded convolution of 8 frames of 3 channels as :class:`Layout` has it, TP = ``padded_frames`` = 8:
+
+    columns        0..7        8..15       16..23      24..31
+    of frame u     channel 0   channel 1   channel 2   column 24 (``one``): normalisation's shift; padding
+    rows        +-----------+-----------+-----------+-----------+
+     0..7       |  HMEM's prior of channel 0, frame t           |
+     8..15      |  HMEM's prior of channel 1, frame t           |   row j * TP + t, column c * TP + u
+    16..23      |  HMEM's prior of channel 2, frame t           |
+    24..31      |  3DEM's prior of frame t (``stencil_group``)  |
+                +-----------------------------------------------+
+
 A kernel takes :class:`Layout`, :class:`Numbers` and :class:`Block` whole, as ``tl.constexpr``, and reads their fields
 and properties. Triton 3.6, the oldest served, lets a number into a tuple, such as a shape, only by a name that is bound
 as ``tl.constexpr``, and hands no string or tuple on to a function: those are read where they are used. ``static_range``
@@ -88,12 +99,12 @@ class Constants:
 
 @dataclass(frozen=True)
 class Layout(Constants):
-    """How planes become rows and columns of the folded convolution, and what is joined to them; see ``prepare``."""
+    """How planes become rows and columns of the folded convolution, as drawn above, and what is joined to them."""
 
     frames: int
     channels: int
     chunks: int  # programs that share a plane's sum
-    wide: bool  # offsets within a plane need 64 bits
+    long_offsets: bool  # offsets within a plane need 64 bits
     sizes: tuple[int, ...] = ()  # HMEM's tuple sizes, () when it is off or given folded
     hidden: int = 0  # CWEM's, 0 when it is off
     stencil: bool = False
@@ -209,12 +220,12 @@ class Layout(Constants):
 def _extent(x: Tensor, *others: Tensor) -> tuple[int, int, int, bool]:
     """The first fields of a layout."""
     frames, channels, height, width = x.shape[1:]
-    return frames, channels, 4 if height * width >= 16384 else 1, wide(x, *others)
+    return frames, channels, 4 if height * width >= 16384 else 1, long_offsets(x, *others)
 
 
 @dataclass(frozen=True)
 class Numbers(Constants):
-    """How products are formed. ``split`` 0: one product, 1: the weights' (dz's) low part too, 2: x's as well."""
+    """How products are formed. ``split`` 0: one product, 1: the weights' (dz's) low term too, 2: x's as well."""
 
     split: int
     precision: str  # tl.dot's input_precision
@@ -413,7 +424,7 @@ def processors(x: Tensor) -> tuple[int, int]:
     return _processors(x.device.index or 0) if x.is_cuda else (1, 0)
 
 
-def wide(*frames: Tensor) -> bool:
+def long_offsets(*frames: Tensor) -> bool:
     """Offsets within a plane need 64 bits."""
     height, width = frames[0].shape[-2:]
     spans = [(height - 1) * abs(t.stride(-2)) + (width - 1) * abs(t.stride(-1)) for t in frames]

@@ -59,7 +59,7 @@ class Given(NamedTuple):
 class Prepared(NamedTuple):
     """The pieces of ``prepared``; one that no part needs is empty."""
 
-    folded: Any  # (1 or 2, 9, rows, columns): high and low part
+    folded: Any  # (1 or 2, 9, rows, columns): high and low term
     bias: Any  # (rows,)
     cwem: Any  # taps [c][k][c'] on the plane means, then C constants
     means: Any  # (B, T, C, chunks): sums
@@ -147,7 +147,7 @@ def project_motion(w, c, q, s, tap, n: tl.constexpr, f: tl.constexpr, layout: tl
 
 @triton.jit
 def fold_tap(tap, w, normalization, out, layout: tl.constexpr, numbers: tl.constexpr):
-    """One tap of the folded convolution, ``[rows, columns]``, written as high and, when split, low part."""
+    """One tap of the folded convolution, ``[rows, columns]``, written as high and, when split, low term."""
     T: tl.constexpr = layout.frames
     C: tl.constexpr = layout.channels
     TP: tl.constexpr = layout.padded_frames
@@ -277,7 +277,7 @@ def sum_plane(x, normalization, out, p, H, W, layout: tl.constexpr, FLAT: tl.con
     base = x.data + (frame // layout.frames).to(tl.int64) * x.clip + (frame % layout.frames).to(tl.int64) * x.frame
     base += c.to(tl.int64) * x.channel
     pixels = H * W
-    if layout.wide:
+    if layout.long_offsets:
         pixels = H.to(tl.int64) * W
     size = tl.cdiv(tl.cdiv(pixels, layout.chunks), BLOCK) * BLOCK
     start = (p % layout.chunks) * size

@@ -79,7 +79,7 @@ def weigh(x: Tensor, dz: Tensor, layout: Layout, gradient: Numbers) -> tuple[Ten
     return partial, partial_bias
 
 
-def part(
+def join_backward(
     grad: Tensor, x: Tensor, z: Tensor | None, p: Folded, fusion: Fusion, dz: Tensor | None, direct: Tensor | None
 ) -> Tensor:
     """The sweep's pixelwise half alone, of feature maps: see :class:`soap_kernels.backends.wide.Wide`."""
@@ -87,8 +87,8 @@ def part(
     blocks = -(-height * width // JOIN_BLOCK)
     shares = torch.empty(2, clips, frames, channels, blocks, device=x.device)
     plan.launch(
-        part_kernel, (blocks, clips * frames), Frames.of(x), Frames.of(grad), z, p.bias, p.gate, dz, direct, shares,
-        shares[0].numel(), height, width, float(fusion.offset), T=frames, C=channels,
+        join_backward_kernel, (blocks, clips * frames), Frames.of(x), Frames.of(grad), z, p.bias, p.gate, dz, direct,
+        shares, shares[0].numel(), height, width, float(fusion.offset), T=frames, C=channels,
         PLANES=0 if p.weight is None else frames * channels, ROWS=0 if z is None else z.shape[1],
         MULTIPLICATIVE=fusion.multiplicative, BLOCK=JOIN_BLOCK, num_warps=8,
     )  # fmt: skip
@@ -212,7 +212,7 @@ def weigh_kernel(
 
 
 @triton.jit(do_not_specialize=["H"])
-def part_kernel(
+def join_backward_kernel(
     x, grad, z, bias, gate, dz, direct, shares, shares_numel, H, W, offset,
     T: tl.constexpr, C: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soap_kernels.backends.triton import plan
-from soap_kernels.backends.triton.plan import wide
+from soap_kernels.backends.triton.plan import long_offsets
 
 PLANE_BLOCK, COPY_BLOCK = 2048, 1024  # pixels that a program takes at once
 
@@ -18,7 +18,7 @@ def window_sums(x: Tensor) -> Tensor:
     n, channels, height, width = x.shape
     out = torch.empty((n, channels, 3, 3), device=x.device)
     plan.launch(
-        window_sums_kernel, (n * channels,), x, out, channels, *x.stride(), height, width, WIDE=wide(x),
+        window_sums_kernel, (n * channels,), x, out, channels, *x.stride(), height, width, LONG_OFFSETS=long_offsets(x),
         BLOCK=PLANE_BLOCK, num_warps=8,
     )  # fmt: skip
     return out
@@ -33,12 +33,12 @@ def window_sums_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["H"])
-def window_sums_kernel(x, out, C, sN, sC, sH, sW, H, W, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def window_sums_kernel(x, out, C, sN, sC, sH, sW, H, W, LONG_OFFSETS: tl.constexpr, BLOCK: tl.constexpr):
     """A program takes a plane: its total, its border rows and columns and their corners, then out ``[3, 3]``."""
     pid = tl.program_id(0)
     base = x + (pid // C).to(tl.int64) * sN + (pid % C).to(tl.int64) * sC
     pixels = H * W
-    if WIDE:
+    if LONG_OFFSETS:
         pixels = H.to(tl.int64) * W
     total = tl.zeros((BLOCK,), tl.float32)
     top = tl.zeros((BLOCK,), tl.float32)
@@ -64,7 +64,7 @@ def window_sums_kernel(x, out, C, sN, sC, sH, sW, H, W, WIDE: tl.constexpr, BLOC
     no_column = tl.where(c == 0, tl.sum(right, axis=0), tl.where(c == 2, tl.sum(left, axis=0), 0.0))
     h = tl.where(r == 0, H - 1, 0)
     w = tl.where(c == 0, W - 1, 0)
-    if WIDE:
+    if LONG_OFFSETS:
         h = h.to(tl.int64)
     corner = tl.load(base + h * sH + w * sW, mask=(r != 1) & (c != 1) & (r < 3) & (c < 3), other=0.0).to(tl.float32)
     found = whole - no_row - no_column + corner

@@ -38,7 +38,7 @@ class Classes(NamedTuple):
         return member.scatter_add(1, self.shots, self.present.long()) > 0
 
     def left_out(self, own: Tensor) -> Tensor:
-        """``(S,)`` bool: whether a support's class has others, so that it can be left out; ``own`` (S, way) its class."""
+        """``(S,)`` bool: whether a support can be left out, as its class has others; ``own`` (S, way) tells classes."""
         return own[:, self.present.sum(dim=1) > 1].any(dim=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -12,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from soap_net.errors import UserError
 from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions, wide
+
+MOST_FRAMES = 2**20
+"""Frames in all tuples of a clip: those of the pairs of 1,000 frames."""
 
 
 class TupleAttention(nn.Module):
@@ -30,7 +34,7 @@ class TupleAttention(nn.Module):
             in training are computed anew for backward.
 
     Raises:
-        UserError: a tuple longer than the clip.
+        UserError: a tuple longer than the clip, or more of them than `MOST_FRAMES` allows.
     """
 
     tuples: Tensor
@@ -39,14 +43,18 @@ class TupleAttention(nn.Module):
         super().__init__()
         if not 1 <= cardinality <= frames:
             raise UserError(f"a tuple of {cardinality} frames can't be drawn from a clip of {frames}")
+        # The logarithm of their number, which may be beyond all bounds.
+        tuples = math.lgamma(frames + 1) - math.lgamma(cardinality + 1) - math.lgamma(frames - cardinality + 1)
+        if tuples + math.log(cardinality) > math.log(MOST_FRAMES):
+            raise UserError(f"tuples of {cardinality} frames of {frames} would hold more than {MOST_FRAMES} frames")
         if out_dim < 1 or memory_mib < 1:
             raise UserError(f"out_dim and memory_mib must be at least 1, got {out_dim} and {memory_mib}")
         self.keys = nn.Linear(cardinality * dim, out_dim)
         self.values = nn.Linear(cardinality * dim, out_dim)
         self.norm = nn.LayerNorm(out_dim)
         self.memory = memory_mib * 2**20
-        tuples = torch.tensor(list(combinations(range(frames), cardinality)))
-        self.register_buffer("tuples", tuples, persistent=False)
+        chosen = torch.tensor(list(combinations(range(frames), cardinality)))
+        self.register_buffer("tuples", chosen, persistent=False)
 
     def embed(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, both ``(N, L, out_dim)``, of ``(N, T, dim)`` clips with positions added."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soap_net.errors import UserError, did_you_mean
-from soap_net.models.heads.base import Classes, Compared, Embedded, FewShotHead, cosines, wide
+from soap_net.models.heads.base import Classes, Compared, Embedded, FewShotHead, cosines, no_autocast, wide
 
 #: How a named mixture weighs the views appearance, motion and differences.
 MIXTURES = {
@@ -40,8 +40,8 @@ class ViewsHead(FewShotHead):
     so logits are log probabilities, and a single clip a class leaves both mixtures equal.
 
     Args:
-        dim: features per image.
-        frames: images per clip: T frames, then their T - 1 differences.
+        dim: features per vector.
+        frames: vectors per clip: those of its frames, then of their differences, as many or one less.
         by: "auto", or a mixture of `MIXTURES`.
     """
 
@@ -49,7 +49,7 @@ class ViewsHead(FewShotHead):
 
     def __init__(self, dim: int, frames: int, by: str = "auto") -> None:
         super().__init__(dim, frames)
-        if frames < 3 or frames % 2 == 0:
+        if frames < 2:
             raise UserError(f"the head views looks at changes: it needs clips of at least 2 frames (images: {frames})")
         if str(by) not in ("auto", *MIXTURES):
             near = did_you_mean(str(by), ("auto", *MIXTURES))
@@ -70,19 +70,24 @@ class ViewsHead(FewShotHead):
         return self.comparer(support, classes)(query)
 
     def comparer(self, support: Embedded, classes: Classes) -> Callable[[Embedded], Compared]:
-        fit, prototypes = self._fit(support, classes), [classes.mean(view) for view in support]
+        with no_autocast(support[0]):
+            fit, prototypes = self._fit(support, classes), [classes.mean(view) for view in support]
 
         def compare(query: Embedded) -> Compared:
-            return self._compared(fit, torch.stack([cosines(q, p) for q, p in zip(query, prototypes, strict=True)]))
+            with no_autocast(query[0]):
+                scores = [cosines(q, p) for q, p in zip(query, prototypes, strict=True)]
+                return self._compared(fit, torch.stack(scores))
 
         return compare
 
     def held_out(self, support: Embedded, classes: Classes) -> Compared:
-        fit = self._fit(support, classes)
-        return self._compared(fit, fit.held_out)
+        with no_autocast(support[0]):
+            fit = self._fit(support, classes)
+            return self._compared(fit, fit.held_out)
 
     def choose(self, support: Embedded, classes: Classes) -> Tensor:
-        return self._fit(support, classes).posterior.sum(dim=1)
+        with no_autocast(support[0]):
+            return self._fit(support, classes).posterior.sum(dim=1)
 
     def _fit(self, support: Embedded, classes: Classes) -> _Fit:
         held_out = torch.stack([leave_one_out(cosines(view, view), classes) for view in support])
@@ -101,10 +106,10 @@ class ViewsHead(FewShotHead):
         return fit._replace(posterior=fit.posterior / fit.posterior.sum())
 
     def _standard(self, fit: _Fit, scores: Tensor) -> Tensor:
-        """``(V, Q, way)`` cosines in units of each view's spread, or where no support could be left out of each row's."""
+        """``(V, Q, way)`` cosines in units of each view's spread, or of each row's if no support can be left out."""
         if fit.level is None or fit.spread is None:
-            spread = scores.std(dim=-1, keepdim=True, unbiased=False)
-            return (scores - scores.mean(dim=-1, keepdim=True)) / spread.clamp_min(1e-6)
+            deviation = scores - scores.mean(dim=-1, keepdim=True)
+            return deviation / deviation.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
         return (scores - fit.level[:, None, None]) / fit.spread.clamp_min(1e-6)[:, None, None]
 
     def _chances(self, fit: _Fit, scores: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ from soap_net.data import videos
 from soap_net.data.clips import Clip, ClipError
 clip = Clip(pathlib.Path(sys.argv[1]))
 print(len(clip.read([1, 2])))
-videos._upright = lambda frame: ctypes.CDLL(None).sleep(1000)
+videos.upright = lambda frame, turn: ctypes.CDLL(None).sleep(1000)
 for videos.PATIENCE in (1, 1000):
     began = time.monotonic()
     try:
@@ -167,8 +167,8 @@ def test_a_video_may_take_its_time_as_long_as_frames_come(
     path = write_video(tmp_path / "a.mp4", frames=12)
     clip = Clip(path)
     frames = decode_all(path)[:12]
-    upright = videos._upright
-    monkeypatch.setattr(videos, "_upright", lambda frame: time.sleep(0.4) or upright(frame))
+    upright = videos.upright
+    monkeypatch.setattr(videos, "upright", lambda frame, turn: time.sleep(0.4) or upright(frame, turn))
     monkeypatch.setattr(videos, "PATIENCE", 3)
     assert torch.equal(clip.read(range(12)), frames)
 

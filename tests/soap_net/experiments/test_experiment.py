@@ -176,6 +176,16 @@ def test_damaged_experiment_file_is_named_in_one_line(toy: Toy, tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
+def test_what_killed_processes_left_goes_when_an_experiment_is_opened(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / ".experiment.json.0123abcd.part").write_text("{")  # killed before it was there
+    run(toy, tmp_path)
+    left = [tmp_path / ".table.md.0123abcd.part", tmp_path / "runs/plain-seed0/.result.json.0123abcd.part"]
+    for path in left:
+        path.touch()
+    run(toy, tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_nothing_in_an_experiment_file_is_more_than_compared(toy: Toy, tmp_path: Path) -> None:
     settings = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "run")]}}
     run(toy, tmp_path, seeds=1)

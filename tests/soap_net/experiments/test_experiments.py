@@ -94,7 +94,6 @@ def test_overhead_counts_parameters_and_bytes_kept_and_traces_gradients(
     monkeypatch.setattr(overhead, "REPEATS", {"quick": 3})
     monkeypatch.setattr(overhead, "SECONDS", 0.0)
     monkeypatch.setattr(overhead, "SIZE", 16)
-    monkeypatch.setattr(overhead.measure, "__defaults__", (16,))
     _, results = run("overhead", tiny, tmp_path)
     cost = results.finished["cost-tiny", 0]
     assert cost["soap_parameters"] == 2274

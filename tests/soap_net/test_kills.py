@@ -1,0 +1,178 @@
+"""Trainings killed at random times and before every write, each gone on with: as if it had never been stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from soap_net import checkpoint
+from soap_net.config import Config
+from soap_net.train import train
+
+WRITING = ("write", "fsync", "replace", "mkdir", "unlink")
+"""What of the system's functions and of files' methods changes a file, or makes such a change last."""
+
+Folder = dict[str, Any]
+
+
+@pytest.fixture
+def small(tiny_run: Callable[..., Config], tmp_path: Path) -> Iterator[Callable[[str], Config]]:
+    """Runs with everything that has a state, in half a second; with one thread, as OpenMP has no other after a fork."""
+
+    def make(name: str) -> Config:
+        return tiny_run(
+            train__optimizer="adamw", train__episodes=4, train__save_every=2, train__val_every=2, train__val_tasks=2,
+            train__milestones=[2], out=str(tmp_path / name),
+        )  # fmt: skip
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make
+    torch.set_num_threads(threads)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Begins `work` in a copy of this process, whose number it returns."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def ended(child: int) -> int:
+    """How a child ended: its exit code, or less the number of the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextlib.contextmanager
+def before_writes(act: Callable[[int], None]) -> Iterator[None]:
+    """Calls `act` with 1, 2, 3... before each call of the system that writes, makes, renames or removes a file."""
+    count = 0
+
+    def watch(frame: FrameType, event: str, function: Any) -> None:
+        nonlocal count
+        if event == "c_call" and function.__name__ in WRITING:
+            owner = getattr(function, "__self__", None)
+            if isinstance(owner, io.FileIO) or getattr(owner, "__name__", "") == os.name:
+                count += 1
+                act(count)
+
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def kill_at(config: Config, number: int, resume: bool = False) -> int:
+    """Trains in a child that is killed before its write of that number; returns how it ended."""
+
+    def kill(count: int) -> None:
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        with before_writes(kill):
+            train(config, resume=resume, progress=False)
+
+    return ended(in_child(work))
+
+
+def kill_after(config: Config, seconds: float) -> int:
+    child = in_child(lambda: train(config, progress=False))
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return ended(child)
+
+
+def content(config: Config) -> Folder:
+    """All that a run is to leave: names of files, weights and states, the log but for its times."""
+    found: Folder = {"names": sorted(path.name for path in config.out.iterdir())}
+    for name in ("last.pt", "best.pt"):
+        found[name] = checkpoint.load(config.out / name)
+        del found[name]["config"]
+    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [{key: value for key, value in line.items() if key != "episodes_per_second"} for line in lines]
+    return found
+
+
+def undisturbed(config: Config) -> Folder:
+    train(config, progress=False)
+    return content(config)
+
+
+def assert_goes_on(config: Config, whole: Folder) -> None:
+    """Goes on with a run and compares it with one never stopped, bit for bit."""
+    train(config, resume=True, progress=False)
+    found = content(config)
+    for name in ("last.pt", "best.pt"):
+        torch.testing.assert_close(found.pop(name), whole[name], rtol=0, atol=0)
+    assert found == {name: part for name, part in whole.items() if not name.endswith(".pt")}
+
+
+def count_writes(config: Config) -> int:
+    """How many writes a whole run takes."""
+    counts = []
+    with before_writes(counts.append):
+        train(config, progress=False)
+    return len(counts)
+
+
+def test_killed_before_a_write_a_run_goes_on_bit_for_bit(small: Callable[[str], Config]) -> None:
+    whole = undisturbed(small("whole"))
+    writes = count_writes(small("counted"))
+    assert writes > 60, "all writes are seen"
+    for number in random.Random(5).sample(range(1, writes + 1), 3):
+        config = small(f"write{number}")
+        assert kill_at(config, number) == -signal.SIGKILL
+        assert_goes_on(config, whole)
+
+
+@pytest.mark.slow
+def test_killed_before_each_write_a_run_goes_on_bit_for_bit(small: Callable[[str], Config]) -> None:
+    whole = undisturbed(small("whole"))
+    for number in range(1, count_writes(small("counted")) + 1):
+        config = small(f"write{number}")
+        assert kill_at(config, number) == -signal.SIGKILL
+        if number % 5 == 0:  # and once more while it goes on, if that takes so many
+            kill_at(config, 1 + number % 23, resume=True)
+        assert_goes_on(config, whole)
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_a_run_goes_on_bit_for_bit(small: Callable[[str], Config]) -> None:
+    whole = undisturbed(small("whole"))
+    began = time.perf_counter()
+    train(small("timed"), progress=False)
+    seconds, times = time.perf_counter() - began, random.Random(11)
+    killed = 0
+    for number in itertools.count():
+        config = small(f"time{number}")
+        if kill_after(config, times.uniform(0, seconds)) == -signal.SIGKILL:
+            killed += 1
+        else:
+            seconds *= 0.9  # it is done sooner than thought
+        assert_goes_on(config, whole)
+        if killed == 50:
+            break
