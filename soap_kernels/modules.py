@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from soap_kernels import backends, compat, equations, op
 from soap_kernels.backends import reference
+from soap_kernels.folded import FoldedSOAP
 from soap_kernels.frames import as_float, as_output, check_tensor, compute_dtype, without_autocast
 from soap_kernels.held import Held
 from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps
@@ -243,6 +244,18 @@ class SOAP(nn.Module):
         w = compat.release_weights(self, self.parts)
         y = compat.release(frames, w, self.tuple_sizes, self.precision, self.backend)
         return as_output(y, self._out_dtype(x), self.out_channels_last)
+
+    @torch.no_grad()
+    def folded(self) -> FoldedSOAP:
+        """The same function, to 1e-5, with the weights of now, in plain layers that other runtimes take.
+
+        Raises:
+            ValueError: of the variant "release", which doesn't fold; ``backend="equations"`` makes that plain.
+        """
+        if self.variant == "release":
+            raise ValueError("SOAP: variant 'release' doesn't fold; its backend 'equations' is in plain layers")
+        shape = (self.frames, self.channels, self.tuple_sizes)
+        return FoldedSOAP(self.weights(), *shape, self.normalize, self.out_dtype).eval()
 
     def _as_float(self, x: Tensor) -> Tensor:
         return as_float(x, *(self.normalize or (None, None)))

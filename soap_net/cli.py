@@ -205,6 +205,12 @@ def _classify(args: list[str]) -> int:
     return classify(args)
 
 
+def _export(args: list[str]) -> int:
+    from soap_net.own import export
+
+    return export(args)
+
+
 def _report(args: list[str]) -> int:
     own = Options("report", "Write one HTML page on runs: curves, accuracies, confusion, and what SOAP does to clips.")
     own.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
@@ -315,6 +321,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "eval": (_eval, "evaluate a checkpoint on unseen classes"),
     "learn": (_learn, "learn your own classes from a few clips of each, into one file"),
     "classify": (_classify, "classify clips by what was learnt, or by a few clips of each class"),
+    "export": (_export, "write what was learnt as one ONNX file, for other runtimes"),
     "report": (_report, "write an HTML page on runs"),
     "data check": (_data_check, "read a data set; report missing and broken files"),
     "data motion": (_data_motion, "write the embedded motion data set as video files"),

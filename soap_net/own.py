@@ -1,4 +1,4 @@
-"""The commands for your own clips: `soap-net learn` and `soap-net classify`."""
+"""The commands for your own clips: `soap-net learn`, `soap-net classify` and `soap-net export`."""
 
 from __future__ import annotations
 
@@ -137,6 +137,27 @@ def _timelines(classifier: Classifier, queries: Sequence[Clip], options: Namespa
     if options.picture is not None and not timelines[0].error:
         draw(options.picture, timelines[0], classifier.classes)
     return timelines
+
+
+def export(args: list[str]) -> int:
+    """Writes a classifier as one ONNX file, from frames to probabilities; returns the exit code."""
+    own = Options("export", "Write a classifier as one ONNX file, from frames to probabilities, for other runtimes.")
+    own.add_argument("classifier", type=Path, help="what `soap-net learn` wrote")
+    own.add_argument("--out", type=Path, required=True, help="the .onnx file to write")
+    own.add_argument("--checkpoint", type=Path, help="of a classifier that stands on one, where it lies now")
+    options = own.parse_exactly(args)
+    if options.out.is_dir():
+        raise UserError(f"{options.out}: is a folder; name the file, as in {options.out / 'my.onnx'}")
+
+    from soap_net import export as exporting
+    from soap_net.classify import Classifier
+
+    classifier = Classifier.load(options.classifier, "cpu", checkpoint=options.checkpoint)
+    apart = exporting.export(classifier, options.out)
+    shape = f"(batch, {classifier.data.frames}, 3, {classifier.data.crop}, {classifier.data.crop})"
+    print(f"wrote {options.out}: frames {shape} uint8 to the probabilities of {', '.join(classifier.classes)}")
+    print(f"tried in onnxruntime: its probabilities are within {apart:.0e} of the classifier's")
+    return 0
 
 
 def _add_sources(own: Options, about: str) -> None:

@@ -79,6 +79,8 @@ RULES = (
     Rule(r"soap-net train .*", TRAIN),
     Rule(r"soap-net (eval|classify|report) .*\bruns/(small|ssv2_cmn).*|soap-net classify \.\.\. --json", slow=True),
     Rule(r"from soap_net.config import load_config\n(?s:.*)|from (?s:.*runs/small/best.pt.*)", slow=True),
+    Rule(r"soap-net (learn|export) .* --out my\.(classifier|onnx)", slow=True),
+    Rule(r"import json\n\nimport av\n(?s:.*)", slow=True),
     Rule(r"torchrun --nproc-per-node .*", TRAIN, slow=True),
     Rule(r"torchrun \.\.\. .*", not_run="not a whole command; the one before it on the page is run"),
     Rule(r"soap-net experiment parts --preset paper .*", EXPERIMENT, slow=True),

@@ -122,10 +122,11 @@ class SOAPNet(nn.Module):
         if self.backbone.takes_clips:
             changes = torch.cat([changes, changes[:, -1:]], dim=1)  # some take one number of frames only
             batch = torch.cat([x, changes, torch.zeros_like(x[:1])])
-            shown, changed, still = self.backbone(batch).split([len(x), len(x), 1])
+            shown, changed, still = self.backbone(batch).split([x.shape[0], x.shape[0], 1])
             return torch.cat([shown, (changed - still)[:, : self.head.frames - shown.shape[1]]], dim=1)
         images = torch.cat([x.flatten(0, 1), changes.flatten(0, 1), torch.zeros_like(x[0, :1])])
-        shown, changed, still = self._embed(images).split([x.shape[:2].numel(), changes.shape[:2].numel(), 1])
+        count, frames = x.shape[:2]
+        shown, changed, still = self._embed(images).split([count * frames, count * (frames - 1), 1])
         return torch.cat([shown.unflatten(0, x.shape[:2]), (changed - still).unflatten(0, changes.shape[:2])], dim=1)
 
     @property

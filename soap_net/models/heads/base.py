@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -138,6 +140,10 @@ class FewShotHead(nn.Module, ABC):
         """`logits`, and how much each query is like any class: by default the largest logit."""
         logits = self.logits(support, classes, query)
         return Compared(logits, logits.amax(dim=1))
+
+    def comparer(self, support: Embedded, classes: Classes) -> Callable[[Embedded], Compared]:
+        """`compare` with these supports; a head may work out beforehand what queries have no part in."""
+        return partial(self.compare, support, classes)
 
     def held_out(self, support: Embedded, classes: Classes) -> Compared:
         """`compare` of each of the S supports with the others; rows of classes with one support mean nothing."""

@@ -90,7 +90,7 @@ class HyRSMHead(FewShotHead):
 
     def logits(self, support: Embedded, classes: Classes, query: Embedded) -> Tensor:
         prototypes, (clips,) = classes.mean(support[0]), query  # (way, T, dim) and (Q, T, dim)
-        way, queries = len(prototypes), len(clips)
+        way, queries = prototypes.shape[0], clips.shape[0]
         # One task per query: the way classes and the query itself, (Q, way + 1, dim).
         shared = prototypes.mean(dim=1).expand(queries, way, -1)
         task = torch.cat([shared, clips.mean(dim=1, keepdim=True).to(shared.dtype)], dim=1)

@@ -66,7 +66,15 @@ class TupleAttention(nn.Module):
         support_keys, support_values = (tensor[classes.shots].flatten(1, 2) for tensor in support)
         present = classes.present.repeat_interleave(len(self.tuples), dim=1)[:, None]
         query_keys, query_values = (tensor.flatten(0, 1) for tensor in query)
+        # A program for export has no loops: all goes at once there, however many queries will come.
+        compared = _distances if torch.compiler.is_exporting() else self._in_chunks
+        distances = compared(query_keys, query_values, support_keys, support_values, present)
+        return -distances.unflatten(1, (query[0].shape[0], len(self.tuples))).mean(dim=2).T
 
+    def _in_chunks(
+        self, query_keys: Tensor, query_values: Tensor, support_keys: Tensor, support_values: Tensor, present: Tensor
+    ) -> Tensor:
+        """`_distances` in `memory`."""
         way, kept, size = support_keys.shape
         rows = max(1, self.memory // (way * (2 * kept + 2 * size) * 4))
         parts = []
@@ -77,8 +85,7 @@ class TupleAttention(nn.Module):
             else:
                 part = _distances(*chunk, support_keys, support_values, present)
             parts.append(part)
-        distances = torch.cat(parts, dim=1) if parts else query_values.new_zeros(way, 0)
-        return -distances.unflatten(1, (len(query[0]), len(self.tuples))).mean(dim=2).T
+        return torch.cat(parts, dim=1) if parts else query_values.new_zeros(way, 0)
 
     def _per_tuple(self, linear: nn.Linear, frames: Tensor) -> Tensor:
         """``linear`` of every tuple, ``(N, T, dim)`` to ``(N, L, out_dim)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -66,10 +67,18 @@ class ViewsHead(FewShotHead):
         return self.compare(support, classes, query).logits
 
     def compare(self, support: Embedded, classes: Classes, query: Embedded) -> Compared:
+        return self.comparer(support, classes)(query)
+
+    def comparer(self, support: Embedded, classes: Classes) -> Callable[[Embedded], Compared]:
         with no_autocast(support[0]):
-            fit = self._fit(support, classes)
-            scores = [cosines(q, classes.mean(s)) for q, s in zip(query, support, strict=True)]
-            return self._compared(fit, torch.stack(scores))
+            fit, prototypes = self._fit(support, classes), [classes.mean(view) for view in support]
+
+        def compare(query: Embedded) -> Compared:
+            with no_autocast(query[0]):
+                scores = [cosines(q, p) for q, p in zip(query, prototypes, strict=True)]
+                return self._compared(fit, torch.stack(scores))
+
+        return compare
 
     def held_out(self, support: Embedded, classes: Classes) -> Compared:
         with no_autocast(support[0]):
