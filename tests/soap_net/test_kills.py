@@ -26,7 +26,7 @@ from soap_net.data.memory import ClipMemory
 from soap_net.train import train
 
 WRITING = ("write", "replace", "mkdir", "unlink")
-"""What of the system's functions and of files' methods changes a file. An fsync does not: a kill there is no other case."""
+"""What of the system's functions and of files' methods changes a file; a kill at an fsync finds no other state."""
 MEMORY = ClipMemory(2**24)
 """The clips of all these runs, decoded once."""
 
