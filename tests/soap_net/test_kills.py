@@ -22,10 +22,13 @@ import torch
 
 from soap_net import checkpoint
 from soap_net.config import Config
+from soap_net.data.memory import ClipMemory
 from soap_net.train import train
 
-WRITING = ("write", "fsync", "replace", "mkdir", "unlink")
-"""What of the system's functions and of files' methods changes a file, or makes such a change last."""
+WRITING = ("write", "replace", "mkdir", "unlink")
+"""What of the system's functions and of files' methods changes a file; a kill at an fsync finds no other state."""
+MEMORY = ClipMemory(2**24)
+"""The clips of all these runs, decoded once."""
 
 Folder = dict[str, Any]
 
@@ -94,13 +97,13 @@ def kill_at(config: Config, number: int, resume: bool = False) -> int:
 
     def work() -> None:
         with before_writes(kill):
-            train(config, resume=resume, progress=False)
+            train(config, resume=resume, progress=False, memory=MEMORY)
 
     return ended(in_child(work))
 
 
 def kill_after(config: Config, seconds: float) -> int:
-    child = in_child(lambda: train(config, progress=False))
+    child = in_child(lambda: train(config, progress=False, memory=MEMORY))
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     return ended(child)
@@ -118,13 +121,13 @@ def content(config: Config) -> Folder:
 
 
 def undisturbed(config: Config) -> Folder:
-    train(config, progress=False)
+    train(config, progress=False, memory=MEMORY)
     return content(config)
 
 
 def assert_goes_on(config: Config, whole: Folder) -> None:
     """Goes on with a run and compares it with one never stopped, bit for bit."""
-    train(config, resume=True, progress=False)
+    train(config, resume=True, progress=False, memory=MEMORY)
     found = content(config)
     for name in ("last.pt", "best.pt"):
         torch.testing.assert_close(found.pop(name), whole[name], rtol=0, atol=0)
@@ -135,7 +138,7 @@ def count_writes(config: Config) -> int:
     """How many writes a whole run takes."""
     counts = []
     with before_writes(counts.append):
-        train(config, progress=False)
+        train(config, progress=False, memory=MEMORY)
     return len(counts)
 
 
@@ -164,7 +167,7 @@ def test_killed_before_each_write_a_run_goes_on_bit_for_bit(small: Callable[[str
 def test_killed_at_any_time_a_run_goes_on_bit_for_bit(small: Callable[[str], Config]) -> None:
     whole = undisturbed(small("whole"))
     began = time.perf_counter()
-    train(small("timed"), progress=False)
+    train(small("timed"), progress=False, memory=MEMORY)
     seconds, times = time.perf_counter() - began, random.Random(11)
     killed = 0
     for number in itertools.count():
