@@ -81,6 +81,7 @@ def test_torch_export_and_jit_trace_take_it_for_any_batch_and_size() -> None:
         check(traced(x), soap(x))
 
 
+@pytest.mark.slow
 def test_onnxruntime_computes_the_same_for_any_batch() -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

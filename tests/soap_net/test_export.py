@@ -129,6 +129,7 @@ def test_what_cant_be_exported_is_one_line_and_writes_nothing(
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_file(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
