@@ -207,6 +207,12 @@ def _classify(args: list[str]) -> int:
     return classify(args)
 
 
+def _app(args: list[str]) -> int:
+    from soap_net.own import app
+
+    return app(args)
+
+
 def _report(args: list[str]) -> int:
     own = Options("report", "Write one HTML page on runs: curves, accuracies, confusion, and what SOAP does to clips.")
     own.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
@@ -319,6 +325,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "eval": (_eval, "evaluate a checkpoint on unseen classes"),
     "learn": (_learn, "learn your own classes from a few clips of each, into one file"),
     "classify": (_classify, "classify clips by what was learnt, or by a few clips of each class"),
+    "app": (_app, "the same in the browser: classes by drag and drop or webcam"),
     "report": (_report, "write an HTML page on runs"),
     "data check": (_data_check, "read a data set; report missing and broken files"),
     "data motion": (_data_motion, "write the embedded motion data set as video files"),

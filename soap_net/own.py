@@ -1,4 +1,4 @@
-"""The commands for your own clips: `soap-net learn` and `soap-net classify`."""
+"""The commands for your own clips: `soap-net learn`, `soap-net classify` and `soap-net app`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def learn(args: list[str]) -> int:
         _warn(classifier.add(support, progress=True))
     classifier.save(options.out)
     print(f"wrote {options.out}: {', '.join(f'{name} ({n})' for name, n in classifier.counts().items())}")
-    print(_told(classifier))
+    print(told(classifier))
     return 0
 
 
@@ -82,7 +82,7 @@ def classify(args: list[str]) -> int:
     classifier = _classifier(options, settings, "classify")
     if support:
         _warn(classifier.add(support, progress=True))
-        print(_told(classifier), file=sys.stderr)
+        print(told(classifier), file=sys.stderr)
     predictions = classifier.classify(queries, progress=True)
     suffix = options.out.suffix.lower() if options.out else ""
     if options.json or (suffix == ".json" and not options.csv):
@@ -96,6 +96,23 @@ def classify(args: list[str]) -> int:
     else:
         print(text, end="")
     return 2 if any(prediction.error for prediction in predictions) else 0
+
+
+def app(args: list[str]) -> int:
+    """Serves the page until it is stopped; returns the exit code."""
+    own = Options("app", "Teach and try your own classes in the browser; the page is seen on this machine alone.")
+    _add_sources(own, "what `soap-net learn` wrote, to begin with")
+    own.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 shows the page to the network")
+    own.add_argument("--port", type=int, help="port to serve at (default: the first free one from 7860 on)")
+    options, settings = own.parse_known(args)
+    try:
+        from soap_net.app import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the page needs Gradio; install it with: pip install 'soap-net[app]'") from error
+    serve(_classifier(options, settings, "app"), options.host, options.port)
+    return 0
 
 
 def _add_sources(own: Options, about: str) -> None:
@@ -142,7 +159,7 @@ def _warn(errors: Sequence[str]) -> None:
         print(f"warning: {error}; left out of the support", file=sys.stderr)
 
 
-def _told(classifier: Classifier) -> str:
+def told(classifier: Classifier) -> str:
     """What the supports let one expect, in words."""
     calibration, lines = classifier.calibration, []
     if calibration.expected is None:
