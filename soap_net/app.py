@@ -20,22 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Read by Gradio when it is imported: settings meant for somebody's other pages might share or open what is here.
-for _name in [name for name in os.environ if name.startswith("GRADIO_")]:
-    del os.environ[_name]
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+import gradio as gr
+import jinja2
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-import gradio as gr  # noqa: E402
-import jinja2  # noqa: E402
-
-from soap_net.classify import Classifier, Prediction  # noqa: E402
-from soap_net.data.clips import Clip  # noqa: E402
-from soap_net.data.transforms import clip_loader  # noqa: E402
-from soap_net.data.videos import VIDEO_SUFFIXES  # noqa: E402
-from soap_net.errors import UserError  # noqa: E402
-from soap_net.interrupts import Interrupted, StopSignals  # noqa: E402
-from soap_net.own import told  # noqa: E402
-from soap_net.pictures import strips  # noqa: E402
+from soap_net.classify import Classifier, Prediction
+from soap_net.data.clips import Clip
+from soap_net.data.transforms import clip_loader
+from soap_net.data.videos import VIDEO_SUFFIXES
+from soap_net.errors import UserError
+from soap_net.interrupts import Interrupted, StopSignals
+from soap_net.own import told
+from soap_net.pictures import strips
 
 LARGEST_FILE = 200 * 2**20
 """Bytes of an uploaded file."""
@@ -197,7 +194,7 @@ CSS = """
 .strip { margin: 0 0 .6em } .strip img { width: 100% } .strip figcaption { font-size: .9em }
 .confused { border-collapse: collapse } .confused caption { text-align: left; font-size: .9em; padding-bottom: .4em }
 .confused th, .confused td { padding: .25em .7em; text-align: center; border: 1px solid #8884 }
-footer { display: none !important }
+#expected, #answer { min-height: 5em } footer { display: none !important }
 """
 
 
@@ -426,16 +423,32 @@ def build_page(start: Classifier, home: Path) -> gr.Blocks:
 
 
 @contextlib.contextmanager
+def _settings_of_gradio(home: Path) -> Iterator[None]:
+    """Sets aside Gradio's variables, which, meant for other pages, might share this one or open the machine's files."""
+    before = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("GRADIO_")}
+    own = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(home / "uploads")}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
 def serving(start: Classifier, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """The page's address, served until the block ends; its files are gone then.
 
     Raises:
         UserError: nothing can be served there.
     """
-    with tempfile.TemporaryDirectory(prefix="soap-net-") as folder:
-        home = Path(folder).resolve()
-        os.environ["GRADIO_TEMP_DIR"] = str(home / "uploads")
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soap-net-"))).resolve()
+        stack.enter_context(_settings_of_gradio(home))
         page = build_page(start, home)
+        # A site of another name that leads here (DNS rebinding) is not this page.
+        hosts = ["127.0.0.1", "localhost"] if host in ("127.0.0.1", "localhost") else ["*"]
         try:
             _, address, _ = page.launch(
                 server_name=host,
@@ -451,6 +464,7 @@ def serving(start: Classifier, host: str = "127.0.0.1", port: int | None = None)
                 max_file_size=LARGEST_FILE,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
                 css=CSS,
+                app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},
             )
         except OSError as error:
             raise UserError(f"the page can't be served at {host}, port {port or 'any'}: {error}") from error

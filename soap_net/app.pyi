@@ -48,7 +48,6 @@ KEPT = 3600
 
 Told = Callable[[int], object]
 
-
 @dataclass
 class Session:
     """What one browser session has put in and learnt.
@@ -172,12 +171,10 @@ class Session:
 
         return tell
 
-
 def check_length(clip: Clip) -> None:
     """Raises UserError for a clip of too many frames, or one that can't be read."""
     if (frames := clip.num_frames()) > LONGEST_CLIP:
         raise UserError(f"{clip.path}: has {frames} frames; a clip here may have {LONGEST_CLIP}, cut out the action")
-
 
 # What is shown, as HTML and Markdown
 
@@ -200,7 +197,6 @@ CSS = """
 footer { display: none !important }
 """
 
-
 def confused(classifier: Classifier) -> str:
     """A table of what the supports are taken for, as HTML; empty where none could be left out."""
     if not classifier.classes or classifier.calibration.expected is None:
@@ -210,19 +206,16 @@ def confused(classifier: Classifier) -> str:
         rows.append((name, [(count, round(0.8 * count / max(sum(counts), 1), 2)) for count in counts]))
     return _CONFUSED.render(classes=classifier.classes, rows=rows)
 
-
 def expectation(classifier: Classifier) -> str:
     """How often it will be right, in words."""
     if not classifier.classes:
         return "Nothing is learnt yet: add a few clips of each of two classes or more, and learn them."
     return "\n\n".join(line[0].upper() + line[1:] + "." for line in told(classifier).splitlines())
 
-
 def looked_at(classifier: Classifier, clip: Clip) -> str:
     """The frames that are looked at, and SOAP's priors beneath them where SOAP is on, as HTML."""
     frames = clip_loader(classifier.data, train=False)(clip)
     return _STRIPS.render(strips=strips(frames.to(classifier.device), classifier.model.soap), name=clip.path.name)
-
 
 def answer(prediction: Prediction) -> str:
     """The outcome as one heading in Markdown."""
@@ -231,11 +224,9 @@ def answer(prediction: Prediction) -> str:
         return f"### {_literal(name)}, {100 * share:.0f} %"
     return f"### None of these classes\nThe nearest is {_literal(name)}."
 
-
 def _literal(text: str) -> str:
     """The text with nothing in it that Markdown or HTML would take for its own."""
     return re.sub(r"([^\w\s])", lambda mark: f"&#{ord(mark[0])};", text)
-
 
 # The page
 
@@ -262,10 +253,10 @@ class _Webcam(gr.Video):
         return None if payload is None else payload.path
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 def _clips_in(label: str, count: Any, name: str) -> tuple[gr.File, _Webcam]:
     with gr.Tab("Files"):
@@ -275,11 +266,9 @@ def _clips_in(label: str, count: Any, name: str) -> tuple[gr.File, _Webcam]:
         webcam = _Webcam()
     return file, webcam
 
-
 def _paths(files: Any, recorded: str | None) -> list[Path]:
     chosen = [files] if isinstance(files, str) else files or []
     return [Path(file) for file in [*dict.fromkeys(chosen), *([recorded] if recorded else [])]]
-
 
 @contextlib.contextmanager
 def _mistakes_shown(home: Path) -> Iterator[None]:
@@ -289,10 +278,8 @@ def _mistakes_shown(home: Path) -> Iterator[None]:
     except (UserError, Interrupted) as error:
         raise gr.Error(_shown(str(error), home), duration=None, print_exception=False) from None
 
-
 def _shown(text: str, home: Path) -> str:
     return html.escape(re.sub(rf"{re.escape(str(home))}(/[^/]+){{2,3}}?/(?=[^/]+$|[^/]+: )", "", text))
-
 
 @dataclass
 class _Handlers:
@@ -358,7 +345,6 @@ class _Handlers:
         for error in errors:
             gr.Warning(f"{_shown(error, self.home)}; left out")
 
-
 def _counter(progress: gr.Progress, total: int) -> Told:
     read = 0
     progress((0, total), desc="Reading clips", unit="clips")
@@ -369,7 +355,6 @@ def _counter(progress: gr.Progress, total: int) -> Told:
         progress((read, total), desc="Reading clips", unit="clips")
 
     return tell
-
 
 def build_page(start: Classifier, home: Path) -> gr.Blocks:
     """The page, whose sessions begin with what `start` knows.
@@ -430,7 +415,6 @@ def build_page(start: Classifier, home: Path) -> gr.Blocks:
         load.upload(do.restore, [session, load], shown, **private)
     return page
 
-
 @contextlib.contextmanager
 def serving(start: Classifier, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """The page's address, served until the block ends; its files are gone then.
@@ -464,7 +448,6 @@ def serving(start: Classifier, host: str = "127.0.0.1", port: int | None = None)
             yield address
         finally:
             page.close(verbose=False)
-
 
 def serve(start: Classifier, host: str = "127.0.0.1", port: int | None = None) -> None:
     """Serves the page until Ctrl-C or SIGTERM, then raises Interrupted. Raises UserError, see `serving`."""

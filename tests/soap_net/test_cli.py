@@ -30,7 +30,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "eval", "classify", "report", "data check", "data motion", "experiment", "info"]
+    "command", ["demo", "train", "eval", "classify", "app", "report", "data check", "data motion", "experiment", "info"]
 )
 def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
