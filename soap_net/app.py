@@ -83,7 +83,7 @@ class Session:
             raise UserError(f"more than {MOST_CLIPS} clips at a time: learn those that are here first")
         refused = []
         for file in files:
-            place = Path(tempfile.mkdtemp(dir=self.folder))
+            place = Path(tempfile.mkdtemp(prefix="", dir=self.folder))
             # The browser names all its recordings alike, and a clip of a name learnt before would replace that.
             shown = f"webcam {place.name}{file.suffix}" if file.stem == RECORDED else file.name
             clip = Clip(Path(shutil.copyfile(file, place / shown)))
@@ -245,15 +245,6 @@ class _Webcam(gr.Video):
 
     is_template = True
 
-    def __init__(self) -> None:
-        super().__init__(
-            label="Webcam",
-            sources=["webcam"],
-            include_audio=False,
-            height=240,
-            webcam_options=gr.WebcamOptions(mirror=False),
-        )
-
     def preprocess(self, payload: Any) -> str | None:
         return None if payload is None else payload.path
 
@@ -263,7 +254,8 @@ def _clips_in(label: str, count: Any, name: str) -> tuple[gr.File, _Webcam]:
         types = [*sorted(VIDEO_SUFFIXES), ".zip"]
         file = gr.File(label=label, file_count=count, file_types=types, height=140, elem_id=name)
     with gr.Tab("Webcam"):
-        webcam = _Webcam()
+        plain = gr.WebcamOptions(mirror=False)
+        webcam = _Webcam(label="A recording", sources=["webcam"], include_audio=False, height=240, webcam_options=plain)
     return file, webcam
 
 

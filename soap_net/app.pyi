@@ -240,20 +240,10 @@ class _Webcam(gr.Video):
 
     is_template = True
 
-    def __init__(self) -> None:
-        super().__init__(
-            label="Webcam",
-            sources=["webcam"],
-            include_audio=False,
-            height=240,
-            webcam_options=gr.WebcamOptions(mirror=False),
-        )
-
     def preprocess(self, payload: Any) -> str | None:
         return None if payload is None else payload.path
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component

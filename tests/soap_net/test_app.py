@@ -176,7 +176,7 @@ def test_a_saved_classifier_is_taken_on_by_its_own_model_alone(
 def test_what_to_expect_is_said_and_the_confused_are_counted(
     start: Classifier, zips: dict[str, list[Path]], tmp_path: Path
 ) -> None:
-    evil = "<script>*x*</script>"
+    evil = "<script>*x*"
     assert "Nothing is learnt yet" in expectation(start)
     assert confused(start) == ""
     session = learnt(start, {"c0": zips["c0"][:1], evil: zips["c1"][:1]}, tmp_path)
