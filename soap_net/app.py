@@ -370,7 +370,7 @@ def build_page(start: Classifier, home: Path) -> gr.Blocks:
                 name = gr.Textbox(label="Class", placeholder="wave", max_lines=1)
                 files, recorded = _clips_in("Clips of this class (videos, or zips of frames)", "multiple", "clips")
                 add = gr.Button("Add these clips")
-                table = gr.Dataframe(headers=["class", "clips learnt", "waiting"], interactive=False)
+                table = gr.Dataframe(headers=["class", "clips learnt", "waiting"], interactive=False, elem_id="classes")
                 with gr.Row():
                     learn, stop = gr.Button("Learn", variant="primary"), gr.Button("Stop", variant="stop")
                 with gr.Accordion("Forget, save, load", open=False):
