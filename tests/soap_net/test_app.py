@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
+from soap_net import session as sessions
 from soap_net.classify import Classifier
 from soap_net.cli import main
 from soap_net.config import Config
@@ -25,6 +26,7 @@ from soap_net.data.clips import Clip
 from soap_net.errors import UserError
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
+from soap_net.session import Session
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
 from soap_net import app
@@ -99,7 +101,7 @@ def test_what_cannot_be_learnt_is_refused_at_once(
     assert session.rows() == [["a", 0, 1]]
     with pytest.raises(UserError, match="second class"):
         session.learn(ignore)
-    monkeypatch.setattr(app, "LONGEST_CLIP", 4)
+    monkeypatch.setattr(sessions, "LONGEST_CLIP", 4)
     [refused] = session.put("a", zips["c0"][1:2])
     assert "has 5 frames; a clip here may have 4" in refused
     with pytest.raises(UserError, match="has 5 frames"):
@@ -109,7 +111,7 @@ def test_what_cannot_be_learnt_is_refused_at_once(
 
 
 def test_recordings_all_of_one_name_stay_apart(start: Classifier, zips: dict[str, list[Path]], tmp_path: Path) -> None:
-    recorded = [tmp_path / folder / f"{app.RECORDED}.zip" for folder in "ab"]
+    recorded = [tmp_path / folder / f"{sessions.RECORDED}.zip" for folder in "ab"]
     for source, target in zip(zips["c0"], recorded, strict=False):
         target.parent.mkdir()
         shutil.copy(source, target)
