@@ -54,7 +54,8 @@ _CONFUSED = _TEMPLATES.from_string(
 )
 CSS = """
 .strip { margin: 0 0 .6em } .strip img { width: 100% } .strip figcaption { font-size: .9em }
-.confused { border-collapse: collapse; display: block; overflow-x: auto } .confused caption { text-align: left; font-size: .9em; padding-bottom: .4em }
+.confused { border-collapse: collapse; display: block; overflow-x: auto }
+.confused caption { text-align: left; font-size: .9em; padding-bottom: .4em }
 .confused th, .confused td { padding: .25em .7em; text-align: center; border: 1px solid #8884 }
 #expected, #answer { min-height: 5em } footer { display: none !important }
 """

@@ -30,7 +30,7 @@ from soap_net.session import Session
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
 from soap_net import app
-from soap_net.app import Session, answer, confused, expectation, looked_at, serving
+from soap_net.app import answer, confused, expectation, looked_at, serving
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
