@@ -262,7 +262,7 @@ def build_page(start: Classifier, home: Path) -> gr.Blocks:
         working = {**private, "concurrency_limit": 1, "concurrency_id": "model"}  # the model does one thing at a time
         page.load(do.begin, None, [session, *shown], **private)
         add.click(do.put, [session, name, files, recorded], [*shown, files, recorded], **private)
-        works = [
+        works: list[dict[str, Any]] = [
             learn.click(learning, session, shown, show_progress_on=expected, **working),
             classify.click(
                 trying, [session, file, shot], [outcome, chances, looked], show_progress_on=outcome, **working
