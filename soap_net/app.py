@@ -47,10 +47,12 @@ _STRIPS = _TEMPLATES.from_string(
     '<img src="{{ strip.image }}" alt="{{ strip.label }} of {{ name }}"></figure>{% endfor %}'
 )
 _CONFUSED = _TEMPLATES.from_string(
-    "<div class=wide><table class=confused><caption>Each clip, left out and classified by the others: rows are what it was, "
-    "columns what it was taken for.</caption><tr><th></th>{% for name in classes %}<th>{{ name }}</th>{% endfor %}</tr>"
+    "<div class=wide><table class=confused>"
+    "<caption>Each clip, left out and classified by the others: rows are what it was, columns what it was taken for.</caption>"
+    "<tr><th></th>{% for name in classes %}<th>{{ name }}</th>{% endfor %}</tr>"
     "{% for name, cells in rows %}<tr><th>{{ name }}</th>{% for count, share in cells %}"
-    '<td style="background: rgba(0, 114, 178, {{ share }})">{{ count or "" }}</td>{% endfor %}</tr>{% endfor %}</table></div>'
+    '<td style="background: rgba(0, 114, 178, {{ share }})">{{ count or "" }}</td>{% endfor %}</tr>{% endfor %}'
+    "</table></div>"
 )
 CSS = """
 .strip { margin: 0 0 .6em } .strip img { width: 100% } .strip figcaption { font-size: .9em }
