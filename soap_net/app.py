@@ -48,7 +48,7 @@ _STRIPS = _TEMPLATES.from_string(
 )
 _CONFUSED = _TEMPLATES.from_string(
     "<div class=wide><table class=confused>"
-    "<caption>Each clip, left out and classified by the others: rows are what it was, columns what it was taken for.</caption>"
+    "<caption>Each clip left out and classified by the others: rows are its class, columns what it was taken for.</caption>"
     "<tr><th></th>{% for name in classes %}<th>{{ name }}</th>{% endfor %}</tr>"
     "{% for name, cells in rows %}<tr><th>{{ name }}</th>{% for count, share in cells %}"
     '<td style="background: rgba(0, 114, 178, {{ share }})">{{ count or "" }}</td>{% endfor %}</tr>{% endfor %}'
