@@ -102,22 +102,20 @@ def _literal(text: str) -> str:
 # The page
 
 
-class _Webcam(gr.Video):
-    """A clip as the browser recorded it, without sound. (Gradio's own has the program ffmpeg take out the sound.)"""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
+def _as_recorded(payload: Any) -> str | None:
+    return None if payload is None else payload.path
 
 
-def _clips_in(label: str, count: Any, name: str) -> tuple[gr.File, _Webcam]:
+def _clips_in(label: str, count: Any, name: str) -> tuple[gr.File, gr.Video]:
     with gr.Tab("Files"):
         types = [*sorted(VIDEO_SUFFIXES), ".zip"]
         file = gr.File(label=label, file_count=count, file_types=types, height=140, elem_id=name)
     with gr.Tab("Webcam"):
         plain = gr.WebcamOptions(mirror=False)
-        webcam = _Webcam(label="A recording", sources=["webcam"], include_audio=False, height=240, webcam_options=plain)
+        webcam = gr.Video(label="A recording", sources=["webcam"], include_audio=False, height=240, webcam_options=plain)
+        # Gradio's own would have the program ffmpeg take out the sound, of which there is none. (A subclass is no way: it
+        # makes Gradio write a file beside this one.)
+        webcam.preprocess = _as_recorded  # type: ignore[method-assign]
     return file, webcam
 
 
