@@ -5,7 +5,8 @@ It needs no training: by default pretrained features (the preset own_clips), or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ from soap_net.models.heads import Classes, Embedded, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import digest, pick_device
 from soap_net.supports import Supports, load_supports
+
+Progress = bool | Callable[[int], object]
+"""Whether to show a bar; or what is told how many clips more were read, and may raise to end the work."""
+
+# What of the settings, beside the weights, makes the features of a clip and what is made of them.
+SAME_MODEL = ("backbone", "head", "head_options", "soap")
+SAME_DATA = ("frames", "interval", "resize", "crop", "order")
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class Classifier:
         weights = head.choose(learned.embedded, learned.classes).tolist() if head.choices else []
         return dict(zip(head.choices, weights, strict=True))
 
-    def learn(self, support: Mapping[str, Sequence[Clip]], *, progress: bool = False) -> list[str]:
+    def learn(self, support: Mapping[str, Sequence[Clip]], *, progress: Progress = False) -> list[str]:
         """Takes on these classes in place of any before; the number of clips may differ from class to class.
 
         Returns:
@@ -187,7 +195,7 @@ class Classifier:
         self._take(supports)
         return errors
 
-    def add(self, support: Mapping[str, Sequence[Clip]], *, progress: bool = False) -> list[str]:
+    def add(self, support: Mapping[str, Sequence[Clip]], *, progress: Progress = False) -> list[str]:
         """As `learn`, beside the classes and clips learnt before, which are not read again."""
         supports, errors = self._read(support, progress)
         self._take(self.supports.joined(supports) if self.supports else supports)
@@ -203,6 +211,22 @@ class Classifier:
         assert self.supports is not None
         self._take(self.supports.without(name))
 
+    def restore(self, path: Path) -> None:
+        """Takes on what `save` wrote, in place of any classes learnt; the model stays, and is to be the file's own.
+
+        Raises:
+            UserError: not a classifier, or made with another model or another way to read clips.
+        """
+        supports, about = load_supports(path)
+        its, mine = from_dict(about.get("config", {}), str(path)), self.config
+        same = all(getattr(its.model, key) == getattr(mine.model, key) for key in SAME_MODEL)
+        same = same and all(getattr(its.data, key) == getattr(mine.data, key) for key in SAME_DATA)
+        accept = about.get("accept")
+        if not same or not isinstance(accept, float) or about.get("weights") != digest(self.model.state_dict()):
+            raise UserError(f"{path}: was made with other weights or settings than those in use")
+        self.accept = accept
+        self._take(supports)
+
     def save(self, path: Path) -> None:
         """Writes all that was learnt, and what it was learnt with, as safetensors, whole or not at all."""
         self._known()
@@ -216,7 +240,7 @@ class Classifier:
         self.supports.save(path, about)
 
     @torch.inference_mode()
-    def classify(self, clips: Sequence[Clip], *, progress: bool = False) -> list[Prediction]:
+    def classify(self, clips: Sequence[Clip], *, progress: Progress = False) -> list[Prediction]:
         """One prediction per clip.
 
         Raises:
@@ -268,7 +292,7 @@ class Classifier:
         calibration = calibrate(head.held_out(embedded, classes), classes, self.accept)
         self.supports, self._learned = supports, _Learned(embedded, classes, calibration)
 
-    def _read(self, support: Mapping[str, Sequence[Clip]], progress: bool) -> tuple[Supports, list[str]]:
+    def _read(self, support: Mapping[str, Sequence[Clip]], progress: Progress) -> tuple[Supports, list[str]]:
         clips = [clip for members in support.values() for clip in members]
         labels = [label for label, members in enumerate(support.values()) for _ in members]
         features, errors = self._features(clips, "support", progress)
@@ -282,17 +306,19 @@ class Classifier:
         kept = torch.tensor([labels[row] for row in good], device=self.device)
         return Supports(features[good], kept, classes, tuple(names)), [error for error in errors if error]
 
-    def _features(self, clips: Sequence[Clip], what: str, progress: bool) -> tuple[Tensor, list[str | None]]:
-        # A few clips are read sooner than processes start.
-        data = self.data if len(clips) > 4 * CLIPS_PER_CALL else replace(self.data, workers=0)
-        with tqdm(total=len(clips), desc=what, unit="clip", leave=False, disable=None if progress else True) as bar:
+    def _features(self, clips: Sequence[Clip], what: str, progress: Progress) -> tuple[Tensor, list[str | None]]:
+        # A few clips are read sooner than processes start, and beside other threads they can't be started safely.
+        serial = len(clips) <= 4 * CLIPS_PER_CALL or threading.current_thread() is not threading.main_thread()
+        data = replace(self.data, workers=0) if serial else self.data
+        hidden = None if progress is True else True
+        with tqdm(total=len(clips), desc=what, unit="clip", leave=False, disable=hidden) as bar:
             features, errors = clip_features(
                 self.model,
                 clips,
                 data,
                 self.device,
                 amp=self.config.train.amp,
-                progress=lambda count: bar.update(count),
+                progress=progress if callable(progress) else bar.update,
             )
         return features, [None if error is None else str(error) for error in errors]
 

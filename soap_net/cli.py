@@ -211,6 +211,12 @@ def _export(args: list[str]) -> int:
     return export(args)
 
 
+def _app(args: list[str]) -> int:
+    from soap_net.own import app
+
+    return app(args)
+
+
 def _report(args: list[str]) -> int:
     own = Options("report", "Write one HTML page on runs: curves, accuracies, confusion, and what SOAP does to clips.")
     own.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
@@ -322,6 +328,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "learn": (_learn, "learn your own classes from a few clips of each, into one file"),
     "classify": (_classify, "classify clips by what was learnt, or by a few clips of each class"),
     "export": (_export, "write what was learnt as one ONNX file, for other runtimes"),
+    "app": (_app, "the same in the browser: classes by drag and drop or webcam"),
     "report": (_report, "write an HTML page on runs"),
     "data check": (_data_check, "read a data set; report missing and broken files"),
     "data motion": (_data_motion, "write the embedded motion data set as video files"),

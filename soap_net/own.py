@@ -1,4 +1,4 @@
-"""The commands for your own clips: `soap-net learn`, `soap-net classify` and `soap-net export`."""
+"""The commands for your own clips: `soap-net learn`, `classify`, `export` and `app`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def learn(args: list[str]) -> int:
         _warn(classifier.add(support, progress=True))
     classifier.save(options.out)
     print(f"wrote {options.out}: {', '.join(f'{name} ({n})' for name, n in classifier.counts().items())}")
-    print(_told(classifier))
+    print(told(classifier))
     return 0
 
 
@@ -88,7 +88,7 @@ def classify(args: list[str]) -> int:
     classifier = _classifier(options, settings, "classify")
     if support:
         _warn(classifier.add(support, progress=True))
-        print(_told(classifier), file=sys.stderr)
+        print(told(classifier), file=sys.stderr)
     if options.window is not None:
         from soap_net.timeline import as_csv, as_lines, as_rows
 
@@ -160,6 +160,23 @@ def export(args: list[str]) -> int:
     return 0
 
 
+def app(args: list[str]) -> int:
+    """Serves the page until it is stopped; returns the exit code."""
+    own = Options("app", "Teach and try your own classes in the browser; the page is seen on this machine alone.")
+    _add_sources(own, "what `soap-net learn` wrote, to begin with")
+    own.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 shows the page to the network")
+    own.add_argument("--port", type=int, help="port to serve at (default: the first free one from 7860 on)")
+    options, settings = own.parse_known(args)
+    try:
+        from soap_net.app import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the page needs Gradio; install it with: pip install 'soap-net[app]'") from error
+    serve(_classifier(options, settings, "app"), options.host, options.port)
+    return 0
+
+
 def _add_sources(own: Options, about: str) -> None:
     """The options of `_classifier`."""
     own.epilog = f"{own.epilog} Settings of the preset own_clips may follow, as in --data.frames 16."
@@ -212,7 +229,7 @@ def _warn(errors: Sequence[str]) -> None:
         print(f"warning: {error}; left out of the support", file=sys.stderr)
 
 
-def _told(classifier: Classifier) -> str:
+def told(classifier: Classifier) -> str:
     """What the supports let one expect, in words."""
     calibration, lines = classifier.calibration, []
     if calibration.expected is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
-import torch
-import torch.nn.functional as F
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from soap_net.checkpoint import load_model
@@ -25,24 +20,13 @@ from soap_net.data.splits import load_split
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
 from soap_net.files import write_text
+from soap_net.pictures import Strip, data_uri, strips
 from soap_net.runs import RunFolder, episode_seconds
 
 Array = NDArray[Any]
 
 # Okabe and Ito's, which stay apart for the colour-blind.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LARGEST_FRAME = 112  # pixels of a frame in the report
-GAP = 2  # pixels between frames
-
-
-@dataclass
-class _Strip:
-    """One row of pictures under a clip: T frames side by side."""
-
-    label: str
-    note: str
-    image: str
-    scale: str = ""
 
 
 @dataclass
@@ -50,7 +34,7 @@ class _Shown:
     """A clip with its priors."""
 
     name: str
-    strips: list[_Strip]
+    strips: list[Strip]
 
 
 @dataclass
@@ -188,7 +172,7 @@ def _curves(runs: Sequence[_Run]) -> str:
         axes.tick_params(colors="#555", length=0)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _data_uri(buffer.getvalue(), "svg+xml")
+    return data_uri(buffer.getvalue(), "svg+xml")
 
 
 def _smooth(values: Array) -> Array:
@@ -213,12 +197,10 @@ def _confusion(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[float, s
 # Priors
 
 
-@torch.inference_mode()
 def _priors(run: _Run, count: int) -> list[_Shown]:
     folder = run.folder
     # All backends compute the same; the one it was trained with may need a GPU.
     model, config = load_model(folder.last if folder.last.is_file() else folder.best, backend="auto")
-    soap: Any = model.soap
     split = run.config["eval"]["split"]
     clips = load_split(config.data.root, split, config.data.split_file(split), config.data.split_files)
     load = clip_loader(config.data, train=False)
@@ -226,47 +208,8 @@ def _priors(run: _Run, count: int) -> list[_Shown]:
     for row in np.unique(np.linspace(0, len(clips.classes) - 1, count).round().astype(int)):
         clip = clips.clips[row][0]
         frames = load(clip)
-        priors = {name: prior[0].float().numpy() for name, prior in soap.priors(frames[None]).items()}
-        output = soap(frames[None])[0].float().movedim(1, -1).numpy()
-        if not all(np.isfinite(planes).all() for planes in (output, *priors.values())):
-            raise UserError(f"those of {clip.name} are not finite")
-        low, high = np.percentile(output, (1, 99), axis=(0, 1, 2))
-        strips = [_Strip("frames", "as they go in", _picture(frames.movedim(1, -1).numpy() / 255))]
-        if "3dem" in priors:
-            strips.append(_heat("3DEM", "motion around each pixel", priors["3dem"][:, 0]))
-        if "cwem" in priors:
-            # One number per frame and channel: as many bands side by side, a quarter of a frame high.
-            height, width = frames.shape[-2:]
-            bands = np.repeat(priors["cwem"][:, :, 0, 0], max(1, width // priors["cwem"].shape[1]), axis=1)
-            strips.append(
-                _heat("CWEM", "a number per frame and channel", np.repeat(bands[:, None], max(1, height // 4), axis=1))
-            )
-        if "hmem" in priors:
-            for channel, plane in zip(("red", "green", "blue"), priors["hmem"].swapaxes(0, 1), strict=True):
-                strips.append(_heat(f"HMEM, {channel}", "motion between tuples of frames", plane))
-        strips.append(_Strip("sum", "what the backbone sees", _picture((output - low) / np.maximum(high - low, 1e-6))))
-        shown.append(_Shown(clip.name, strips))
+        try:
+            shown.append(_Shown(clip.name, strips(frames, model.soap)))
+        except UserError as error:
+            raise UserError(f"those of {clip.name}: {error}") from error
     return shown
-
-
-def _heat(label: str, note: str, planes: Array) -> _Strip:
-    """A strip of ``(T, H, W)`` numbers, with the range that its colours span."""
-    low, high = float(planes.min()), float(planes.max())
-    colours = matplotlib.colormaps["magma"]((planes - low) / max(high - low, 1e-6))
-    return _Strip(label, note, _picture(colours[..., :3]), f"{low:.2f} to {high:.2f}")
-
-
-def _picture(images: Array) -> str:
-    """``(T, H, W, 3)`` in 0..1 side by side, large ones scaled down, as a PNG in a data URI."""
-    tiles = torch.from_numpy(np.clip(images, 0, 1)).movedim(-1, 1).float()
-    scale = LARGEST_FRAME / max(tiles.shape[-2:])
-    if scale < 1:
-        tiles = F.interpolate(tiles, scale_factor=scale, mode="area")
-    tiles = F.pad(tiles, (0, GAP), value=1.0)
-    buffer = io.BytesIO()
-    imsave(buffer, torch.cat(list(tiles), dim=-1)[..., :-GAP].movedim(0, -1).numpy(), format="png")
-    return _data_uri(buffer.getvalue(), "png")
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

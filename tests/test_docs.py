@@ -84,6 +84,7 @@ RULES = (
     Rule(r"torchrun --nproc-per-node .*", TRAIN, slow=True),
     Rule(r"torchrun \.\.\. .*", not_run="not a whole command; the one before it on the page is run"),
     Rule(r"soap-net experiment parts --preset paper .*", EXPERIMENT, slow=True),
+    Rule(r"soap-net app( .*)?", not_run="serves until it is stopped; test_app.py serves the page"),
     Rule(r"soap-net experiment .*", not_run="test_experiments.py runs every experiment whole on a tiny data set"),
     Rule(r"import timm, torch, torchvision, transformers\n(?s:.*)", slow=True),
     Rule(r"python -m soap_net", slow=True),

@@ -31,7 +31,20 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "train", "eval", "learn", "classify", "report", "data check", "data motion", "experiment", "info"],
+    [
+        "demo",
+        "train",
+        "eval",
+        "learn",
+        "classify",
+        "app",
+        "export",
+        "report",
+        "data check",
+        "data motion",
+        "experiment",
+        "info",
+    ],
 )
 def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
