@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import groupby, islice
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from soap_net.data.bitstreams import matroska_end, starts_anew
+from soap_net.data.layout import Decoded, Layout, Packets, Timeline, Wanted
 from soap_net.data.pictures import Turn, checksum, display_turn, upright
 from soap_net.errors import ClipError, said
 
@@ -45,126 +46,18 @@ _TELLING = frozenset(
 )
 # Decoders that leave out frames no other frame is predicted from, where that is asked packet by packet.
 _SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
-# A seek empties the decoder's pipeline, and costs about as much as decoding this many frames in vain.
-_SEEK_COST = 8
-# Videos of up to so many pixels in all (218 frames of 320x240; small frames count as 2^15) are decoded whole at first
-# sight: only that tells the frames of a damaged one. Of longer ones the first few frames must be as the packets say.
-_WHOLE, _LEAST, _SAMPLE = 2**24, 2**15, 2**20
+# Of longer videos the first few frames, of so many pixels in all, must be as the packets say.
+_SAMPLE = 2**20
 
 MAX_PIXELS = 2**24
 """A video frame's, as the file declares its size; 5.3K fits. A larger one is refused before memory is taken for it."""
 PATIENCE = 60
 """Seconds from one packet or frame to the next, after which a video counts as one that hangs its decoder."""
 
-_NEVER = np.iinfo(np.int64).min  # the time of a frame without one
 _LIMITS = {"max_pixels": str(MAX_PIXELS)}
 _STRICT = {**_LIMITS, "err_detect": "crccheck+bitstream+buffer+explode"}
 # Before PyAV 19, metadata that is not UTF-8 is an error where nothing else is said.
 _LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
-@dataclass(frozen=True)
-class _Timeline:
-    """The frames' presentation times, ascending, and where decoding can start."""
-
-    pts: NDArray[np.int64]
-    keys: NDArray[np.int64]  # frame numbers of the keyframes that nothing shown later looks behind, ascending
-    key_times: NDArray[np.int64]  # the time to seek to for each of them
-
-    def start_of(self, number: int) -> int:
-        """The position among the keyframes of the last one up to a frame."""
-        return int(np.searchsorted(self.keys, number, side="right")) - 1
-
-    def stretch(self, numbers: Sequence[int]) -> tuple[int, int]:
-        """Where to start for the first frame, and for how many of them to go on rather than to seek anew."""
-        count = 1
-        while count < len(numbers) and self.keys[self.start_of(numbers[count])] <= numbers[count - 1] + _SEEK_COST:
-            count += 1
-        return self.start_of(numbers[0]), count
-
-
-@dataclass(frozen=True)
-class _Packets:
-    """What the packets tell of a video without decoding."""
-
-    count: int
-    pixels: int  # of a frame
-    fps: float | None
-    pts: NDArray[np.int64]  # ascending
-    keys: list[tuple[int, int]]  # times of keyframes, and where to seek for them; none where times can't be trusted
-    empty: frozenset[int]  # times of packets that may be too small for a picture
-    tick: float | None  # seconds of a unit of time; None where times are made up
-
-    def long(self) -> bool:
-        """Whether the video is longer than is decoded whole, though its packets can be trusted to be its frames."""
-        return bool(self.keys) and not self.empty and self.count * max(self.pixels, _LEAST) > _WHOLE
-
-    def seconds(self, shown: Sequence[int | None]) -> NDArray[np.float64] | None:
-        """When frames with these times are shown, from 0 on; by the rate where times are missing or disordered."""
-        if self.tick is not None and None not in shown:
-            seconds = np.array(shown, dtype=np.float64) * self.tick
-            if (np.diff(seconds) > 0).all():
-                return seconds - seconds[0]
-        return np.arange(len(shown)) / self.fps if self.fps else None
-
-    def timeline(self, shown: Sequence[int | None]) -> _Timeline | None:
-        """That of frames with these times; None where only decoding from the start tells which frame is which."""
-        pts = np.array([_NEVER if time is None else time for time in shown], dtype=np.int64)
-        keys = sorted(key for key in self.keys if key[0] not in self.empty)
-        if not (keys and keys[0][0] == pts[0] and set(pts.tolist()) | self.empty == set(self.pts.tolist())):
-            return None
-        if (np.diff(pts) <= 0).any():
-            return None
-        key_pts, key_times = np.array(keys, dtype=np.int64).T
-        return _Timeline(pts, np.searchsorted(pts, key_pts), key_times)
-
-
-@dataclass(frozen=True)
-class _Frames:
-    """What one thread decodes from the start on."""
-
-    times: list[int | None]
-    sizes: set[tuple[int, int]]
-    sums: NDArray[np.uint32]  # where all frames were decoded
-    interlaced: bool
-    turn: Turn
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How many frames there are, and how to find them.
-
-    Of a video that was decoded whole, ``sums`` are what its frames must be however they are reached, and ``sizes``
-    their heights and widths. Of others, decoders that tell of damage are believed as long as they tell of none.
-    """
-
-    frames: int
-    fps: float | None
-    turn: Turn
-    timeline: _Timeline | None  # None: frames are counted from the start
-    sums: NDArray[np.uint32] | None
-    sizes: set[tuple[int, int]] | None
-    telling: bool
-    seconds: NDArray[np.float64] | None  # when each frame is shown, from 0 on; None where the file does not say
-
-    def wanted(self, numbers: Sequence[int], by_time: bool = True) -> list[_Wanted]:
-        """How to know frames; their times come before their numbers."""
-        timeline = self.timeline if by_time else None
-        return [
-            _Wanted(
-                number if timeline is None else int(timeline.pts[number]),
-                None if self.sums is None else int(self.sums[number]),
-                self.turn,
-            )
-            for number in numbers
-        ]
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    label: int  # the frame's time, or its number
-    sum: int | None
-    turn: Turn
 
 
 class Video:
@@ -172,7 +65,7 @@ class Video:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known: _Layout | None = None
+        self._known: Layout | None = None
         self._moved = 0  # packets and frames that came
         self._hangs = False
 
@@ -226,7 +119,7 @@ class Video:
 
         return self._patiently(decode)
 
-    def _layout(self) -> _Layout:
+    def _layout(self) -> Layout:
         if self._known is None:
             self._known = self._patiently(self._scan)
         return self._known
@@ -258,7 +151,7 @@ class Video:
             self._moved += 1
             yield item
 
-    def _scan(self) -> _Layout:
+    def _scan(self) -> Layout:
         """Reads the packets, and decodes as much as it takes to know that they are the frames, or which are."""
         packets, telling = self._list_packets()
         if packets.long():
@@ -270,15 +163,15 @@ class Video:
                 # Of interlaced pictures the fields may come in packets of their own, in some parts of a video only.
                 if timeline and frames.times == pts[:first] and not frames.interlaced:
                     seconds = packets.seconds(pts)
-                    return _Layout(packets.count, packets.fps, frames.turn, timeline, None, None, telling, seconds)
+                    return Layout(packets.count, packets.fps, frames.turn, timeline, None, None, telling, seconds)
         frames = self._decode()
         if not frames.times:
             raise ClipError(self.path, "no frame of the video stream can be decoded")
         timeline = packets.timeline(frames.times)
         seconds, count = packets.seconds(frames.times), len(frames.times)
-        return _Layout(count, packets.fps, frames.turn, timeline, frames.sums, frames.sizes, telling, seconds)
+        return Layout(count, packets.fps, frames.turn, timeline, frames.sums, frames.sizes, telling, seconds)
 
-    def _list_packets(self) -> tuple[_Packets, bool]:
+    def _list_packets(self) -> tuple[Packets, bool]:
         pts: list[int] = []
         keys: list[tuple[int, int]] = []
         empty: set[int] = set()
@@ -324,7 +217,7 @@ class Video:
             telling = codec.name in _TELLING
         times = np.unique(np.array(pts, dtype=np.int64))
         timed = timed and regular and len(times) == count
-        return _Packets(count, pixels, fps, times, keys if timed else [], frozenset(empty), tick), telling
+        return Packets(count, pixels, fps, times, keys if timed else [], frozenset(empty), tick), telling
 
     def _check_length(self, container: InputContainer, stream: VideoStream, shown: int) -> None:
         """Refuses a Matroska or WebM file that is cut short, which FFmpeg reads as a shorter clip without a word."""
@@ -343,7 +236,7 @@ class Video:
                 return
         raise ClipError(self.path, f"the file is cut short: {size} of its {end} bytes are there")
 
-    def _decode(self, *, strict: bool = False, first: int | None = None) -> _Frames:
+    def _decode(self, *, strict: bool = False, first: int | None = None) -> Decoded:
         times: list[int | None] = []
         sizes = set()
         sums = []
@@ -358,7 +251,7 @@ class Video:
                 if first is None:
                     sums.append(checksum(frame))
                 interlaced = interlaced or frame.interlaced_frame
-        return _Frames(times, sizes, np.array(sums, dtype=np.uint32), interlaced, turn)
+        return Decoded(times, sizes, np.array(sums, dtype=np.uint32), interlaced, turn)
 
     def _turn(self, frame: av.VideoFrame) -> Turn:
         try:
@@ -366,7 +259,7 @@ class Video:
         except ValueError as error:
             raise ClipError(self.path, str(error)) from None
 
-    def _read_fast(self, layout: _Layout, numbers: Sequence[int]) -> list[Tensor]:
+    def _read_fast(self, layout: Layout, numbers: Sequence[int]) -> list[Tensor]:
         """In one go, in threads; a ClipError where other ways of reading might give other frames."""
         wanted = layout.wanted(numbers)
         strict = layout.sums is None
@@ -388,7 +281,7 @@ class Video:
                 found += taken
         return found
 
-    def _read_alike(self, layout: _Layout, numbers: Sequence[int]) -> list[Tensor]:
+    def _read_alike(self, layout: Layout, numbers: Sequence[int]) -> list[Tensor]:
         """Each frame as if it were read alone, by one thread of a new decoder: from its keyframe, or from the start."""
         timeline = layout.timeline
         found: list[Tensor] = []
@@ -408,7 +301,7 @@ class Video:
             raise ClipError(self.path, f"the video is damaged: frame {numbers[len(found)]} cannot be decoded for sure")
         return found
 
-    def _take_from(self, timeline: _Timeline, start: int, wanted: Sequence[_Wanted]) -> list[Tensor]:
+    def _take_from(self, timeline: Timeline, start: int, wanted: Sequence[Wanted]) -> list[Tensor]:
         with self._opened() as (container, stream):
             if start > 0:
                 with suppress(av.FFmpegError):  # a damaged index; then the frames' times will not fit
@@ -463,7 +356,7 @@ def _timed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | None, av.Vid
     return ((frame.pts, frame) for frame in frames)
 
 
-def _taken(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: Sequence[_Wanted]) -> list[Tensor]:
+def _taken(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: Sequence[Wanted]) -> list[Tensor]:
     """The wanted frames, up to the first that does not come in its turn or is another."""
     found: list[Tensor] = []
     for label, frame in frames:
