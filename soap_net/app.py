@@ -48,8 +48,7 @@ _STRIPS = _TEMPLATES.from_string(
 )
 _CONFUSED = _TEMPLATES.from_string(
     "<div class=wide><table class=confused>"
-    "<caption>Each clip left out and classified by the others: rows are its class, columns what it was taken for."
-    "</caption>"
+    "<caption>Each clip left out and classified by the others: rows are its class, columns the answer.</caption>"
     "<tr><th></th>{% for name in classes %}<th>{{ name }}</th>{% endfor %}</tr>"
     "{% for name, cells in rows %}<tr><th>{{ name }}</th>{% for count, share in cells %}"
     '<td style="background: rgba(0, 114, 178, {{ share }})">{{ count or "" }}</td>{% endfor %}</tr>{% endfor %}'
@@ -116,9 +115,9 @@ def _clips_in(label: str, count: Any, name: str) -> tuple[gr.File, gr.Video]:
         webcam = gr.Video(
             label="A recording", sources=["webcam"], include_audio=False, height=240, webcam_options=plain
         )
-        # Gradio's own would have the program ffmpeg take out the sound, of which there is none. (A subclass is no way:
-        # it makes Gradio write a file beside this one.)
-        webcam.preprocess = _as_recorded  # type: ignore[method-assign]
+        # Gradio's own would have the program ffmpeg take out the sound, of which there is none. (A subclass
+        # is no way: it makes Gradio write a file beside this one.)
+        webcam.preprocess = _as_recorded
     return file, webcam
 
 

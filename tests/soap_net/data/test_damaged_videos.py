@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 
-from soap_net.data import clips, videos
+from soap_net.data import clips, layout, videos
 from soap_net.data.clips import Clip, ClipError
 from soap_net.data.loading import PerClip, load
 
@@ -223,7 +223,7 @@ def test_of_long_damaged_videos_too_the_frames_that_can_be_read_are_always_the_s
 ) -> None:
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("workers must know what is long here")
-    monkeypatch.setattr(videos, "_WHOLE", 0)
+    monkeypatch.setattr(layout, "_WHOLE", 0)
     monkeypatch.setattr(videos, "_SAMPLE", 0)
     kinds = write_campaign(tmp_path, list(SOURCES), 12, 23, write_video)
     run(tmp_path / "damaged", kinds, read_in_a_worker(tmp_path / "damaged"), counted=False)

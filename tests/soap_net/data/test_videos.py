@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from soap_net.data import videos
+from soap_net.data import layout, videos
 from soap_net.data.check import check_data
 from soap_net.data.clips import Clip, ClipError
 
@@ -26,7 +26,7 @@ REAL = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ucf101_
 def length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short videos are decoded whole at first sight; as long ones are, here, all of which only the first few are."""
     if request.param == "long":
-        monkeypatch.setattr(videos, "_WHOLE", 0)
+        monkeypatch.setattr(layout, "_WHOLE", 0)
         monkeypatch.setattr(videos, "_SAMPLE", 0)
 
 
@@ -176,7 +176,7 @@ def test_real_clips_with_dropped_frames_have_those_of_a_full_decode() -> None:
 def test_a_check_finds_what_only_training_would_ask_for(
     tmp_path: Path, write_video: Make, write_frames: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(videos, "_WHOLE", 0)
+    monkeypatch.setattr(layout, "_WHOLE", 0)
     last = write_video(tmp_path / "a" / "last.avi", "mjpeg", 64, pix_fmt="yuvj420p")
     data = last.read_bytes()
     at, end = data.rindex(b"\xff\xd8"), data.rindex(b"\xff\xd9")
