@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from soap_net.errors import UserError, did_you_mean
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
     from soap_net.config import Config
 
 SETTINGS = "Settings may follow, as in --eval.tasks 1000; `soap-net train --help` lists them all."
-
-UNDOTTED = ("--config", "--out", "--device", "--print_config", "--help")
-"""What is among the settings without a dot; whatever else has none is an option of the command, misspelt."""
 
 
 class Options(argparse.ArgumentParser):
@@ -35,9 +33,9 @@ class Options(argparse.ArgumentParser):
         """Parses what it knows of `args`, and returns the rest beside it: settings. An option misspelt is named."""
         self._given = list(args)
         values, rest = self.parse_known_args(_joined(args))
-        for option in rest:
-            name = option.partition("=")[0]
-            if "." not in name and name not in UNDOTTED and (hint := self._hint(option)):
+        for option in rest:  # a setting's key has a dot, or is whole one of a config
+            undotted = option.partition("=")[0].removeprefix("--") if "." not in option else ""
+            if undotted and undotted not in _undotted_settings() and (hint := self._hint(option)):
                 raise UserError(f"unknown option {option}{hint}")
         return values, rest
 
@@ -53,6 +51,12 @@ class Options(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         name = option.partition("=")[0]
         return did_you_mean(name, known) if name.startswith("--") and name not in known else ""
+
+
+def _undotted_settings() -> set[str]:
+    from soap_net.config import Config
+
+    return {"config", "print_config", *(field.name for field in fields(Config))}
 
 
 def _joined(args: Sequence[str]) -> list[str]:

@@ -48,6 +48,7 @@ SUBSTITUTES = {
 #: The data set, under each name that a page has for it.
 DATA = ("DATA", "data/kinetics", "data/ssv2", "path/to/data")
 
+SMALL = "--data.resize 32 --data.crop 32 --data.workers 0 --device cpu"
 SIZES = "--data.frames 4 --data.resize 24 --data.crop 24 --data.workers 0 --device cpu"
 TASKS = "--episode.shot 1 --episode.queries 1 --eval.shot 1 --eval.tasks 10 --train.episodes 2"
 NET = "--model.backbone tiny --model.weights random"
@@ -67,7 +68,7 @@ class Rule:
 
 
 RULES = (
-    Rule(r"soap-net (train|eval|demo|report)", "--help"),  # named in passing, without what they need
+    Rule(r"soap-net (train|eval|demo|report|learn|classify)", "--help"),  # named in passing, without what they need
     Rule(r"soap-net COMMAND --help", not_run="stands for each command's; test_cli.py has them all"),
     Rule(r"soap-net data motion ROOT", not_run="named in passing; the command itself runs on the page"),
     Rule(r"soap-net data motion data/motion", "--train_clips 2 --val_clips 2 --test_clips 2 --seconds 0.5"),
@@ -79,7 +80,7 @@ RULES = (
     Rule(r"soap-net train .*", TRAIN),
     Rule(r"soap-net (eval|classify|report) .*\bruns/(small|ssv2_cmn).*|soap-net classify \.\.\. --json", slow=True),
     Rule(r"from soap_net.config import load_config\n(?s:.*)|from (?s:.*runs/small/best.pt.*)", slow=True),
-    Rule(r"soap-net (learn|export) .* --out my\.(classifier|onnx)", slow=True),
+    Rule(r"soap-net export .*", slow=True),
     Rule(r"import json\n\nimport av\n(?s:.*)", slow=True),
     Rule(r"torchrun --nproc-per-node .*", TRAIN, slow=True),
     Rule(r"torchrun \.\.\. .*", not_run="not a whole command; the one before it on the page is run"),
@@ -93,6 +94,7 @@ RULES = (
     Rule(r"(make|python -m benchmarks|pytest benchmarks) .*|python -m benchmarks", not_run="run by make, in .ci/run"),
     Rule(r"soap-net learn .* --drop wave .*", not_run="names a class of the reader's; test_own.py drops some"),
     Rule(r"soap-net learn .* --backbone resnet50", not_run="downloads weights; test_own.py runs it with another net"),
+    Rule(r"soap-net learn --support my_classes .*", f"--backbone tiny --weights random {SMALL}"),
     Rule(r"(.* )?pip (install|wheel).*", not_run="the tests of building and packaging install in every way"),
     Rule(r"source .*|tensorboard .*|.* pre_commit install", not_run="acts on the reader's shell, screen or checkout"),
     Rule(r"pytest -m gpu.*|python benchmarks/\w+\.py.*", not_run="needs a GPU"),
