@@ -114,7 +114,8 @@ def plain(name: str, head: FewShotHead, support: Tensor, labels: Tensor, queries
 
 
 @pytest.mark.parametrize("version", ["plain", "ours"])
-@pytest.mark.parametrize("name", HEADS)
+# Views has a query's score depend on the other classes; its loops, in its tests, take minutes at this size.
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "views"])
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 def test_head(benchmark: Callable[..., None], name: str, version: str, training: bool) -> None:
     torch.manual_seed(0)
