@@ -185,7 +185,7 @@ class _Handlers:
 
     def restore(self, session: Session, file: str) -> tuple[Any, ...]:
         with _mistakes_shown(self.home):
-            session.classifier.restore(Path(file))
+            session.restore(Path(file))
         return self.state(session)
 
     def classify(

@@ -66,9 +66,10 @@ def calibrate(held_out: Compared, classes: Classes, accept: float = ACCEPT) -> C
     way = len(classes.shots)
     own = classes.one_hot(len(held_out.logits)).T
     rows = classes.left_out(own).nonzero().flatten()
-    labels, logits = own[rows].long().argmax(dim=1), held_out.logits[rows].double()
+    # Not every device has float64.
+    labels, logits = own[rows].long().argmax(dim=1).cpu(), held_out.logits[rows].cpu().double()
     confusion = torch.zeros(way, way, dtype=torch.int64)
-    confusion.index_put_((labels.cpu(), logits.argmax(dim=1).cpu()), torch.ones(len(rows), dtype=torch.int64), True)
+    confusion.index_put_((labels, logits.argmax(dim=1)), torch.ones(len(rows), dtype=torch.int64), True)
     expected = None
     if len(rows):
         low, high = wilson(int(confusion.trace()), len(rows))
@@ -84,20 +85,25 @@ def calibrate(held_out: Compared, classes: Classes, accept: float = ACCEPT) -> C
 
 def sharpness(logits: Tensor, labels: Tensor) -> float:
     """The factor at which the labels are likeliest, by a log-normal prior around 1; ``(N, way)`` and ``(N,)``."""
-    grid = torch.arange(-80, 81, dtype=torch.float64, device=logits.device) / 20
+    grid = torch.arange(-80, 81, dtype=torch.float64) / 20
     scaled = (logits * grid.exp()[:, None, None]).log_softmax(dim=-1)
     fit = scaled[:, torch.arange(len(labels)), labels].sum(dim=1) - grid.square() / 2
     return float(grid[fit.argmax()].exp())
 
 
 def threshold(familiar: Sequence[float], accept: float = ACCEPT) -> float:
-    """What a share ``accept`` of clips like these exceed, whatever their distribution.
+    """What a share ``accept`` of clips like these exceed, whatever their distribution; it takes `least_clips` of them.
 
     The rank of split conformal prediction (Vovk et al., "Algorithmic Learning in a Random World", 2005, section 2.2):
     of N + 1 exchangeable clips the next falls below the r-th smallest of N with a chance of at most r / (N + 1).
     """
     rank = math.floor((1 - accept) * (len(familiar) + 1) + 1e-9)
     return sorted(familiar)[rank - 1] if rank else -math.inf
+
+
+def least_clips(accept: float) -> int:
+    """How many clips must be left out for a threshold that a share ``accept`` below 1 exceeds."""
+    return math.ceil(1 / (1 - accept) - 1e-6) - 1
 
 
 def wilson(right: int, total: int, level: float = LEVEL) -> tuple[float, float]:

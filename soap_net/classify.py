@@ -5,7 +5,9 @@ It needs no training: by default pretrained features (the preset own_clips), or 
 
 from __future__ import annotations
 
+import itertools
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +67,7 @@ class Prediction:
 class _Learned:
     """What the supports come down to: all that it takes to classify."""
 
+    names: tuple[str, ...]
     embedded: Embedded
     classes: Classes
     calibration: Calibration
@@ -135,10 +138,11 @@ class Classifier:
             UserError: not a classifier, or the weights that it was made with are not to be had or have changed.
         """
         supports, about = load_supports(path)
-        config = from_dict(about.get("config", {}), str(path))
-        origin, accept = about.get("checkpoint"), about.get("accept")
-        if not isinstance(accept, float) or not (origin is None or isinstance(origin, str)):
-            raise UserError(f"{path}: damaged: accept is {accept!r}, checkpoint {origin!r}")
+        config, accept, origin = *_settings(path, about), about.get("checkpoint")
+        if not (origin is None or (isinstance(origin, str) and (checkpoint or Path(origin)).is_file())):
+            raise UserError(
+                f"{path}: stands on the checkpoint {origin!r}, which is not there: say where with --checkpoint"
+            )
         if origin is None:
             if checkpoint is not None:
                 raise UserError(f"{path}: was made without a checkpoint; leave out {checkpoint}")
@@ -196,7 +200,7 @@ class Classifier:
         return errors
 
     def add(self, support: Mapping[str, Sequence[Clip]], *, progress: Progress = False) -> list[str]:
-        """As `learn`, beside the classes and clips learnt before, which are not read again."""
+        """As `learn`, beside what was learnt before and is not read again; a clip takes the place of its namesake."""
         supports, errors = self._read(support, progress)
         self._take(self.supports.joined(supports) if self.supports else supports)
         return errors
@@ -209,7 +213,7 @@ class Classifier:
         """
         self._known()
         assert self.supports is not None
-        self._take(self.supports.without(name))
+        self._take(self.supports.without(unicodedata.normalize("NFC", name)))
 
     def restore(self, path: Path) -> None:
         """Takes on what `save` wrote, in place of any classes learnt; the model stays, and is to be the file's own.
@@ -218,14 +222,12 @@ class Classifier:
             UserError: not a classifier, or made with another model or another way to read clips.
         """
         supports, about = load_supports(path)
-        its, mine = from_dict(about.get("config", {}), str(path)), self.config
+        (its, accept), mine = _settings(path, about), self.config
         same = all(getattr(its.model, key) == getattr(mine.model, key) for key in SAME_MODEL)
         same = same and all(getattr(its.data, key) == getattr(mine.data, key) for key in SAME_DATA)
-        accept = about.get("accept")
-        if not same or not isinstance(accept, float) or about.get("weights") != digest(self.model.state_dict()):
+        if not same or about.get("weights") != digest(self.model.state_dict()):
             raise UserError(f"{path}: was made with other weights or settings than those in use")
-        self.accept = accept
-        self._take(supports)
+        self._take(supports, accept)
 
     def save(self, path: Path) -> None:
         """Writes all that was learnt, and what it was learnt with, as safetensors, whole or not at all."""
@@ -266,7 +268,7 @@ class Classifier:
         if not bool(logits.isfinite().all()):
             return Prediction(name, {}, f"{name}: the model's scores of it are not finite")
         chances = (calibration.sharpness * logits).softmax(0).tolist()
-        ordered = sorted(zip(self.classes, chances, strict=True), key=lambda item: -item[1])
+        ordered = sorted(zip(learned.names, chances, strict=True), key=lambda item: -item[1])
         return Prediction(name, dict(ordered), known=familiar >= calibration.threshold)
 
     def _known(self) -> _Learned:
@@ -275,7 +277,7 @@ class Classifier:
         return self._learned
 
     @torch.inference_mode()
-    def _take(self, supports: Supports) -> None:
+    def _take(self, supports: Supports, accept: float | None = None) -> None:
         if len(supports.classes) < 2:
             raise UserError(
                 f"a classifier needs at least 2 classes, found {len(supports.classes)}: {', '.join(supports.classes)}"
@@ -289,10 +291,15 @@ class Classifier:
         supports = replace(supports, features=supports.features.to(self.device), labels=supports.labels.to(self.device))
         classes = group_by_class(supports.labels, len(supports.classes))
         embedded = head.embed(supports.features)
-        calibration = calibrate(head.held_out(embedded, classes), classes, self.accept)
-        self.supports, self._learned = supports, _Learned(embedded, classes, calibration)
+        accept = self.accept if accept is None else accept
+        calibration = calibrate(head.held_out(embedded, classes), classes, accept)
+        self.accept, self.supports = accept, supports
+        self._learned = _Learned(supports.classes, embedded, classes, calibration)
 
-    def _read(self, support: Mapping[str, Sequence[Clip]], progress: Progress) -> tuple[Supports, list[str]]:
+    def _read(self, given: Mapping[str, Sequence[Clip]], progress: Progress) -> tuple[Supports, list[str]]:
+        support: dict[str, list[Clip]] = {}
+        for name, members in given.items():  # some file systems write é as two characters
+            support.setdefault(unicodedata.normalize("NFC", name), []).extend(members)
         clips = [clip for members in support.values() for clip in members]
         labels = [label for label, members in enumerate(support.values()) for _ in members]
         features, errors = self._features(clips, "support", progress)
@@ -302,8 +309,8 @@ class Classifier:
                 reasons = [error for error, owner in zip(errors, labels, strict=True) if owner == label and error]
                 raise UserError(f"class {name!r} has no readable clip{f': {reasons[0]}' if reasons else ''}")
         classes = tuple(support)
-        names = _distinct(f"{classes[labels[row]]}/{clips[row].path.name}" for row in good)
-        kept = torch.tensor([labels[row] for row in good], device=self.device)
+        names = _distinct(f"{classes[labels[row]]}/{(clips[row].path / clips[row].member).name}" for row in good)
+        kept = torch.tensor([labels[row] for row in good], dtype=torch.int64, device=self.device)
         return Supports(features[good], kept, classes, tuple(names)), [error for error in errors if error]
 
     def _features(self, clips: Sequence[Clip], what: str, progress: Progress) -> tuple[Tensor, list[str | None]]:
@@ -323,14 +330,21 @@ class Classifier:
         return features, [None if error is None else str(error) for error in errors]
 
 
+def _settings(path: Path, about: Mapping[str, Any]) -> tuple[Config, float]:
+    """The config and the share to accept that a file tells; raises UserError where they can't be."""
+    config, accept = about.get("config"), about.get("accept")
+    if not isinstance(config, dict) or not isinstance(accept, float) or not 0 < accept <= 1:
+        raise UserError(f"{path}: damaged: it does not say with which settings it was made")
+    return from_dict(config, str(path)), accept
+
+
 def _distinct(names: Iterator[str]) -> list[str]:
-    """The names, with a number behind those that came before."""
-    seen: dict[str, int] = {}
-    found = []
+    """The names, with a number behind those that are there already."""
+    found: dict[str, None] = {}
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return found
+        free = (name if number == 1 else f"{name} ({number})" for number in itertools.count(1))
+        found[next(one for one in free if one not in found)] = None
+    return [*found]
 
 
 def clips_by_class(folder: Path) -> dict[str, list[Clip]]:

@@ -32,10 +32,11 @@ class Options(argparse.ArgumentParser):
     def parse_known(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parses what it knows of `args`, and returns the rest beside it: settings. An option misspelt is named."""
         self._given = list(args)
-        values, rest = self.parse_known_args(_joined(args))
+        own = {name for action in self._actions for name in action.option_strings}
+        values, rest = self.parse_known_args(_joined(args, {f"--{key}" for key in _undotted_settings()} - own))
         for option in rest:  # a setting's key has a dot, or is whole one of a config
             undotted = option.partition("=")[0].removeprefix("--") if "." not in option else ""
-            if undotted and undotted not in _undotted_settings() and (hint := self._hint(option)):
+            if undotted and undotted not in ("print_config", *_undotted_settings()) and (hint := self._hint(option)):
                 raise UserError(f"unknown option {option}{hint}")
         return values, rest
 
@@ -56,14 +57,16 @@ class Options(argparse.ArgumentParser):
 def _undotted_settings() -> set[str]:
     from soap_net.config import Config
 
-    return {"config", "print_config", *(field.name for field in fields(Config))}
+    return {"config", *(field.name for field in fields(Config))}
 
 
-def _joined(args: Sequence[str]) -> list[str]:
+def _joined(args: Sequence[str], undotted: set[str]) -> list[str]:
     """The arguments with each setting's value joined to its key, lest it be taken for a positional one."""
     found: list[str] = []
     for arg in args:
-        if found and found[-1].startswith("--") and "." in found[-1] and "=" not in found[-1] and arg[:2] != "--":
+        key = found[-1] if found else ""
+        setting = key in undotted or (key.startswith("--") and "." in key and "=" not in key)
+        if setting and not arg.startswith("--"):
             found[-1] += f"={arg}"
         else:
             found.append(arg)

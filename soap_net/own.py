@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from soap_net.timeline import Timeline
 
 CLIPS = "A clip is a video, a folder of frames or a zip of frames."
-ENOUGH = 9
-"""Clips left out from which on a clip can be told to be none of the classes, at nine in ten known."""
 
 
 def learn(args: list[str]) -> int:
@@ -52,7 +50,12 @@ def learn(args: list[str]) -> int:
     for name in options.drop:
         classifier.drop(name)
     if support:
-        _warn(classifier.add(support, progress=True))
+        before = sum(classifier.counts().values())
+        unreadable = classifier.add(support, progress=True)
+        _warn(unreadable)
+        added = sum(map(len, support.values())) - len(unreadable)
+        if replaced := before + added - sum(classifier.counts().values()):
+            print(f"{replaced} of the clips took the place of others of the same class and name", file=sys.stderr)
     classifier.save(options.out)
     print(f"wrote {options.out}: {', '.join(f'{name} ({n})' for name, n in classifier.counts().items())}")
     print(told(classifier))
@@ -217,6 +220,8 @@ def _classifier(options: Namespace, settings: list[str], command: str) -> Classi
         config.model.backbone = options.backbone
     if options.weights is not None:
         config.model.weights = options.weights
+    if config.model.weights and Path(config.model.weights).is_file():  # a classifier is used in other folders, too
+        config.model.weights = str(Path(config.model.weights).absolute())
     if options.by is not None:
         if config.model.head != "views":
             raise UserError(f"--by is for the head views, not for {config.model.head}")
@@ -231,6 +236,8 @@ def _warn(errors: Sequence[str]) -> None:
 
 def told(classifier: Classifier) -> str:
     """What the supports let one expect, in words."""
+    from soap_net.calibration import least_clips
+
     calibration, lines = classifier.calibration, []
     if calibration.expected is None:
         lines += [
@@ -247,7 +254,11 @@ def told(classifier: Classifier) -> str:
     if not calibration.expected.above_chance:
         lines.append("these clips do not show that the classes can be told apart: take its answers for guesses")
     if math.isinf(calibration.threshold) and classifier.accept < 1:
-        lines.append(f"every clip will be taken for one of the classes: to tell others it takes {ENOUGH} clips in all")
+        least, there = least_clips(classifier.accept), calibration.expected.clips
+        lines.append(
+            f"every clip will be taken for one of the classes: to tell others it takes {least} clips that can be left "
+            f"out, and there are {there}"
+        )
     return "\n".join(lines)
 
 
@@ -255,7 +266,7 @@ def _row(prediction: Prediction) -> dict[str, object]:
     return {
         "clip": prediction.clip,
         "class": prediction.label,
-        "known": prediction.known,
+        "known": prediction.known and prediction.error is None,
         "probabilities": prediction.probabilities,
         "error": prediction.error,
     }
@@ -267,7 +278,7 @@ def _csv(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
     rows.writerow(["clip", "class", "known", *classes, "error"])
     for p in predictions:
         chances = [f"{p.probabilities[name]:.6f}" if p.probabilities else "" for name in classes]
-        rows.writerow([p.clip, p.label or "", p.known, *chances, p.error or ""])
+        rows.writerow([p.clip, p.label or "", p.known and p.error is None, *chances, p.error or ""])
     return text.getvalue()
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from soap_net.classify import Classifier, Prediction
 from soap_net.data.clips import Clip
+from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.errors import UserError
 from soap_net.interrupts import Interrupted
 
@@ -33,13 +35,15 @@ class Session:
         classifier: its own, on a model that all sessions share.
         folder: for its clips that wait to be learnt.
         waiting: those, by class.
-        stop: set to end the work at hand.
+        stop: set to end the work at hand; each work has its own.
+        busy: held by the work at hand, which goes on for a moment when it is stopped.
     """
 
     classifier: Classifier
     folder: Path
     waiting: dict[str, list[Clip]] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
+    busy: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def begin(cls, start: Classifier, home: Path) -> Session:
@@ -67,7 +71,7 @@ class Session:
             shown = f"webcam {place.name}{file.suffix}" if file.stem == RECORDED else file.name
             clip = Clip(Path(shutil.copyfile(file, place / shown)))
             try:
-                check_length(clip)
+                check_clip(clip)
             except UserError as error:
                 refused.append(str(error))
                 shutil.rmtree(place)
@@ -82,16 +86,14 @@ class Session:
             UserError: nothing waits, fewer than two classes, or a class without a readable clip.
             Interrupted: `stop` was set; nothing has changed then.
         """
-        if not self.waiting:
-            raise UserError("nothing new to learn: add clips of your classes first")
-        if len({*self.classifier.classes, *self.waiting}) < 2:
-            raise UserError("add clips of a second class first")
-        self.stop.clear()
-        errors = self.classifier.add(self.waiting, progress=self._stoppable(progress))
-        for clips in self.waiting.values():
-            for clip in clips:
-                shutil.rmtree(clip.path.parent)
-        self.waiting = {}
+        with self._working(progress) as tell:
+            taken = {name: [*clips] for name, clips in self.waiting.items()}  # others may come meanwhile
+            if not taken:
+                raise UserError("nothing new to learn: add clips of your classes first")
+            if len({*self.classifier.classes, *taken}) < 2:
+                raise UserError("add clips of a second class first")
+            errors = self.classifier.add(taken, progress=tell)
+            self._remove({clip for clips in taken.values() for clip in clips})
         return errors
 
     def names(self) -> list[str]:
@@ -107,14 +109,22 @@ class Session:
         Raises:
             UserError: there is none of that name, or fewer than two classes would stay learnt.
         """
-        left = {
-            owner: [clip for clip in clips if name not in (owner, f"{owner}/{clip.path.name}")]
-            for owner, clips in self.waiting.items()
-        }
-        supports = self.classifier.supports
-        if left == self.waiting or (supports and name in (*supports.classes, *supports.clips)):
-            self.classifier.drop(name)
-        self.waiting = {owner: clips for owner, clips in left.items() if clips}
+        with self._working(lambda count: None):
+            gone = {
+                clip
+                for owner, clips in self.waiting.items()
+                for clip in clips
+                if name in (owner, f"{owner}/{clip.path.name}")
+            }
+            supports = self.classifier.supports
+            if not gone or (supports and name in (*supports.classes, *supports.clips)):
+                self.classifier.drop(name)
+            self._remove(gone)
+
+    def restore(self, file: Path) -> None:
+        """Takes on what a classifier's file holds, in place of all that was learnt; see `Classifier.restore`."""
+        with self._working(lambda count: None):
+            self.classifier.restore(file)
 
     def rows(self) -> list[list[object]]:
         """A row for each class: its name, and how many of its clips are learnt and wait."""
@@ -129,9 +139,9 @@ class Session:
             UserError: nothing was learnt, or the clip can't be read.
             Interrupted: `stop` was set.
         """
-        check_length(clip)
-        self.stop.clear()
-        [prediction] = self.classifier.classify([clip], progress=self._stoppable(progress))
+        check_clip(clip)
+        with self._working(progress) as tell:
+            [prediction] = self.classifier.classify([clip], progress=tell)
         if prediction.error:
             raise UserError(prediction.error)
         return prediction
@@ -140,16 +150,32 @@ class Session:
         """Deletes its clips."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _stoppable(self, progress: Told) -> Told:
-        def tell(count: int) -> None:
-            if self.stop.is_set():
-                raise Interrupted("stopped; nothing has changed")
-            progress(count)
+    def _remove(self, gone: set[Clip]) -> None:
+        """Takes clips from those that wait, and deletes them."""
+        for name, clips in [*self.waiting.items()]:
+            self.waiting[name] = [clip for clip in clips if clip not in gone]
+            if not self.waiting[name]:
+                del self.waiting[name]
+        for clip in gone:
+            shutil.rmtree(clip.path.parent, ignore_errors=True)
 
-        return tell
+    @contextlib.contextmanager
+    def _working(self, progress: Told) -> Iterator[Told]:
+        """One work at a time; it is told how far it is, and there ends with `Interrupted` once it is stopped."""
+        with self.busy:
+            self.stop = stop = threading.Event()
+
+            def tell(count: int) -> None:
+                if stop.is_set():
+                    raise Interrupted("stopped; nothing has changed")
+                progress(count)
+
+            yield tell
 
 
-def check_length(clip: Clip) -> None:
-    """Raises UserError for a clip of too many frames, or one that can't be read."""
+def check_clip(clip: Clip) -> None:
+    """Raises UserError for a clip of too many frames, one that can't be read, and what is named otherwise."""
+    if clip.path.suffix.lower() not in VIDEO_SUFFIXES | {".zip"}:
+        raise UserError(f"{clip.path}: neither a video nor a zip of frames")
     if (frames := clip.num_frames()) > LONGEST_CLIP:
         raise UserError(f"{clip.path}: has {frames} frames; a clip here may have {LONGEST_CLIP}, cut out the action")

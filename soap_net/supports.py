@@ -48,7 +48,9 @@ class Supports:
         """These and `more`; classes of the same name become one, and a clip known by name is replaced."""
         kept = [row for row, clip in enumerate(self.clips) if clip not in more.clips]
         classes = (*self.classes, *(name for name in more.classes if name not in self.classes))
-        places = torch.tensor([classes.index(name) for name in more.classes], device=self.labels.device)
+        places = torch.tensor(
+            [classes.index(name) for name in more.classes], dtype=torch.int64, device=self.labels.device
+        )
         return Supports(
             torch.cat([self.features[kept], more.features]),
             torch.cat([self.labels[kept], places[more.labels]]),

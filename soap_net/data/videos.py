@@ -55,6 +55,8 @@ PATIENCE = 60
 """Seconds from one packet or frame to the next, after which a video counts as one that hangs its decoder."""
 
 _LIMITS = {"max_pixels": str(MAX_PIXELS)}
+# FFmpeg goes by a file's content, and some formats, such as playlists, have it open other files.
+_FORMATS = "3gp,asf,asf_o,avi,flv,gif,m4v,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
 _STRICT = {**_LIMITS, "err_detect": "crccheck+bitstream+buffer+explode"}
 # Before PyAV 19, metadata that is not UTF-8 is an error where nothing else is said.
 _LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -329,7 +331,7 @@ class Video:
         av.logging.set_level(None)
         try:
             # Without the scheme, "10:30.avi" would be a file of a protocol named 10.
-            container = av.open(f"file:{self.path}", options=_LIMITS, **_LENIENT)
+            container = av.open(f"file:{self.path}", options={**_LIMITS, "format_whitelist": _FORMATS}, **_LENIENT)
         except av.FFmpegError as error:
             raise ClipError(self.path, f"not a video that FFmpeg can read ({said(error)})") from error
         with container:

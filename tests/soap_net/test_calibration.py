@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from soap_net.calibration import Expected, calibrate, sharpness, threshold, wilson
+from soap_net.calibration import Expected, calibrate, least_clips, sharpness, threshold, wilson
 from soap_net.models.heads import Compared, group_by_class
 
 
@@ -31,6 +31,13 @@ def test_nine_in_ten_clips_of_the_same_kind_exceed_the_threshold(count: int) -> 
     rng = np.random.default_rng(count)
     share = np.mean([rng.exponential() >= threshold(rng.exponential(size=count).tolist(), 0.9) for _ in range(20_000)])
     assert 0.9 - 0.007 <= share <= 0.9 + 1 / (count + 1) + 0.007  # the rank's own granularity
+
+
+@pytest.mark.parametrize("accept", [0.5, 0.8, 0.9, 0.95, 0.99])
+def test_the_least_number_of_clips_is_the_first_with_a_threshold(accept: float) -> None:
+    count = least_clips(accept)
+    assert math.isfinite(threshold([1.0] * count, accept))
+    assert math.isinf(threshold([1.0] * (count - 1), accept))
 
 
 def test_too_few_clips_or_accepting_all_set_no_threshold() -> None:

@@ -269,3 +269,20 @@ def test_a_frame_declared_as_a_giant_is_refused_before_memory_is_taken(tmp_path:
 def test_a_frame_of_5k_is_read(tmp_path: Path, write_video: Make) -> None:
     path = write_video(tmp_path / "large.avi", "mjpeg", 1, pix_fmt="yuvj420p", size=(5312, 2988))
     assert Clip(path).read([0]).shape == (1, 3, 2988, 5312)
+
+
+def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "other.ts"
+    other.parent.mkdir()
+    with av.open(str(other), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+    assert Clip(other).num_frames() == 10
+    for name in ("list.m3u8", "list.mp4", "list.ts"):
+        text = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{other}\n#EXT-X-ENDLIST\n"
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ClipError):
+            Clip(tmp_path / name).num_frames()
