@@ -68,7 +68,7 @@ class Rule:
 
 
 RULES = (
-    Rule(r"soap-net (train|eval|demo|report|learn|classify)", "--help"),  # named in passing, without what they need
+    Rule(r"soap-net (train|eval|demo|report|learn|classify|export)", "--help"),  # named in passing, without what they need
     Rule(r"soap-net COMMAND --help", not_run="stands for each command's; test_cli.py has them all"),
     Rule(r"soap-net data motion ROOT", not_run="named in passing; the command itself runs on the page"),
     Rule(r"soap-net data motion data/motion", "--train_clips 2 --val_clips 2 --test_clips 2 --seconds 0.5"),
@@ -93,7 +93,10 @@ RULES = (
     Rule(r"python -m benchmarks.own_clips FOLDER", not_run="test_own_clips.py runs it on a small folder"),
     Rule(r"(make|python -m benchmarks|pytest benchmarks) .*|python -m benchmarks", not_run="run by make, in .ci/run"),
     Rule(r"soap-net learn .* --drop wave .*", not_run="names a class of the reader's; test_own.py drops some"),
-    Rule(r"soap-net learn .* --backbone resnet50", not_run="downloads weights; test_own.py runs it with another net"),
+    Rule(
+        r"soap-net learn .* --backbone (resnet50|vit_b_16).*",
+        not_run="downloads weights; test_own.py runs it with another net",
+    ),
     Rule(r"soap-net learn --support my_classes .*", f"--backbone tiny --weights random {SMALL}"),
     Rule(r"(.* )?pip (install|wheel).*", not_run="the tests of building and packaging install in every way"),
     Rule(r"source .*|tensorboard .*|.* pre_commit install", not_run="acts on the reader's shell, screen or checkout"),

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -153,6 +154,62 @@ def test_work_is_stopped_and_changes_nothing(start: Classifier, zips: dict[str, 
     assert session.rows() == [["c0", 0, 6], ["c1", 0, 6]]
     session.learn(ignore)
     assert session.classifier.counts() == {"c0": 6, "c1": 6}
+
+
+def test_clips_that_come_while_others_are_learnt_still_wait(
+    start: Classifier, zips: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    session = Session.begin(start, tmp_path)
+    for name, files in zips.items():
+        session.put(name, files[:2])
+    late = [("c0", zips["c0"][2:]), ("new", zips["c1"][2:])]
+
+    def meanwhile(count: int) -> None:
+        while late:
+            session.put(*late.pop())
+
+    session.learn(meanwhile)
+    assert session.rows() == [["c0", 2, 1], ["c1", 2, 0], ["new", 0, 1]]
+    session.learn(ignore)
+    assert session.classifier.counts() == {"c0": 3, "c1": 2, "new": 1}
+
+
+def test_stopped_work_goes_before_the_next(start: Classifier, zips: dict[str, list[Path]], tmp_path: Path) -> None:
+    session, began, leave = Session.begin(start, tmp_path), threading.Event(), threading.Event()
+    for name, files in zips.items():
+        session.put(name, files * 3)  # more than are read before progress is told
+    ends: list[object] = []
+
+    def slow(count: int) -> None:
+        began.set()
+        leave.wait(30)
+
+    def learn(progress: Callable[[int], object]) -> None:
+        try:
+            ends.append(session.learn(progress))
+        except Interrupted as stopped:
+            ends.append(stopped)
+
+    first, second = threading.Thread(target=learn, args=[slow]), threading.Thread(target=learn, args=[ignore])
+    first.start()
+    assert began.wait(30)
+    session.stop.set()
+    second.start()
+    leave.set()
+    for thread in (first, second):
+        thread.join(60)
+    assert isinstance(ends[0], Interrupted)
+    assert ends[1:] == [[]]
+    assert session.classifier.counts() == {"c0": 9, "c1": 9}
+
+
+def test_what_is_no_clip_by_its_name_is_refused(start: Classifier, tmp_path: Path) -> None:
+    session = Session.begin(start, tmp_path)
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n")
+    [refused] = session.put("a", [tmp_path / "list.m3u8"])
+    assert "neither a video nor a zip" in refused
+    with pytest.raises(UserError, match="neither a video nor a zip"):
+        session.classify(Clip(tmp_path / "list.m3u8"), ignore)
 
 
 def test_a_saved_classifier_is_taken_on_by_its_own_model_alone(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from soap_net.classify import Classifier, clips_by_class, find_clips
-from soap_net.config import Config
+from soap_net.config import Config, to_dict
 from soap_net.data.clips import Clip
 from soap_net.errors import UserError
 from soap_net.models import SOAPNet, build_model
@@ -167,3 +168,34 @@ def test_accept_is_a_share(untrained: Classifier) -> None:
     for accept in (0.0, 1.5):
         with pytest.raises(UserError, match="accept is"):
             Classifier(untrained.model, untrained.config, accept=accept)
+
+
+def test_clips_of_one_zip_are_named_apart_and_letters_of_two_kinds_are_one(
+    untrained: Classifier, tiny_data: Path, tmp_path: Path
+) -> None:
+    clips = support(tiny_data, {0: 2, 1: 2})
+    accented = {"cafe\u0301": clips["c0"][:1], "caf\u00e9": clips["c0"][1:], "c1": clips["c1"]}
+    untrained.learn(accented)
+    assert untrained.counts() == {"caf\u00e9": 2, "c1": 2}
+    archive = tmp_path / "clips.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for name in ("a", "b"):
+            for image in sorted((tiny_data / "test (class 2)" / f"v{'ab'.index(name)}").iterdir()):
+                packed.write(image, f"{name}/{image.name}")
+    untrained.add({"zip": [Clip(archive, member="a"), Clip(archive, member="b")]})
+    assert untrained.supports is not None
+    assert untrained.supports.clips[-2:] == ("zip/a", "zip/b")
+
+
+@pytest.mark.parametrize("accept", [5.0, float("nan"), 0.0, None])
+def test_a_file_that_accepts_no_share_is_refused_and_changes_nothing(
+    accept: float | None, untrained: Classifier, tiny_data: Path, tmp_path: Path
+) -> None:
+    untrained.learn(support(tiny_data, {0: 2, 1: 2}))
+    untrained.accept, path = accept, tmp_path / "a.classifier"  # type: ignore[assignment]
+    untrained.supports.save(path, {"config": to_dict(untrained.config), "accept": accept})  # type: ignore[union-attr]
+    untrained.accept = 0.9
+    for take in (untrained.restore, lambda path: Classifier.load(path, "cpu")):
+        with pytest.raises(UserError, match="does not say with which settings"):
+            take(path)
+    assert untrained.accept == 0.9
