@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar, cast
 
 import av
 import numpy as np
@@ -128,25 +128,30 @@ class Video:
 
     def _patiently(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises. It runs in a thread of its own, to be left alone where it hangs."""
-        done: Future[T] = Future()
+        answers: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
 
-        def fulfil() -> None:
+        def answer() -> None:
             try:
-                done.set_result(work())
+                answers.put((work(), None))
             except BaseException as error:
-                done.set_exception(error)
+                answers.put((None, error))
 
         if not self._hangs:
-            threading.Thread(target=fulfil, daemon=True).start()
+            threading.Thread(target=answer, daemon=True).start()
         idle = 0  # seconds, counted one by one, so that a process that was stopped for a while takes none for idle
-        while not done.done():
-            if self._hangs:
-                raise ClipError(self.path, "FFmpeg hangs in it: no frame came for a while")
+        while not self._hangs:
             moved = self._moved
-            wait((done,), 1.0)
-            idle = idle + 1 if moved == self._moved else 0
-            self._hangs = idle >= PATIENCE and not done.done()
-        return done.result()
+            try:
+                # Nothing waits here without an end: a lock that is waited for may be one that a fork left locked.
+                value, error = answers.get(timeout=1.0)
+            except Empty:
+                idle = idle + 1 if moved == self._moved else 0
+                self._hangs = idle >= PATIENCE
+                continue
+            if error is not None:
+                raise error
+            return cast(T, value)
+        raise ClipError(self.path, "FFmpeg hangs in it: no frame came for a while")
 
     def _moving(self, items: Iterable[T]) -> Iterator[T]:
         for item in items:
