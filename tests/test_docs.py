@@ -68,7 +68,9 @@ class Rule:
 
 
 RULES = (
-    Rule(r"soap-net (train|eval|demo|report|learn|classify|export)", "--help"),  # named in passing, without what they need
+    Rule(
+        r"soap-net (train|eval|demo|report|learn|classify|export)", "--help"
+    ),  # named in passing, without what they need
     Rule(r"soap-net COMMAND --help", not_run="stands for each command's; test_cli.py has them all"),
     Rule(r"soap-net data motion ROOT", not_run="named in passing; the command itself runs on the page"),
     Rule(r"soap-net data motion data/motion", "--train_clips 2 --val_clips 2 --test_clips 2 --seconds 0.5"),

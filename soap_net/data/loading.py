@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -206,6 +207,8 @@ def _started(batches: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]
     with _starting, deaf_while_starting():
         others = multiprocessing.active_children()
         before = child_ended and signal.getsignal(child_ended)
+        # A worker that cleared away the decoders of this process would wait for their threads, which it has not.
+        gc.collect()
         items = iter(batches)
         processes = [child for child in multiprocessing.active_children() if child not in others]
         main = threading.current_thread() is threading.main_thread()

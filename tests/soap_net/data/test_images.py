@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import multiprocessing
@@ -76,6 +77,7 @@ def measured(paths: list[Path]) -> list[tuple[str, float, float]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, none of which hold a lock here
         process = context.Process(target=work)
+        gc.collect()  # the child must not clear away decoders whose threads it has not
         process.start()
     sending.close()
     found = []
