@@ -27,7 +27,7 @@ from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.errors import UserError
 from soap_net.evaluate import CLIPS_PER_CALL, clip_features, refuse_non_finite
 from soap_net.models import build_model
-from soap_net.models.heads import Classes, Embedded, group_by_class
+from soap_net.models.heads import Classes, Compared, Embedded, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import digest, pick_device
 from soap_net.supports import Supports, load_supports
@@ -70,6 +70,7 @@ class _Learned:
     names: tuple[str, ...]
     embedded: Embedded
     classes: Classes
+    compare: Callable[[Embedded], Compared]
     calibration: Calibration
 
 
@@ -183,7 +184,7 @@ class Classifier:
     def chosen(self) -> dict[str, float]:
         """Of a head that chooses by the supports: the weight of each choice; empty for others."""
         learned, head = self._known(), self.model.head
-        weights = head.choose(learned.embedded, learned.classes).tolist() if head.choices else []
+        weights = head.choose(learned.embedded, learned.classes).tolist()
         return dict(zip(head.choices, weights, strict=True))
 
     def learn(self, support: Mapping[str, Sequence[Clip]], *, progress: Progress = False) -> list[str]:
@@ -263,7 +264,7 @@ class Classifier:
         """
         learned = self._known()
         head, calibration = self.model.head, learned.calibration
-        compared = head.compare(learned.embedded, learned.classes, head.embed(features[None]))
+        compared = learned.compare(head.embed(features[None]))
         logits, familiar = compared.logits[0].float(), float(compared.familiar[0])
         if not bool(logits.isfinite().all()):
             return Prediction(name, {}, f"{name}: the model's scores of it are not finite")
@@ -294,7 +295,8 @@ class Classifier:
         accept = self.accept if accept is None else accept
         calibration = calibrate(head.held_out(embedded, classes), classes, accept)
         self.accept, self.supports = accept, supports
-        self._learned = _Learned(supports.classes, embedded, classes, calibration)
+        compare = head.comparer(embedded, classes)
+        self._learned = _Learned(supports.classes, embedded, classes, compare, calibration)
 
     def _read(self, given: Mapping[str, Sequence[Clip]], progress: Progress) -> tuple[Supports, list[str]]:
         support: dict[str, list[Clip]] = {}

@@ -83,8 +83,8 @@ def test_torch_export_and_jit_trace_take_it_for_any_batch_and_size() -> None:
 
 @pytest.mark.slow
 def test_onnxruntime_computes_the_same_for_any_batch() -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     torch.manual_seed(4)
     soap = SOAP(normalize=NORMALIZE, backend="equations")
     batch = {0: torch.export.Dim("batch")}

@@ -400,7 +400,7 @@ def test_enhances_a_torchvision_video_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_enhances_a_hugging_face_video_model(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the extra `videomae` is not installed")
     torch.manual_seed(0)
     config = transformers.VideoMAEConfig(
         image_size=32, num_frames=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96

@@ -632,6 +632,6 @@ def test_the_short_way_of_sorting_gives_the_natural_order(names: set[str]) -> No
 def test_real_videos_with_packed_frames_read_as_a_full_decode() -> None:
     root = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ut_interaction" / "videos"
     if not root.is_dir():
-        pytest.skip("the real videos are not here")
+        pytest.skip("../shared/data/ut_interaction is not here")
     for path in sorted(root.glob("*/*.avi"))[::30]:
         assert_reads_as_a_full_decode(path, singles=6)

@@ -222,7 +222,7 @@ def test_of_long_damaged_videos_too_the_frames_that_can_be_read_are_always_the_s
     tmp_path: Path, write_video: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if multiprocessing.get_start_method() != "fork":
-        pytest.skip("workers must know what is long here")
+        pytest.skip("workers that are not forked do not have the bound that this test sets")
     monkeypatch.setattr(layout, "_WHOLE", 0)
     monkeypatch.setattr(videos, "_SAMPLE", 0)
     kinds = write_campaign(tmp_path, list(SOURCES), 12, 23, write_video)

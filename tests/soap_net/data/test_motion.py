@@ -314,7 +314,7 @@ def test_a_crash_while_writing_leaves_nothing_behind_and_an_older_set_whole(
 
 
 def test_folders_that_killed_processes_left_go_and_one_in_use_stays(tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="this system has no flock")
     root = write_motion(tmp_path / "mo[ti]on", TINY, progress=False)
     for name in (".mo[ti]on.part-dead", ".mo[ti]on.part-live", ".other.part-x", "mo[ti]on.part-x"):
         (tmp_path / name / "fresh").mkdir(parents=True)

@@ -46,7 +46,7 @@ def touch(*paths: Path) -> None:
 def test_the_published_split_files_hold_the_known_classes_and_clips(name: str) -> None:
     folder = SHARED / "splits" / name
     if not folder.is_dir():
-        pytest.skip("the published split files are not here")
+        pytest.skip("../shared/data/splits is not here")
     seen: set[str] = set()
     for split, counts in zip(("train", "val", "test"), PUBLISHED[name], strict=True):
         if counts is None:
@@ -68,7 +68,7 @@ def test_the_published_split_files_hold_the_known_classes_and_clips(name: str) -
 def test_both_formats_of_published_splits_find_the_same_files(tmp_path: Path) -> None:
     trx, hyrsm = SHARED / "splits/TRX/hmdb_ARN/testlist03.txt", SHARED / "splits/HyRSM/hmdb51/test_few_shot.txt"
     if not trx.is_file():
-        pytest.skip("the published split files are not here")
+        pytest.skip("../shared/data/splits is not here")
     for line in read_split_file(hyrsm).lines:
         touch(tmp_path / line.path)
     one, two = load_split(tmp_path, "test", trx), load_split(tmp_path, "test", hyrsm)
