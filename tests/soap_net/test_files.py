@@ -7,10 +7,10 @@ import errno
 import os
 import pickle
 import re
-import resource
 import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -63,21 +63,14 @@ def files(run: RunFolder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write beyond so many bytes of any file, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
 def test_what_cannot_be_written_to_its_end_leaves_the_old_file_whole(
-    written: tuple[RunFolder, Config], monkeypatch: pytest.MonkeyPatch, name: str, failing: str
+    largest_file: Callable[[int], AbstractContextManager[None]],
+    written: tuple[RunFolder, Config],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    failing: str,
 ) -> None:
     run, config = written
     path = run.path / name
@@ -106,7 +99,9 @@ def test_what_cannot_be_written_to_its_end_leaves_the_old_file_whole(
     assert files(run)[name] != before[name]
 
 
-def test_a_file_that_holds_it_already_is_not_written(written: tuple[RunFolder, Config]) -> None:
+def test_a_file_that_holds_it_already_is_not_written(
+    largest_file: Callable[[int], AbstractContextManager[None]], written: tuple[RunFolder, Config]
+) -> None:
     run, config = written
     before = {path: path.stat().st_ino for path in (run.config, run.versions, run.result)}
     with largest_file(0):
@@ -174,7 +169,9 @@ def test_opening_a_run_clears_away_what_killed_saves_left(written: tuple[RunFold
 # ------------------------------------------------------------------------------------------------------ files that grow
 
 
-def test_what_does_not_fit_is_kept_and_comes_first_when_there_is_room(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_kept_and_comes_first_when_there_is_room(
+    largest_file: Callable[[int], AbstractContextManager[None]], tmp_path: Path
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"0\n")
     file = Appended(path)

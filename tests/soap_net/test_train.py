@@ -5,13 +5,13 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -660,22 +660,15 @@ def test_a_class_that_runs_out_of_readable_clips_costs_no_episode(
 # ------------------------------------------------------------------------------------------------------- full disks
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write beyond so many bytes of any file, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(
     ("name", "room"), [("metrics.jsonl", 60), ("tensorboard/events*", 100), ("last.pt", 9000), ("*st.pt", -1)]
 )
 def test_a_full_disk_is_one_line_and_costs_nothing_once_there_is_room(
-    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch, name: str, room: int
+    largest_file: Callable[[int], AbstractContextManager[None]],
+    thorough: Callable[[str], Config],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    room: int,
 ) -> None:
     whole = run(thorough("whole"))
     config = thorough("full")
@@ -697,7 +690,9 @@ def test_a_full_disk_is_one_line_and_costs_nothing_once_there_is_room(
 
 
 def test_a_step_that_could_not_be_logged_at_once_is_saved_with_its_line(
-    thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
+    largest_file: Callable[[int], AbstractContextManager[None]],
+    thorough: Callable[[str], Config],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = run(thorough("whole"))
     config = thorough("full")

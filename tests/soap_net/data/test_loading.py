@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from torch import Tensor
@@ -56,6 +58,11 @@ def refuses() -> None:
 
 def fails() -> None:
     raise RuntimeError("a fault in the program")
+
+
+def collect_and_count(clip: Clip) -> int:
+    gc.collect()
+    return clip.num_frames()
 
 
 def read_number(clip: Clip) -> int:
@@ -189,3 +196,26 @@ print(int(next(reading)[0]), flush=True)
 """
     done = subprocess.run([sys.executable, "-c", program], timeout=200, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_a_worker_that_collects_garbage_does_not_wait_for_its_parents_decoders(tmp_path: Path) -> None:
+    # A decoder's threads are not in a forked process; freed there, it would wait for them without end.
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+    gc.disable()
+    try:
+        with av.open(str(path)) as decoding:
+            video = decoding.streams.video[0]
+            video.codec_context.thread_count = 4
+            next(decoding.decode(video=0))
+        ring: list[object] = [video]
+        ring.append(ring)
+        del ring, video, decoding
+        assert list(load(PerClip([Clip(path)], collect_and_count), 1, timeout=20.0)) == [10]
+    finally:
+        gc.enable()
