@@ -156,7 +156,7 @@ class _Handlers:
         saved = None
         if classifier.classes:
             saved = session.folder / "my.classifier"
-            classifier.save(saved)
+            classifier.save(saved, paths=False)
         return (
             session.rows(),
             gr.Dropdown(choices=session.names(), value=None),

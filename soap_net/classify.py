@@ -129,11 +129,21 @@ class Classifier:
         return cls(model, config, checkpoint=path.absolute(), accept=accept)
 
     @classmethod
-    def load(cls, path: Path, device: str = "auto", *, checkpoint: Path | None = None) -> Classifier:
+    def load(
+        cls,
+        path: Path,
+        device: str = "auto",
+        *,
+        checkpoint: Path | None = None,
+        backbone: str | None = None,
+        weights: str | None = None,
+    ) -> Classifier:
         """What `save` wrote; it answers as it did.
 
         Args:
             checkpoint: of a classifier that stands on one, where it lies now, if that has changed.
+            backbone: of one that stands on a folder (``hf:<folder>``), likewise.
+            weights: of one that stands on a weights file, likewise.
 
         Raises:
             UserError: not a classifier, or the weights that it was made with are not to be had or have changed.
@@ -147,7 +157,13 @@ class Classifier:
         if origin is None:
             if checkpoint is not None:
                 raise UserError(f"{path}: was made without a checkpoint; leave out {checkpoint}")
-            classifier = cls.from_config(config, device, accept=accept)
+            model = config.model
+            moved = replace(model, backbone=backbone or model.backbone, weights=weights or model.weights)
+            classifier = cls.from_config(replace(config, model=moved), device, accept=accept)
+        elif backbone or weights:
+            raise UserError(
+                f"{path}: stands on a checkpoint, which has its own weights; leave out {backbone or weights}"
+            )
         else:
             classifier = cls.from_checkpoint(checkpoint or Path(origin), device, accept=accept)
         if digest(classifier.model.state_dict()) != about.get("weights"):
@@ -200,21 +216,33 @@ class Classifier:
         self._take(supports)
         return errors
 
-    def add(self, support: Mapping[str, Sequence[Clip]], *, progress: Progress = False) -> list[str]:
-        """As `learn`, beside what was learnt before and is not read again; a clip takes the place of its namesake."""
+    def add(
+        self, support: Mapping[str, Sequence[Clip]], *, drop: Sequence[str] = (), progress: Progress = False
+    ) -> list[str]:
+        """As `learn`, beside what was learnt before and is not read again; a clip takes the place of its namesake.
+
+        What `drop` names is forgotten first; see there.
+        """
+        kept = self._without(drop) if drop else self.supports
         supports, errors = self._read(support, progress)
-        self._take(self.supports.joined(supports) if self.supports else supports)
+        self._take(kept.joined(supports) if kept else supports)
         return errors
 
-    def drop(self, name: str) -> None:
-        """Forgets a class, or a clip of one named ``class/clip``.
+    def drop(self, *names: str) -> None:
+        """Forgets classes, and clips named ``class/clip``.
 
         Raises:
-            UserError: there is none of that name, or fewer than two classes would be left.
+            UserError: there is none of a name, or fewer than two classes would be left.
         """
+        self._take(self._without(names))
+
+    def _without(self, names: Sequence[str]) -> Supports:
         self._known()
         assert self.supports is not None
-        self._take(self.supports.without(unicodedata.normalize("NFC", name)))
+        kept = self.supports
+        for name in names:
+            kept = kept.without(unicodedata.normalize("NFC", name))
+        return kept
 
     def restore(self, path: Path) -> None:
         """Takes on what `save` wrote, in place of any classes learnt; the model stays, and is to be the file's own.
@@ -223,20 +251,26 @@ class Classifier:
             UserError: not a classifier, or made with another model or another way to read clips.
         """
         supports, about = load_supports(path)
-        (its, accept), mine = _settings(path, about), self.config
+        its, accept = _settings(path, about)
+        its, mine = _without_paths(its), _without_paths(self.config)
         same = all(getattr(its.model, key) == getattr(mine.model, key) for key in SAME_MODEL)
         same = same and all(getattr(its.data, key) == getattr(mine.data, key) for key in SAME_DATA)
         if not same or about.get("weights") != digest(self.model.state_dict()):
             raise UserError(f"{path}: was made with other weights or settings than those in use")
         self._take(supports, accept)
 
-    def save(self, path: Path) -> None:
-        """Writes all that was learnt, and what it was learnt with, as safetensors, whole or not at all."""
+    def save(self, path: Path, *, paths: bool = True) -> None:
+        """Writes all that was learnt, and what it was learnt with, as safetensors, whole or not at all.
+
+        Without `paths` the file tells the names alone of what it stands on, for those who have no business to know
+        where that lies.
+        """
         self._known()
         assert self.supports is not None
+        checkpoint = self.checkpoint and (self.checkpoint if paths else self.checkpoint.name)
         about: dict[str, Any] = {
-            "config": to_dict(self.config),
-            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "config": to_dict(self.config if paths else _without_paths(self.config)),
+            "checkpoint": checkpoint and str(checkpoint),
             "weights": digest(self.model.state_dict()),
             "accept": float(self.accept),
         }
@@ -338,6 +372,19 @@ def _settings(path: Path, about: Mapping[str, Any]) -> tuple[Config, float]:
     if not isinstance(config, dict) or not isinstance(accept, float) or not 0 < accept <= 1:
         raise UserError(f"{path}: damaged: it does not say with which settings it was made")
     return from_dict(config, str(path)), accept
+
+
+def _without_paths(config: Config) -> Config:
+    """The same with names in place of paths."""
+    model, data = config.model, config.data
+    kind, colon, source = model.backbone.partition(":")
+    backbone = f"{kind}{colon}{Path(source).name if Path(source).is_absolute() else source}"
+    return replace(
+        config,
+        data=replace(data, root=Path(data.root.name), train_split=None, val_split=None, test_split=None),
+        model=replace(model, backbone=backbone, weights=model.weights and Path(model.weights).name),
+        out=Path(config.out.name),
+    )
 
 
 def _distinct(names: Iterator[str]) -> list[str]:

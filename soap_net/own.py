@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from soap_net.classify import Classifier, Prediction
+    from soap_net.config import ModelConfig
     from soap_net.data.clips import Clip
     from soap_net.timeline import Timeline
 
@@ -47,14 +48,15 @@ def learn(args: list[str]) -> int:
 
     support = clips_by_class(options.support) if options.support else {}
     classifier = _classifier(options, settings, "learn")
-    for name in options.drop:
-        classifier.drop(name)
-    if support:
+    if not support:
+        classifier.drop(*options.drop)
+    else:
         before = sum(classifier.counts().values())
-        unreadable = classifier.add(support, progress=True)
+        unreadable = classifier.add(support, drop=options.drop, progress=True)
         _warn(unreadable)
         added = sum(map(len, support.values())) - len(unreadable)
-        if replaced := before + added - sum(classifier.counts().values()):
+        replaced = before + added - sum(classifier.counts().values())
+        if replaced and not options.drop:
             print(f"{replaced} of the clips took the place of others of the same class and name", file=sys.stderr)
     classifier.save(options.out)
     print(f"wrote {options.out}: {', '.join(f'{name} ({n})' for name, n in classifier.counts().items())}")
@@ -200,10 +202,16 @@ def _classifier(options: Namespace, settings: list[str], command: str) -> Classi
     accept = {} if options.accept is None else {"accept": options.accept}
     changes = [name for name in ("backbone", "weights", "by") if getattr(options, name) is not None]
     if options.classifier is not None:
-        if changes or settings or accept:
-            first = (f"--{changes[0]}" if changes else settings[0]) if changes or settings else "--accept"
+        if options.by is not None or settings or accept:
+            first = "--by" if options.by is not None else settings[0] if settings else "--accept"
             raise UserError(f"{first} can't be set here: the classifier has it from when it was learnt")
-        return Classifier.load(options.classifier, options.device, checkpoint=options.checkpoint)
+        return Classifier.load(
+            options.classifier,
+            options.device,
+            checkpoint=options.checkpoint,
+            backbone=options.backbone,
+            weights=options.weights,
+        )
     if options.checkpoint is not None:
         if changes or settings:
             raise UserError(f"{f'--{changes[0]}' if changes else settings[0]} can't be set here: the checkpoint has it")
@@ -220,13 +228,22 @@ def _classifier(options: Namespace, settings: list[str], command: str) -> Classi
         config.model.backbone = options.backbone
     if options.weights is not None:
         config.model.weights = options.weights
-    if config.model.weights and Path(config.model.weights).is_file():  # a classifier is used in other folders, too
-        config.model.weights = str(Path(config.model.weights).absolute())
+    config.model = _absolute(config.model)
     if options.by is not None:
         if config.model.head != "views":
             raise UserError(f"--by is for the head views, not for {config.model.head}")
         config.model.head_options = {**config.model.head_options, "by": options.by}
     return Classifier.from_config(replace(config), options.device, **accept)
+
+
+def _absolute(model: ModelConfig) -> ModelConfig:
+    """The same with absolute paths of what it is made of: a classifier is used in other folders, too."""
+    weights, backbone = model.weights, model.backbone
+    if weights and Path(weights).is_file():
+        weights = str(Path(weights).absolute())
+    if backbone.startswith("hf:") and (folder := Path(backbone[3:])).is_dir():
+        backbone = f"hf:{folder.absolute()}"
+    return replace(model, weights=weights, backbone=backbone)
 
 
 def _warn(errors: Sequence[str]) -> None:

@@ -264,7 +264,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device is {name!r}: not on this machine, which has {there}")
     if kind in ("cpu", "mps"):
         return torch.device(kind)
-    number = int(name.partition(":")[2] or local_rank)
+    numeral = name.partition(":")[2] or str(local_rank)
+    if not numeral.isdecimal():
+        raise UserError(f"device is {name!r}: behind the colon goes a number, as in {kind}:0")
+    number = int(numeral)
     count = torch.cuda.device_count() if kind == "cuda" else torch.xpu.device_count()
     if number >= count:
         raise UserError(f"device is {kind}:{number}: this machine has {count}, the last is {kind}:{count - 1}")

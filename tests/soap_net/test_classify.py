@@ -3,10 +3,12 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from soap_net.classify import Classifier, clips_by_class, find_clips
 from soap_net.config import Config, to_dict
@@ -142,6 +144,8 @@ def test_added_and_dropped_clips_give_what_learning_the_rest_gives(untrained: Cl
     untrained.drop("c0")
     with pytest.raises(UserError, match="at least 2 classes"):
         untrained.drop("c1")
+    untrained.add({"new": clips["c0"]}, drop=["c1"])  # only what is left in the end is counted
+    assert untrained.classes == ("c2", "new")
 
 
 def test_a_classifier_of_other_weights_is_refused(untrained: Classifier, tiny_data: Path, tmp_path: Path) -> None:
@@ -151,6 +155,34 @@ def test_a_classifier_of_other_weights_is_refused(untrained: Classifier, tiny_da
     untrained.save(tmp_path / "my.classifier")
     with pytest.raises(UserError, match="made with other weights than those of backbone tiny"):
         Classifier.load(tmp_path / "my.classifier", "cpu")
+
+
+def test_the_weights_of_a_classifier_may_move_and_its_file_may_keep_quiet_where_they_lie(
+    untrained: Classifier, tiny_data: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first.safetensors"
+    save_file(untrained.model.backbone.net.state_dict(), first)
+    config = replace(untrained.config, model=replace(untrained.config.model, weights=str(first)))
+    classifier = Classifier.from_config(config, "cpu")
+    classifier.learn(support(tiny_data, {0: 2, 1: 2}))
+    classifier.save(tmp_path / "my.classifier")
+    classifier.save(tmp_path / "quiet.classifier", paths=False)
+    assert str(tmp_path).encode() in (tmp_path / "my.classifier").read_bytes()
+    assert str(tmp_path).encode() not in (tmp_path / "quiet.classifier").read_bytes()
+    classifier.restore(tmp_path / "quiet.classifier")
+    moved = first.rename(tmp_path / "moved.safetensors")
+    for file in ("my.classifier", "quiet.classifier"):
+        with pytest.raises(UserError, match="no such weights file"):
+            Classifier.load(tmp_path / file, "cpu")
+        found = Classifier.load(tmp_path / file, "cpu", weights=str(moved))
+        assert found.classify([Clip(tiny_data / "test (class 0)" / "v3")]) == classifier.classify(
+            [Clip(tiny_data / "test (class 0)" / "v3")]
+        )
+    with torch.no_grad():
+        next(untrained.model.backbone.parameters()).add_(1)
+    save_file(untrained.model.backbone.net.state_dict(), moved)
+    with pytest.raises(UserError, match="made with other weights"):
+        Classifier.load(tmp_path / "my.classifier", "cpu", weights=str(moved))
 
 
 def test_a_clip_like_no_class_is_none_of_these(untrained: Classifier, tiny_data: Path) -> None:

@@ -63,9 +63,9 @@ def test_classes_are_added_and_dropped_by_name(clips: Path, capsys: pytest.Captu
     more.mkdir()
     (clips / "red").rename(more / "red")
     (clips / "mine" / "blue").rename(more / "blue")
-    added = ["learn", "--classifier", file, "--support", str(more), "--drop", "green/clip1", "--out", file]
+    added = ["learn", "--classifier", file, "--support", str(more), "--drop", "green/clip1", "blue", "--out", file]
     assert main([*added, "--device", "cpu"]) == 0
-    assert "blue (4), green (3), red (4)" in capsys.readouterr().out
+    assert "green (3), blue (4), red (4)" in capsys.readouterr().out
 
 
 def test_without_a_checkpoint_the_support_is_learnt_on_the_way(clips: Path, capsys: pytest.CaptureFixture) -> None:

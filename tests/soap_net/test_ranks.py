@@ -99,6 +99,12 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are() -> None:
             pick_device("cuda:1")
 
 
+def test_a_device_without_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"device is 'cuda:abc': behind the colon goes a number"):
+        pick_device("cuda:abc")
+
+
 def test_alone_a_sum_is_the_value_itself_and_an_error_ones_own() -> None:
     with join("cpu") as ranks:
         assert ranks == Ranks(torch.device("cpu"), 0, 1)
