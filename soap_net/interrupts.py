@@ -10,6 +10,7 @@ or with it (`live_with_main`), and those that have work to save ask an event tha
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -53,6 +54,7 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
+        atexit._run_exitfuncs()  # or multiprocessing tells of semaphores that nobody gave back
         os._exit(code)
     sys.exit(code)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from soap_net.config import Config
 from soap_net.data.memory import ClipMemory
@@ -175,6 +177,7 @@ class _Worker:
 def _serve(pipe: Connection, slot: int, threads: int, stop: Event, started: Event) -> None:
     leave_signals_to_main()
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives a process that is ended
     memory = ClipMemory(KEPT_CLIPS)
     with suppress(EOFError, ConnectionError):  # the main process has closed the pipe, or is gone
         while True:
