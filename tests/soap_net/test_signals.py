@@ -40,6 +40,7 @@ class Outcome:
         """The promise of all commands."""
         lines = [line.strip() for line in self.text.replace("\r", "\n").splitlines() if "soap-net: " in line]
         assert "Traceback" not in self.text, self.text
+        assert "leaked" not in self.text, self.text
         assert self.code == 128 + number, self.text
         assert len(lines) == 1, self.text
         assert lines[0].startswith("soap-net: stopped")
