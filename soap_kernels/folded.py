@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class FoldedSOAP(nn.Module):
         frames = x.to(self.mean.dtype)
         if self.normalize is not None:
             frames = (frames / 255 - self.mean) / self.std
-        terms: list[Tensor | float] = [self.offset] if self.offset else []  # the small ones first
+        terms: list[Any] = [self.offset] if self.offset else []  # the small ones first
         if self.time is not None:
             gates = torch.sigmoid(self.time(frames.mean((3, 4)).transpose(1, 2)))
             terms.append(gates.transpose(1, 2)[..., None, None])
@@ -78,7 +79,7 @@ class FoldedSOAP(nn.Module):
                 terms.append(priors[:, -self.frames :].unsqueeze(2))
             if self.hmem:
                 terms.append(priors[:, : self.frames * self.channels].unflatten(1, (self.frames, self.channels)))
-        y = reduce(add, [*terms, frames])
+        y: Tensor = reduce(add, [*terms, frames])
         return y.to(self.out_dtype or (y.dtype if self.normalize is not None else x.dtype))
 
     def extra_repr(self) -> str:
