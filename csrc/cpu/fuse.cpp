@@ -1,4 +1,5 @@
-// Stage `fuse`: one read of x, one write of y. y = x + offset + gate + s(stencil) + s(conv), and its relatives (stages.h, Mode).
+// Stage `fuse`: one read of x, one write of y. y = x + offset + gate + s(stencil) + s(conv), and its relatives
+// (stages.h, Mode).
 //
 // A group of blocks goes through three steps that stay in the second-level cache (frames: 0.3 MB a thread): windows to
 // transformed inputs, a product per point, products back to pixels with the sigmoids and the sum.

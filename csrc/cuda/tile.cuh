@@ -256,9 +256,9 @@ __device__ __forceinline__ void convolve(
   }
 }
 
-// The gates of a clip's planes, (T, C), plus `Options::offset`: the work of one warp, a lane a plane. What it needs from memory
-// is asked for first (`begin`), so that it arrives while the block loads frames; `end` leaves the gates in shared
-// memory.
+// The gates of a clip's planes, (T, C), plus the options' offset: the work of one warp, a lane a plane. What it needs
+// from memory is asked for first (`begin`), so that it arrives while the block loads frames; `end` leaves the gates in
+// shared memory.
 struct GatePrologue {
   float mean, tap[3 * MAX_CHANNELS], bias;
 

@@ -33,7 +33,7 @@ class Options:
     std: tuple[float, ...] | None
     out_dtype: torch.dtype
     out_channels_last: bool
-    offset: float = 0.0
+    offset: float = 0.0  # what the sum of the priors starts from
 
     @property
     def fusion(self) -> Fusion:
