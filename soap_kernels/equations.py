@@ -65,13 +65,14 @@ def priors(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> dict[str,
     return found
 
 
-def soap(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> Tensor:
+def soap(x: Tensor, weights: Weights, tuple_sizes: Sequence[int], centred: bool = False) -> Tensor:
     """``x`` plus the priors of the parts that are on (Eqn 15), differentiable.
 
     Args:
         x: floating-point frames ``(B, T, C, H, W)``. fp16 and bf16 frames are computed in fp32.
         weights: of the parts that are on, in any floating dtype.
         tuple_sizes: O, sorted.
+        centred: each prior less one half.
 
     Returns:
         ``(B, T, C, H, W)`` in x's dtype.
@@ -79,5 +80,5 @@ def soap(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> Tensor:
     with without_autocast(x):
         y = x.to(compute_dtype(x))
         for prior in priors(y, weights, tuple_sizes).values():
-            y = y + prior
+            y = y + (prior - 0.5 if centred else prior)
         return y.to(x.dtype)

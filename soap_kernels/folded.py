@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ class FoldedSOAP(nn.Module):
         tuple_sizes: O, sorted.
         normalize: per-channel (mean, std) in units of 0..1: the input is uint8 frames, normalised on the way in.
         out_dtype: of the output; x's by default, that of the weights for uint8 frames.
+        offset: what the sum of the priors starts from.
     """
 
     mean: Tensor
@@ -39,9 +43,11 @@ class FoldedSOAP(nn.Module):
         tuple_sizes: Sequence[int],
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         out_dtype: torch.dtype | None = None,
+        offset: float = 0.0,
     ) -> None:
         super().__init__()
         self.frames, self.channels, self.normalize, self.out_dtype = frames, channels, normalize, out_dtype
+        self.offset = offset
         self.hmem, self.three_dem = weights.hmem is not None, weights.three_dem is not None
         some = next(iter(weights.flatten()), torch.zeros(1))
         some, weights = some.to(compute_dtype(some)), weights.to(compute_dtype(some))
@@ -63,16 +69,17 @@ class FoldedSOAP(nn.Module):
         frames = x.to(self.mean.dtype)
         if self.normalize is not None:
             frames = (frames / 255 - self.mean) / self.std
-        y = frames
-        if self.planes is not None:
-            priors = torch.sigmoid(self.planes(frames.flatten(1, 2)))
-            if self.hmem:
-                y = y + priors[:, : self.frames * self.channels].unflatten(1, (self.frames, self.channels))
-            if self.three_dem:
-                y = y + priors[:, -self.frames :].unsqueeze(2)
+        terms: list[Any] = [self.offset] if self.offset else []  # the small ones first
         if self.time is not None:
             gates = torch.sigmoid(self.time(frames.mean((3, 4)).transpose(1, 2)))
-            y = y + gates.transpose(1, 2)[..., None, None]
+            terms.append(gates.transpose(1, 2)[..., None, None])
+        if self.planes is not None:
+            priors = torch.sigmoid(self.planes(frames.flatten(1, 2)))
+            if self.three_dem:
+                terms.append(priors[:, -self.frames :].unsqueeze(2))
+            if self.hmem:
+                terms.append(priors[:, : self.frames * self.channels].unflatten(1, (self.frames, self.channels)))
+        y: Tensor = reduce(add, [*terms, frames])
         return y.to(self.out_dtype or (y.dtype if self.normalize is not None else x.dtype))
 
     def extra_repr(self) -> str:

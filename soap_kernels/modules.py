@@ -12,7 +12,7 @@ from soap_kernels.backends import reference
 from soap_kernels.folded import FoldedSOAP
 from soap_kernels.frames import as_float, as_output, check_tensor, compute_dtype, without_autocast
 from soap_kernels.held import Held
-from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps
+from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps, sum_at_rest
 
 
 def _check_backend(backend: str) -> None:
@@ -135,6 +135,8 @@ class SOAP(nn.Module):
         normalize: per-channel (mean, std) in units of 0..1: the input is uint8 frames, normalised on the way in.
         out_dtype: of the output; x's by default, fp32 for uint8 frames.
         out_channels_last: ``y.flatten(0, 1)`` comes out channels_last.
+        centred: each prior less one half, which it is at rest: a fresh SOAP then hardly changes what a model that was
+            trained without it sees. Of the paper's variant alone.
 
     Raises:
         ValueError: an impossible setting; the text names it.
@@ -153,6 +155,7 @@ class SOAP(nn.Module):
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         out_dtype: torch.dtype | None = None,
         out_channels_last: bool = False,
+        centred: bool = False,
     ) -> None:
         super().__init__()
         chosen = (parts,) if isinstance(parts, str) else tuple(parts)
@@ -160,6 +163,8 @@ class SOAP(nn.Module):
             raise ValueError(f"parts holds {unknown[0]!r}, expected some of {', '.join(PARTS)}")
         if variant not in ("paper", "release"):
             raise ValueError(f"variant is {variant!r}, expected 'paper' or 'release'")
+        if centred and variant == "release":
+            raise ValueError("centred is for variant 'paper': 'release' multiplies frames by about 5.5, centred by 4")
         if precision not in backends.PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(backends.PRECISIONS)}")
         _check_backend(backend)
@@ -173,6 +178,7 @@ class SOAP(nn.Module):
         self.parts = tuple(p for p in PARTS if p in chosen)
         self.variant, self.backend, self.precision = variant, backend, precision
         self.normalize, self.out_dtype, self.out_channels_last = normalize, out_dtype, out_channels_last
+        self.centred = centred
         if variant == "release":
             convs = compat.release_convs(frames, channels, hidden_channels, self.tuple_sizes, self.parts)
             for name, conv in convs.items():
@@ -206,14 +212,18 @@ class SOAP(nn.Module):
         op.check_soap_dtype("SOAP", x, self.normalize is not None)
 
     def priors(self, x: Tensor) -> dict[str, Tensor]:
-        """The prior of each part that is on, by its name, broadcastable to x; differentiable. For plots and study."""
+        """The prior of each part that is on, by its name, broadcastable to x; differentiable. For plots and study.
+
+        As it is added to x: with ``centred`` less one half.
+        """
         self._check(x)
         frames = self._as_float(x)
         if self.variant == "release":
             w = compat.release_weights(self, self.parts).to(frames.dtype)
             with without_autocast(x):
                 return compat.equations(frames, w, self.tuple_sizes)
-        return _priors(frames, self.weights(), self.tuple_sizes, self.backend)
+        found = _priors(frames, self.weights(), self.tuple_sizes, self.backend)
+        return {part: prior - sum_at_rest([part]) for part, prior in found.items()} if self.centred else found
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, T, C, H, W)`` in, the same out: x (normalised if uint8) plus the priors.
@@ -224,7 +234,7 @@ class SOAP(nn.Module):
         if self.variant == "release":
             return self._release(x)
         if self.backend == "equations":
-            y = equations.soap(self._as_float(x), self.weights(), self.tuple_sizes)
+            y = equations.soap(self._as_float(x), self.weights(), self.tuple_sizes, self.centred)
             return as_output(y, self._out_dtype(x), self.out_channels_last)
         return op.soap(
             x,
@@ -236,6 +246,7 @@ class SOAP(nn.Module):
             self.out_dtype,
             self.out_channels_last,
             self.backend,
+            self.centred,
         )
 
     def _release(self, x: Tensor) -> Tensor:
@@ -255,7 +266,8 @@ class SOAP(nn.Module):
         if self.variant == "release":
             raise ValueError("SOAP: variant 'release' doesn't fold; its backend 'equations' is in plain layers")
         shape = (self.frames, self.channels, self.tuple_sizes)
-        return FoldedSOAP(self.weights(), *shape, self.normalize, self.out_dtype).eval()
+        offset = -sum_at_rest(self.parts) if self.centred else 0.0
+        return FoldedSOAP(self.weights(), *shape, self.normalize, self.out_dtype, offset).eval()
 
     def _as_float(self, x: Tensor) -> Tensor:
         return as_float(x, *(self.normalize or (None, None)))
@@ -266,5 +278,5 @@ class SOAP(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"frames={self.frames}, channels={self.channels}, tuple_sizes={self.tuple_sizes}, parts={self.parts},"
-            f" variant={self.variant!r}, backend={self.backend!r}"
+            f" variant={self.variant!r}, backend={self.backend!r}, centred={self.centred}"
         )

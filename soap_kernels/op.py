@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from soap_kernels import backends
 from soap_kernels.backends import Backend, Fusion, Needs, Options, Priors
 from soap_kernels.frames import as_float, as_output, check_tensor, compute_dtype, empty_frames, without_autocast
-from soap_kernels.weights import PARTS, Weights, count_maps, count_weights
+from soap_kernels.weights import PARTS, Weights, count_maps, count_weights, sum_at_rest
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -31,7 +31,7 @@ _REFERENCE = backends.get("reference")
 _library = torch.library.Library("soap_kernels", "DEF")
 _library.define(
     "soap(Tensor x, Tensor[] weights, str[] parts, int[] tuple_sizes, str precision, float[]? mean, float[]? std,"
-    " ScalarType? out_dtype, bool out_channels_last, str backend) -> (Tensor, Tensor)"
+    " ScalarType? out_dtype, bool out_channels_last, float offset, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
     "soap_backward(Tensor grad, Tensor x, Tensor prepared, Tensor[] weights, str[] parts, int[] tuple_sizes,"
@@ -106,7 +106,7 @@ def check_tuple_sizes(op: str, tuple_sizes: Sequence[int], frames: int) -> None:
 
 def _open_soap(x: Tensor, weights: Sequence[Tensor], *settings: Any) -> tuple[Options, Backend]:
     """Of the schema's arguments, checked, what a backend takes, and the backend."""
-    parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last, backend = settings
+    parts, tuple_sizes, precision, mean, std, out_dtype, out_channels_last, offset, backend = settings
     if (mean is None) != (std is None):
         raise ValueError("soap: mean and std go together, one of them is None")
     if x.dim() != 5:
@@ -150,7 +150,7 @@ def _open_soap(x: Tensor, weights: Sequence[Tensor], *settings: Any) -> tuple[Op
         _check_weight("soap", "hmem.restore.bias", w.hmem.restore_bias, (frames,), x)
     out_dtype = out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
     mean, std = (None if numbers is None else tuple(numbers) for numbers in (mean, std))
-    options = Options(tuple(parts), tuple(tuple_sizes), precision, mean, std, out_dtype, out_channels_last)
+    options = Options(tuple(parts), tuple(tuple_sizes), precision, mean, std, out_dtype, out_channels_last, offset)
     chosen = backends.choose(backend, x, out_dtype, *(w.dtype for w in weights))
     return options, chosen if parts else _REFERENCE
 
@@ -210,7 +210,7 @@ def _soap_backward(
     *named, needs_x, needs_weights, name = settings
     needs = Needs(needs_x, needs_weights)
     _check_like("soap_backward", "grad", grad, x)
-    options, backend = _open_soap(x, weights, *(*named, grad.dtype, False, name))
+    options, backend = _open_soap(x, weights, *(*named, grad.dtype, False, 0.0, name))
     # A hook on saved tensors may have put something else in its place.
     numel = backend.prepared_numel(x, options)
     if prepared.shape != (numel,) or prepared.dtype != torch.float32 or prepared.device != x.device:
@@ -237,7 +237,7 @@ def _soap_backward_fake(
 
 
 def _soap_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weights, *settings, _, _, ctx.backend = inputs
+    x, weights, *settings, _, _, _, ctx.backend = inputs
     ctx.save_for_backward(x, output[1], *weights)
     ctx.mark_non_differentiable(output[1])
     ctx.settings = settings
@@ -251,7 +251,7 @@ def _soap_autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     )
     # An empty list is one of tensors to autograd, and an empty list then is its gradient.
     rest: list[Any] = [[] if setting == [] else None for setting in ctx.settings]
-    return dx if needs_x else None, dweights if needs_weights else [None] * len(weights), *rest, *[None] * 3
+    return dx if needs_x else None, dweights if needs_weights else [None] * len(weights), *rest, *[None] * 4
 
 
 def _open_window_sums(x: Tensor, backend: str) -> Backend:
@@ -418,6 +418,7 @@ def soap(
     out_dtype: torch.dtype | None = None,
     out_channels_last: bool = False,
     backend: str = "auto",
+    centred: bool = False,
 ) -> Tensor:
     """``x`` plus SOAP's priors (Eqn 15), as one op; x itself where there is nothing to do.
 
@@ -431,6 +432,7 @@ def soap(
         out_dtype: of y; x's by default, fp32 for uint8 frames.
         out_channels_last: y such that ``y.flatten(0, 1)`` is channels_last; else contiguous.
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+        centred: each prior less one half, its value at rest.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, device or dtype; the text names it.
@@ -439,7 +441,8 @@ def soap(
     if not (parts or weights or normalize or out_dtype or out_channels_last):
         return x
     mean, std = (None, None) if normalize is None else (list(normalize[0]), list(normalize[1]))
-    settings = (list(parts), list(tuple_sizes), precision, mean, std, out_dtype, out_channels_last, backend)
+    offset = -sum_at_rest(parts) if centred else 0.0
+    settings = (list(parts), list(tuple_sizes), precision, mean, std, out_dtype, out_channels_last, offset, backend)
     if _in_plain_pytorch(x, *weights):
         options, _ = _open_soap(x, weights, *settings)
         if 0 in x.shape[-2:]:  # which no convolution of PyTorch takes
@@ -473,12 +476,12 @@ def fuse_priors(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     multiplicative: bool = False,
-    offset: float = 1.0,
+    offset: float | None = None,
     interleaved: bool = False,
     precision: str = "default",
     backend: str = "auto",
 ) -> Tensor:
-    """``x + s(stencil) + gate + s(conv)``, or ``x * (offset + the same sum)``; a prior not given is left out.
+    """``x + (offset + s(stencil) + gate + s(conv))``, or x times the same sum; a prior not given is left out.
 
     Args:
         x: ``(B, T, C, H, W)``.
@@ -486,7 +489,8 @@ def fuse_priors(
         gate: ``(B, T, C)``, after its sigmoid.
         weight: ``(TC, TC, 3, 3)`` between frame-major planes ``t * C + c``, zero padding 1.
         bias: ``(TC,)``.
-        multiplicative: the second form. ``offset`` matters to it alone.
+        multiplicative: the second form.
+        offset: what the sum starts from: by default 1 where it multiplies x, else 0.
         interleaved: slot t of the stencil averages planes t, T + t, 2T + t, ... of the (frame, channel) list, as the
             authors' release does, instead of frame t's channels.
         precision: as in :func:`soap`.
@@ -495,6 +499,7 @@ def fuse_priors(
     Returns:
         Like x, contiguous.
     """
+    offset = float(multiplicative) if offset is None else offset
     settings = (stencil, gate, weight, bias, multiplicative, offset, interleaved, precision, backend)
     if _in_plain_pytorch(x, stencil, gate, weight, bias):
         priors, fusion, _ = _open_fusion(x, *settings)

@@ -79,6 +79,11 @@ class Weights:
         return Weights.unflatten(flat, parts, len(self.hmem.motion) if self.hmem else 0)
 
 
+def sum_at_rest(parts: Sequence[str]) -> float:
+    """What the parts' priors add up to where their weights say nothing: a sigmoid of 0 each."""
+    return 0.5 * len(parts)
+
+
 def count_weights(parts: Sequence[str], sizes: int) -> int:
     """How many tensors the parts hold together, for ``sizes`` tuple sizes."""
     return ("3dem" in parts) + 4 * ("cwem" in parts) + (4 * sizes + 2) * ("hmem" in parts)

@@ -77,6 +77,8 @@ class SoapConfig:
     """Arithmetic of the kernels."""
     variant: Literal["paper", "release"] = "paper"
     """The paper's equations, or what the authors' published code computes."""
+    centred: bool = False
+    """Each prior less one half, its value at rest: for a backbone that was trained without SOAP."""
 
 
 @dataclass

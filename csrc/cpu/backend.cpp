@@ -215,6 +215,7 @@ void soap_forward(const SoapCall& call, const Sink& y, float* prepared, Pool& po
   const Folded folded = fold_and_lay_out(s, call, pool, laid);
   Fuse& f = laid.fuse;
   f.y = y;
+  f.offset = static_cast<float>(call.offset);
   if (!call.weights.cwem) return fuse_clips(s, f, 0, shape.clips, pool);
 
   float *means = prepared, *gates = prepared + shape.clips * P;

@@ -29,6 +29,7 @@ struct SoapCall {
   Source x;
   Weights weights;
   bool strict = false;
+  double offset = 0;  // forward: what the sum of the priors starts from
 };
 
 // `prepared`, if CWEM is on: the means of all planes, then their gates (soap_kernels/backends/cpp.py makes room).

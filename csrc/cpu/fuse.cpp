@@ -1,4 +1,5 @@
-// Stage `fuse`: one read of x, one write of y. y = x + gate + s(stencil) + s(conv), and its relatives (stages.h, Mode).
+// Stage `fuse`: one read of x, one write of y. y = x + offset + gate + s(stencil) + s(conv), and its relatives
+// (stages.h, Mode).
 //
 // A group of blocks goes through three steps that stay in the second-level cache (frames: 0.3 MB a thread): windows to
 // transformed inputs, a product per point, products back to pixels with the sigmoids and the sum.
@@ -43,7 +44,7 @@ SOAP_INLINE void finish_plane(const Fuse& f, int64_t clip, int plane, const Bloc
     for (int k = 0; k < POSITIONS; ++k) z[k / 4][k % 4] = z[k / 4][k % 4] + ld(prior + k * L);
   }
   const bool multiply = f.mode == Mode::multiplicative;
-  const v gate = set1((f.gate ? f.gate[clip * f.shape.planes() + plane] : 0.f) + (multiply ? f.offset : 0.f));
+  const v gate = set1((f.gate ? f.gate[clip * f.shape.planes() + plane] : 0.f) + f.offset);
   SOAP_UNROLL(4)
   for (int k = 0; k < TILE; ++k) {
     transpose4(z[k][0], z[k][1], z[k][2], z[k][3]);  // now by segment: row k of 4 segments

@@ -139,12 +139,14 @@ SoapCall call_of(
 }
 
 void soap_op(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
-    const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
+    const Floats& mean, const Floats& std, double offset, const Tensor& y, const Tensor& prepared) {
   TorchPool pool;
   View in(x);
   in.normalize(mean, std);
   const View out(in_large_pages(y));
-  soap_forward(call_of(in, weights, three_dem, cwem, tuple_sizes, strict), out.sink(), floats_of(prepared), pool);
+  SoapCall call = call_of(in, weights, three_dem, cwem, tuple_sizes, strict);
+  call.offset = offset;
+  soap_forward(call, out.sink(), floats_of(prepared), pool);
 }
 
 void soap_backward_op(const Tensor& grad, const Tensor& x, const Tensor& prepared, const Tensors& weights,

@@ -54,8 +54,8 @@ struct Stencil {
 };
 
 enum class Mode {
-  additive,        // y = x + gate + s(stencil) + s(conv)
-  multiplicative,  // y = x * (offset + the same sum)
+  additive,        // y = x + offset + gate + s(stencil) + s(conv)
+  multiplicative,  // y = x * the same sum
   linear,          // y = base + gate + conv: the way of a gradient back to x; source and base differ
 };
 

@@ -60,7 +60,7 @@ struct Options {
   bool stencil, cwem, hmem;  // parts of SOAP
   bool direct, given_gate;   // fuse_priors: weights given as they are
   bool multiplicative, interleaved;
-  float offset;
+  float offset;  // what the sum of the priors starts from
   int mode;
   float scale[MAX_CHANNELS] = {1.f, 1.f, 1.f}, shift[MAX_CHANNELS];  // uint8 input: value * scale + shift
 

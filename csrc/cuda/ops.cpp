@@ -191,8 +191,9 @@ std::tuple<int64_t, int64_t, int64_t> sizes_op(int64_t frames, int64_t channels,
 }
 
 void soap_op(const Tensor& x, const Tensors& weights, bool three_dem, bool cwem, const Ints& tuple_sizes, bool strict,
-    bool fast, const Floats& mean, const Floats& std, const Tensor& y, const Tensor& prepared) {
-  const Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, y);
+    bool fast, const Floats& mean, const Floats& std, double offset, const Tensor& y, const Tensor& prepared) {
+  Call c = soap_call(x, weights, three_dem, cwem, tuple_sizes, strict, fast, mean, std, y);
+  c.options.offset = float(offset);
   prepare_in(prepared, c, stream_of(x));
   fuse(c, data(prepared), frames_of(y), stream_of(x));
 }

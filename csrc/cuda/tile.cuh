@@ -256,9 +256,9 @@ __device__ __forceinline__ void convolve(
   }
 }
 
-// The gates of a clip's planes, (T, C), plus `offset`: the work of one warp, a lane a plane. What it needs from memory
-// is asked for first (`begin`), so that it arrives while the block loads frames; `end` leaves the gates in shared
-// memory.
+// The gates of a clip's planes, (T, C), plus the options' offset: the work of one warp, a lane a plane. What it needs
+// from memory is asked for first (`begin`), so that it arrives while the block loads frames; `end` leaves the gates in
+// shared memory.
 struct GatePrologue {
   float mean, tap[3 * MAX_CHANNELS], bias;
 
@@ -295,10 +295,9 @@ struct GatePrologue {
     const Options& o = p.options;
     const float* taps = p.prepared + p.layout.taps;
     const int C = s.channels, planes = s.frames * C, lane = threadIdx.x & 31;
-    const float offset = o.multiplicative ? o.offset : 0.f;
     if (!o.cwem) {
       for (int i = lane; i < planes; i += 32)
-        gates[i] = offset + (o.given_gate ? load_any(p.gate, b * planes + i) : 0.f);
+        gates[i] = o.offset + (o.given_gate ? load_any(p.gate, b * planes + i) : 0.f);
       return;
     }
     if (lane < planes) means[lane] = mean;
@@ -314,7 +313,7 @@ struct GatePrologue {
         if (from < C && t + dt >= 1 && t + dt <= s.frames)
           z = fmaf(i < 32 ? tap[k] : taps[(c * 3 + dt) * C + from], means[(t + dt - 1) * C + from], z);
       }
-      gates[i] = offset + logistic2(-LOG2E * z);
+      gates[i] = o.offset + logistic2(-LOG2E * z);
     }
   }
   template <class Params>

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, V == 8 ? 3 : 4) join_kernel(const __g
 #pragma unroll 2
   for (int c = int(threadIdx.x >> 5); c < C; c += WARPS) {
     const int plane = at.t * C + c;
-    const float gate = (o.gate ? o.gate[at.frame * C + c] : 0.f) + (o.multiplicative ? o.offset : 0.f);
+    const float gate = (o.gate ? o.gate[at.frame * C + c] : 0.f) + o.offset;
     float v[V] = {}, s[V] = {};
     if (at.seen) load_pixels<V>(v, p.x.data, p.x.dtype, from + c * p.x.channel);
     if (o.planes) prior<V>(s, p, at.row(p, plane), at.seen, o.bias ? o.bias[plane] : 0.f);

@@ -33,6 +33,12 @@ class Options:
     std: tuple[float, ...] | None
     out_dtype: torch.dtype
     out_channels_last: bool
+    offset: float = 0.0  # what the sum of the priors starts from
+
+    @property
+    def fusion(self) -> Fusion:
+        """How SOAP's priors are joined to its input."""
+        return Fusion(offset=self.offset, precision=self.precision)
 
     def unflatten(self, weights: Sequence[Tensor]) -> Weights:
         """The weights by part and name."""
@@ -56,7 +62,7 @@ class Fusion:
     """How ``fuse_priors`` joins the priors to its input, already checked."""
 
     multiplicative: bool = False
-    offset: float = 1.0  # matters to the multiplicative form alone
+    offset: float = 0.0  # what the sum of the priors starts from
     interleaved: bool = False
     precision: str = "default"
 

@@ -23,7 +23,7 @@ _library = torch.library.Library("soap_kernels", "FRAGMENT")
 _SOAP = "Tensor[] weights, bool three_dem, bool cwem, int[] tuple_sizes, bool strict, float[] mean, float[] std"
 _PRIORS = "Tensor? stencil, Tensor? gate, Tensor? weight, Tensor? bias"
 _FUSION = "bool multiplicative, float offset, bool interleaved, bool strict"
-_library.define(f"cpp_soap(Tensor x, {_SOAP}, Tensor(a!) y, Tensor(b!) prepared) -> ()")
+_library.define(f"cpp_soap(Tensor x, {_SOAP}, float offset, Tensor(a!) y, Tensor(b!) prepared) -> ()")
 _library.define(
     f"cpp_soap_backward(Tensor grad, Tensor x, Tensor prepared, {_SOAP}, Tensor(a!)? dx, Tensor(b!)[] dweights) -> ()"
 )
@@ -115,7 +115,7 @@ class CppBackend:
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
         y = empty_frames(x, options.out_dtype, options.out_channels_last)
         prepared = x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
-        torch.ops.soap_kernels.cpp_soap(x, weights, *_soap(options), y, prepared)
+        torch.ops.soap_kernels.cpp_soap(x, weights, *_soap(options), options.offset, y, prepared)
         return y, prepared
 
     def soap_backward(

@@ -28,7 +28,7 @@ _SOAP = (
 )
 _PRIORS = "Tensor? stencil, Tensor? gate, Tensor? weight, Tensor? bias"
 _FUSION = "bool multiplicative, float offset, bool interleaved, bool strict, bool fast"
-_library.define(f"cuda_soap(Tensor x, {_SOAP}, Tensor(a!) y, Tensor(b!) prepared) -> ()")
+_library.define(f"cuda_soap(Tensor x, {_SOAP}, float offset, Tensor(a!) y, Tensor(b!) prepared) -> ()")
 _library.define(
     f"cuda_soap_backward(Tensor grad, Tensor x, Tensor prepared, {_SOAP}, Tensor(a!)[] dweights, Tensor(b!)? dz,"
     " Tensor(c!)? through, Tensor(d!)? dense, Tensor(e!)? dmeans) -> ()"
@@ -214,7 +214,7 @@ class CudaBackend:
         y = empty_frames(x, options.out_dtype, options.out_channels_last)
         prepared = x.new_empty(self.prepared_numel(x, options), dtype=torch.float32)
         if self._plan(x, weights, options).fits(x.device):
-            torch.ops.soap_kernels.cuda_soap(x, weights, *_soap(options), y, prepared)
+            torch.ops.soap_kernels.cuda_soap(x, weights, *_soap(options), options.offset, y, prepared)
         else:
             WIDE.soap_forward(x, weights, options, y)
         return y, prepared

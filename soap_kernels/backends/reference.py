@@ -76,14 +76,14 @@ def conv_prior(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def fuse(x: Tensor, p: Prepared, fusion: Fusion = ADDITIVE) -> Tensor:
-    total: Tensor | float = 0.0
-    if p.weight is not None:
-        total = conv_prior(x, p.weight, p.bias) + total
-    if p.rows is not None:
-        total = stencil_prior(x, p.rows, fusion.interleaved)[:, :, None] + total
+    total: Tensor | float = fusion.offset
     if p.gate is not None:
         total = p.gate[..., None, None] + total
-    return x * (fusion.offset + total) if fusion.multiplicative else x + total
+    if p.rows is not None:
+        total = stencil_prior(x, p.rows, fusion.interleaved)[:, :, None] + total
+    if p.weight is not None:
+        total = conv_prior(x, p.weight, p.bias) + total
+    return x * total if fusion.multiplicative else x + total
 
 
 def priors(x: Tensor, weights: Weights, tuple_sizes: Sequence[int]) -> dict[str, Tensor]:
@@ -195,7 +195,8 @@ class ReferenceBackend:
 
     def soap_forward(self, x: Tensor, weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
         frames = as_float(x, options.mean, options.std)
-        y = soap(frames, options.unflatten(weights).to(frames.dtype), options.tuple_sizes)
+        w = options.unflatten(weights).to(frames.dtype)
+        y = fuse(frames, prepare(frames, w, options.tuple_sizes), options.fusion)
         return as_output(y, options.out_dtype, options.out_channels_last), x.new_empty(0, dtype=torch.float32)
 
     def soap_backward(

@@ -75,7 +75,7 @@ class Wide:
         """Writes y."""
         frames = _frames(x, options, backward=False)
         p = prepare(frames, options.unflatten(weights).to(torch.float32), options.tuple_sizes)
-        self._fuse(frames, p, Fusion(precision=options.precision), y)
+        self._fuse(frames, p, options.fusion, y)
 
     def soap_backward(
         self, grad: Tensor, x: Tensor, weights: Sequence[Tensor], options: Options, needs: Needs
@@ -83,7 +83,7 @@ class Wide:
         frames = _frames(x, options, backward=True)
         w = options.unflatten(weights).to(torch.float32)
         p = prepare(frames, w, options.tuple_sizes)
-        dx, d = self._sweep(grad, frames, p, Fusion(precision=options.precision), needs)
+        dx, d = self._sweep(grad, frames, p, options.fusion, needs)
         return finish(w, options.tuple_sizes, p, d, dx, x.shape[3] * x.shape[4])
 
     def fuse_priors(self, x: Tensor, priors: Priors, fusion: Fusion, y: Tensor) -> None:

@@ -242,6 +242,7 @@ def build_model(config: ModelConfig, frames: int) -> SOAPNet:
                 hidden_channels=config.soap.hidden_channels,
                 parts=config.soap.parts,
                 variant=config.soap.variant,
+                centred=config.soap.centred,
                 backend=config.soap.backend,
                 precision=config.soap.precision,
                 normalize=(backbone.mean, backbone.std),

@@ -116,7 +116,7 @@ void soap_case(const Shape& shape, int64_t parts, int col, Dtype dtype, bool str
   const Frames x(shape, col, dtype), grad(shape, col, dtype == Dtype::u8 ? Dtype::f32 : dtype);
   std::vector<int> sizes;
   for (int o = 1; o < shape.frames && o < 4; ++o) sizes.push_back(o);
-  SoapCall call{shape, x.source(), random_weights(shape, parts, sizes), strict};
+  SoapCall call{shape, x.source(), random_weights(shape, parts, sizes), strict, -1.5};
   const Frames y0(shape, 1, Dtype::f32), dx0(shape, 1, Dtype::f32);
   std::vector<Numbers> first;
   for (const Stages* s : available_stages()) {

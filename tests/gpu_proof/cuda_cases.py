@@ -32,6 +32,7 @@ class Case:
     channels_last: bool = False
     layout: str = "contiguous"
     weight_dtype: str = "float32"
+    centred: bool = False
 
     @property
     def out(self) -> torch.dtype:
@@ -83,6 +84,11 @@ SOAPS = (
     Case("3DEM and CWEM", (1, 8, 3, 9, 37), parts=("3dem", "cwem"), dtype="bfloat16"),
     Case("strict, 4 frames, 2 channels", (1, 4, 2, 9, 37), precision="strict", sizes=(1, 3)),
     Case("bf16 weights", (1, 8, 3, 9, 37), weight_dtype="bfloat16"),
+    Case("centred", (2, 8, 3, 11, 40), centred=True),
+    Case("centred fp16", (1, 8, 3, 9, 37), dtype="float16", centred=True),
+    Case("centred strict", (1, 8, 3, 9, 37), precision="strict", centred=True),
+    Case("centred HMEM alone", (1, 8, 3, 9, 37), parts=("hmem",), dtype="bfloat16", centred=True),
+    Case("centred uint8", (1, 8, 3, 9, 37), dtype="uint8", out_dtype="bfloat16", channels_last=True, centred=True),
 )
 
 # Feature maps: the folded convolution is a library's, the rest one kernel.
@@ -99,6 +105,8 @@ WIDES = (
     Case("features HMEM alone", (1, 4, 5, 8, 16), parts=("hmem",)),
     Case("features bf16 weights", (1, 4, 8, 16, 16), weight_dtype="bfloat16"),
     Case("9 strict frames", (1, 9, 3, 8, 16), precision="strict"),
+    Case("features centred", (2, 4, 8, 16, 16), centred=True),
+    Case("features centred, 3DEM alone", (1, 6, 17, 16, 9), parts=("3dem",), dtype="bfloat16", centred=True),
 )
 
 
@@ -200,7 +208,8 @@ def soap_tensors(case: Case, device: torch.device) -> tuple[Tensor, list[Tensor]
 
 def options(case: Case, out_dtype: torch.dtype | None = None) -> Options:
     mean, std = NORMALIZE if case.dtype == "uint8" else (None, None)
-    return Options(case.parts, case.sizes, case.precision, mean, std, out_dtype or case.out, case.channels_last)
+    offset = -0.5 * len(case.parts) if case.centred else 0.0
+    return Options(case.parts, case.sizes, case.precision, mean, std, out_dtype or case.out, case.channels_last, offset)
 
 
 def oracle(case: Case, x: Tensor, weights: list[Tensor], grad: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -48,7 +48,8 @@ def test_soap_agrees_with_the_oracle(case: Case) -> None:
     x.requires_grad_(needs_x)
     before = launches()
     normalize = None if needs_x else NORMALIZE
-    y = soap(x, leaves, case.parts, case.sizes, case.precision, normalize, case.out, case.channels_last, "cuda")
+    settings = (case.parts, case.sizes, case.precision, normalize, case.out, case.channels_last, "cuda", case.centred)
+    y = soap(x, leaves, *settings)
     if case.parts:
         assert launches() - before == (1 if case in WIDES else 2)
     assert relative(y, y_oracle) < case.y_tolerance

@@ -62,8 +62,10 @@ def options_of(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     channels_last: bool = False,
+    centred: bool = False,
 ) -> Options:
-    return Options(tuple(parts), tuple(sizes), precision, mean, std, out, channels_last)
+    offset = -0.5 * len(parts) if centred else 0.0
+    return Options(tuple(parts), tuple(sizes), precision, mean, std, out, channels_last, offset)
 
 
 def worst(found: Tensor, expected: Tensor) -> float:
@@ -77,7 +79,7 @@ def check(x: Tensor, weights: list[Tensor], options: Options, tolerance: tuple[f
     exact = [w.double().requires_grad_() for w in weights]
     frames = as_float(x, options.mean, options.std).double().requires_grad_()
     sizes = options.tuple_sizes
-    expected = equations.soap(frames, Weights.unflatten(exact, options.parts, len(sizes)), sizes)
+    expected = equations.soap(frames, Weights.unflatten(exact, options.parts, len(sizes)), sizes, options.offset != 0)
     assert worst(y, expected) < tolerance[0]
     grad = torch.randn(y.shape, device="cuda").to(y.dtype)
     dx, dweights = backend().soap_backward(grad, x, prepared, weights, options, Needs(needs_x, True))
@@ -100,10 +102,21 @@ def test_soap_equals_the_equations(
     check(x, weights_of(frames, channels, sizes), options, TOLERANCE[precision, dtype], True)
 
 
-@pytest.mark.parametrize("parts", [p for n in range(3) for p in itertools.combinations(PARTS, n)], ids=str)
-def test_any_subset_of_the_parts(parts: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("parts", [p for n in range(4) for p in itertools.combinations(PARTS, n)], ids=str)
+def test_any_subset_of_the_parts_centred_or_not(parts: tuple[str, ...], centred: bool) -> None:
     x = torch.randn(2, 8, 3, 40, 56, device="cuda")
-    check(x, weights_of(8, 3, (1, 2, 3), parts), options_of(parts, (1, 2, 3), "default", x.dtype), (1e-4, 1e-4), True)
+    options = options_of(parts, (1, 2, 3), "default", x.dtype, centred=centred)
+    check(x, weights_of(8, 3, (1, 2, 3), parts), options, (1e-4, 1e-4), True)
+
+
+def test_centred_uint8_frames_and_feature_maps() -> None:
+    frames = torch.randint(0, 256, (2, 8, 3, 64, 96), dtype=torch.uint8, device="cuda")
+    normalised = options_of(PARTS, (1, 2, 3), "default", torch.float32, MEAN, STD, True, centred=True)
+    check(frames, weights_of(8, 3, (1, 2, 3)), normalised, (1e-4, 1e-4), False)
+    features = torch.randn(2, 4, 16, 14, 14, device="cuda")
+    options = options_of(PARTS, (1, 2), "default", torch.float32, centred=True)
+    check(features, weights_of(4, 16, (1, 2)), options, (1e-4, 1e-4), True)
 
 
 @pytest.mark.parametrize("view", ["channels_last", "time_last", "sliced", "expanded"])

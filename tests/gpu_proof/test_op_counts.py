@@ -21,7 +21,7 @@ def plain(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def ours(x: Tensor, weights: list[Tensor]) -> Tensor:
-    settings = (list(PARTS), list(SIZES), "default", None, None, None, False, "triton")
+    settings = (list(PARTS), list(SIZES), "default", None, None, None, False, 0.0, "triton")
     y: Tensor = torch.ops.soap_kernels.soap(x, weights, *settings)[0]
     return y
 

@@ -42,6 +42,7 @@ def check(
     view: str = "",
     needs_x: bool = True,
     tolerance: float = 1e-5,
+    centred: bool = False,
 ) -> None:
     """Forward and backward through the op's autograd, as a user meets them."""
     torch.manual_seed(0)
@@ -55,11 +56,11 @@ def check(
         x = torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
     needs_x = needs_x and x.is_floating_point()
     x.requires_grad_(needs_x)
-    settings = (list(parts), list(sizes), precision, mean, std, out, channels_last, "triton")
-    y, _ = torch.ops.soap_kernels.soap(x, weights, *settings)
+    normalize = None if mean is None else (mean, std)
+    y = op.soap(x, weights, parts, sizes, precision, normalize, out, channels_last, "triton", centred)
     exact = [w.detach().double().requires_grad_() for w in weights]
     frames = as_float(x.detach(), mean, std).double().requires_grad_()
-    expected = equations.soap(frames, Weights.unflatten(exact, parts, len(sizes)), sizes)
+    expected = equations.soap(frames, Weights.unflatten(exact, parts, len(sizes)), sizes, centred)
     rounding = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(y.dtype, 0.0)
     assert worst(y, expected) < tolerance + rounding
     if channels_last:
@@ -95,6 +96,16 @@ def test_bf16_frames_with_any_strides_and_one_part() -> None:
 
 def test_frames_need_a_gradient() -> None:
     check((1, 2, 1, 2, 5), sizes=(1,))
+
+
+@pytest.mark.parametrize("parts", [PARTS, ("hmem",), ("cwem",)], ids="+".join)
+def test_centred(parts: tuple[str, ...]) -> None:
+    check((1, 2, 2, 2, 5), sizes=(1,), parts=parts, centred=True)
+
+
+def test_centred_uint8_frames_and_feature_maps() -> None:
+    check((1, 2, 3, 2, 5), sizes=(1,), dtype=torch.uint8, centred=True)
+    check((1, 4, 16, 3, 5), sizes=(1,), centred=True)
 
 
 def check_like_the_reference(run: Callable[[list[Tensor], str], Tensor], inputs: Sequence[Tensor], size: float) -> None:
@@ -139,17 +150,18 @@ def test_gradients_of_fp16_frames_that_are_multiplied_overflow_no_sooner_than_th
     check_like_the_reference(run, [x, stencil], 6e4)
 
 
+@pytest.mark.parametrize("multiplied", [True, False])
 @pytest.mark.parametrize("channels", [3, 8])
-def test_fuse_priors_multiplied_and_interleaved(channels: int) -> None:
+def test_fuse_priors_interleaved(channels: int, multiplied: bool) -> None:
     torch.manual_seed(0)
     shape = (1, 2 if channels == 3 else 8, channels, 2, 5)
     planes = shape[1] * channels
     x, grad = torch.randn(shape), torch.randn(shape)
     inputs = (torch.randn(1, 1, 3, 3, 3), torch.rand(shape[:3]), torch.randn(planes, planes, 3, 3), torch.randn(planes))
-    settings = (True, 4.0, True, "default", "triton")
+    settings = (multiplied, 4.0, True, "default", "triton")
     y = torch.ops.soap_kernels.fuse_priors(x, *inputs, *settings)
     exact = Priors(*(v.double() for v in inputs))
-    fusion = Fusion(True, 4.0, True, "default")
+    fusion = Fusion(multiplied, 4.0, True, "default")
     assert worst(y, reference.BACKEND.fuse_priors(x.double(), exact, fusion)) < 1e-5
     needs = [True] * 5
     found = torch.ops.soap_kernels.fuse_priors_backward(grad, x, *inputs, *settings[:4], needs, "triton")

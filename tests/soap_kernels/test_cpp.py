@@ -85,6 +85,8 @@ def check(x: Tensor, m: SOAP, precision: str = "default") -> None:
     y = op.soap(leaves[0], leaves[1:], m.parts, m.tuple_sizes, precision, backend="cpp")
     dx, *dweights = torch.autograd.grad(y, leaves, grad)
     y64, dx64, dw64, norms = oracle_with_norms(x, m, grad)
+    centred = op.soap(x, leaves[1:], m.parts, m.tuple_sizes, precision, backend="cpp", centred=True)
+    assert float((centred.detach().double() - (y64 - 0.5 * len(m.parts))).abs().max()) < absolute
     assert y.is_contiguous()
     assert y.dtype == x.dtype
     assert float((y.detach().double() - y64).abs().max()) < absolute

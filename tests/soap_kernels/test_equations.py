@@ -119,6 +119,15 @@ def test_soap_is_the_frames_plus_the_three_priors(case: tuple[SOAP, Tensor]) -> 
     torch.testing.assert_close(module(x), x + sum(p.expand_as(x) for p in module.priors(x).values()))
 
 
+def test_centred_soap_is_the_frames_plus_each_prior_less_one_half(case: tuple[SOAP, Tensor]) -> None:
+    module, x = case
+    centred = SOAP(4, 2, (1, 3), 3, backend="equations", centred=True).double()
+    centred.load_state_dict(module.state_dict())
+    expected = sum((p - 0.5).expand_as(x) for p in module.priors(x).values())
+    torch.testing.assert_close(centred(x), x + expected)
+    torch.testing.assert_close(sum(p.expand_as(x) for p in centred.priors(x).values()), expected)
+
+
 def test_the_default_has_the_paper_s_number_of_difference_maps_and_weights() -> None:
     assert count_maps(8, (1, 2, 3)) == 7 + 6 + 5
     assert sum(p.numel() for p in SOAP().parameters()) == 2274

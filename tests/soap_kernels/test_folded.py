@@ -24,13 +24,14 @@ def check(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("centred", [False, True], ids=["paper", "centred"])
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
-def test_folded_equals_the_equations(parts: tuple[str, ...]) -> None:
+def test_folded_equals_the_equations(parts: tuple[str, ...], centred: bool) -> None:
     torch.manual_seed(1)
-    plain = SOAP(frames=6, channels=2, tuple_sizes=(1, 3), parts=parts, backend="equations")
+    plain = SOAP(frames=6, channels=2, tuple_sizes=(1, 3), parts=parts, backend="equations", centred=centred)
     x = torch.randn(2, 6, 2, 9, 7)
     check(plain.folded()(x), plain(x))
-    uint8 = SOAP(parts=parts, backend="equations", normalize=NORMALIZE)
+    uint8 = SOAP(parts=parts, backend="equations", normalize=NORMALIZE, centred=centred)
     check(uint8.folded()(pixels(3, 8, 3, 5, 11)), uint8(pixels(3, 8, 3, 5, 11)))
 
 
@@ -66,9 +67,10 @@ def test_folded_is_a_copy_without_parameters_to_train() -> None:
     torch.testing.assert_close(other(x), before, rtol=0, atol=0)
 
 
-def test_torch_export_and_jit_trace_take_it_for_any_batch_and_size() -> None:
+@pytest.mark.parametrize("centred", [False, True], ids=["paper", "centred"])
+def test_torch_export_and_jit_trace_take_it_for_any_batch_and_size(centred: bool) -> None:
     torch.manual_seed(3)
-    soap = SOAP(normalize=NORMALIZE, backend="equations")
+    soap = SOAP(normalize=NORMALIZE, backend="equations", centred=centred)
     any_size = {number: torch.export.Dim(name) for number, name in ((0, "batch"), (3, "height"), (4, "width"))}
     example = (pixels(2, 8, 3, 8, 10),)
     exported = torch.export.export(soap.folded(), example, dynamic_shapes=(any_size,)).module()
@@ -82,11 +84,12 @@ def test_torch_export_and_jit_trace_take_it_for_any_batch_and_size() -> None:
 
 
 @pytest.mark.slow
-def test_onnxruntime_computes_the_same_for_any_batch() -> None:
+@pytest.mark.parametrize("centred", [False, True], ids=["paper", "centred"])
+def test_onnxruntime_computes_the_same_for_any_batch(centred: bool) -> None:
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     torch.manual_seed(4)
-    soap = SOAP(normalize=NORMALIZE, backend="equations")
+    soap = SOAP(normalize=NORMALIZE, backend="equations", centred=centred)
     batch = {0: torch.export.Dim("batch")}
     example = (pixels(2, 8, 3, 8, 10),)
     program = torch.onnx.export(soap.folded(), example, dynamo=True, dynamic_shapes=(batch,), verbose=False)

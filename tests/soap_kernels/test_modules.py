@@ -50,10 +50,11 @@ def test_a_part_alone_adds_its_own_prior() -> None:
         torch.testing.assert_close(module(x), x + module.prior(x))
 
 
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "equations"])
-def test_priors_come_by_name_and_sum_up_to_the_output(backend: str) -> None:
+def test_priors_come_by_name_and_sum_up_to_the_output(backend: str, centred: bool) -> None:
     torch.manual_seed(1)
-    module, x = SOAP(backend=backend), torch.randn(2, 8, 3, 5, 6)
+    module, x = SOAP(backend=backend, centred=centred), torch.randn(2, 8, 3, 5, 6)
     priors = module.priors(x)
     assert list(priors) == ["3dem", "cwem", "hmem"]
     torch.testing.assert_close(module(x), x + sum(priors.values()))
@@ -73,6 +74,7 @@ def test_priors_of_uint8_frames_are_those_of_the_normalised_frames() -> None:
 def test_no_parts_is_the_identity() -> None:
     x = torch.randn(2, 8, 3, 5, 6)
     assert SOAP(parts=())(x) is x
+    assert SOAP(parts=(), centred=True)(x) is x
     assert list(SOAP(parts=()).parameters()) == []
     frames = torch.randint(0, 256, (2, 8, 3, 5, 6), dtype=torch.uint8)
     normalised = SOAP(parts=(), normalize=((0.5,) * 3, (0.25,) * 3))(frames)
@@ -97,6 +99,7 @@ def test_a_copied_or_reloaded_module_computes_the_same() -> None:
         ({"tuple_sizes": (1, 1)}, "distinct"),
         ({"parts": ("4dem",)}, "parts holds '4dem'"),
         ({"variant": "draft"}, "variant is 'draft'"),
+        ({"variant": "release", "centred": True}, "centred is for variant 'paper'"),
         ({"backend": "cudnn"}, "backend is 'cudnn'"),
         ({"precision": "low"}, "precision is 'low'"),
         ({"frames": 0, "parts": ("3dem",)}, "frames is 0"),
@@ -207,7 +210,7 @@ def test_a_model_around_it_can_go_to_channels_last(layout: torch.memory_format) 
 
 def test_meta_tensors_pass_through_every_path() -> None:
     x = torch.empty(2, 8, 3, 5, 6, device="meta")
-    for settings in ({}, {"backend": "equations"}, {"variant": "release"}):
+    for settings in ({}, {"centred": True}, {"backend": "equations"}, {"variant": "release"}):
         module = SOAP(**settings).to("meta")
         assert module(x).shape == x.shape
         assert module.priors(x)["hmem"].is_meta

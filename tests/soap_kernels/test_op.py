@@ -25,6 +25,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[False, True], ids=["paper", "centred"])
+def centred(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 def soap_arguments(backend: str, **changes: Any) -> tuple[Any, ...]:
     torch.manual_seed(0)
     arguments = {
@@ -37,6 +42,7 @@ def soap_arguments(backend: str, **changes: Any) -> tuple[Any, ...]:
         "std": None,
         "out_dtype": None,
         "out_channels_last": False,
+        "offset": 0.0,
         "backend": backend,
     }
     return tuple((arguments | changes).values())
@@ -44,6 +50,7 @@ def soap_arguments(backend: str, **changes: Any) -> tuple[Any, ...]:
 
 def test_soap_passes_opcheck(backend: str) -> None:
     torch.library.opcheck(OPS.soap, soap_arguments(backend))
+    torch.library.opcheck(OPS.soap, soap_arguments(backend, offset=-1.5))
 
 
 def test_soap_passes_opcheck_on_uint8_frames_in_channels_last(backend: str) -> None:
@@ -61,8 +68,8 @@ def test_window_sums_and_fuse_priors_pass_opcheck(backend: str) -> None:
     torch.library.opcheck(OPS.fuse_priors, (x, stencil, gate, weight, None, True, 4.0, True, "default", backend))
 
 
-def test_fullgraph_compile_equals_eager_forward_and_backward_for_any_batch(backend: str) -> None:
-    module = SOAP(backend=backend)
+def test_fullgraph_compile_equals_eager_forward_and_backward_for_any_batch(backend: str, centred: bool) -> None:
+    module = SOAP(backend=backend, centred=centred)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 3):
         x = torch.randn(batch, 8, 3, 9, 8)
@@ -72,8 +79,8 @@ def test_fullgraph_compile_equals_eager_forward_and_backward_for_any_batch(backe
             torch.testing.assert_close(o, e)
 
 
-def test_autocast_leaves_the_frames_dtype_and_values(backend: str) -> None:
-    module, x = SOAP(backend=backend), torch.randn(1, 8, 3, 6, 6)
+def test_autocast_leaves_the_frames_dtype_and_values(backend: str, centred: bool) -> None:
+    module, x = SOAP(backend=backend, centred=centred), torch.randn(1, 8, 3, 6, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = module(x)
     assert y.dtype == torch.float32
@@ -81,12 +88,14 @@ def test_autocast_leaves_the_frames_dtype_and_values(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_frames_with_fp32_weights_give_half_frames_and_fp32_gradients(backend: str, dtype: torch.dtype) -> None:
+def test_half_frames_with_fp32_weights_give_half_frames_and_fp32_gradients(
+    backend: str, centred: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(1)
-    module = SOAP(backend=backend)
+    module = SOAP(backend=backend, centred=centred)
     x = torch.randn(2, 8, 3, 9, 9).to(dtype).requires_grad_()
     y = module(x)
-    oracle = SOAP(backend="equations").double()
+    oracle = SOAP(backend="equations", centred=centred).double()
     oracle.load_state_dict(module.state_dict())
     exact = oracle(x.detach().double())
     assert y.dtype == dtype
@@ -126,9 +135,20 @@ def saved_bytes(module: SOAP, x: Tensor) -> int:
     return held
 
 
-def test_backward_saves_x_and_at_most_two_percent_beside_it(backend: str) -> None:
+def test_backward_saves_x_and_at_most_two_percent_beside_it(backend: str, centred: bool) -> None:
     x = torch.randn(4, 8, 3, 96, 96)
-    assert saved_bytes(SOAP(backend=backend), x) <= 1.02 * x.nbytes
+    assert saved_bytes(SOAP(backend=backend, centred=centred), x) <= 1.02 * x.nbytes
+
+
+def test_centred_is_the_paper_s_form_less_one_half_for_each_part_with_the_same_gradients(backend: str) -> None:
+    torch.manual_seed(0)
+    for parts in (PARTS, ("3dem",), ("cwem",), ("hmem",), ("3dem", "hmem")):
+        paper, centred = (SOAP(parts=parts, backend=backend, centred=form) for form in (False, True))
+        centred.load_state_dict(paper.state_dict())
+        x, grad = torch.randn(2, 8, 3, 9, 20, requires_grad=True), torch.randn(2, 8, 3, 9, 20)
+        torch.testing.assert_close(centred(x), paper(x) - len(parts) / 2, rtol=0, atol=2e-6)
+        found = [torch.autograd.grad(m(x), [x, *m.parameters()], grad) for m in (centred, paper)]
+        torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_frames_that_need_no_gradient_get_none(backend: str) -> None:
@@ -150,9 +170,9 @@ def test_a_part_alone_has_the_gradients_of_its_equations(backend: str, part: typ
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_weights_still_pass_a_gradient_to_x(backend: str) -> None:
-    module = SOAP(backend=backend).requires_grad_(False)
-    oracle = SOAP(backend="equations").requires_grad_(False)
+def test_frozen_weights_still_pass_a_gradient_to_x(backend: str, centred: bool) -> None:
+    module = SOAP(backend=backend, centred=centred).requires_grad_(False)
+    oracle = SOAP(backend="equations", centred=centred).requires_grad_(False)
     oracle.load_state_dict(module.state_dict())
     grad = torch.randn(2, 8, 3, 6, 6)
     x = torch.randn(2, 8, 3, 6, 6, requires_grad=True)
@@ -160,8 +180,8 @@ def test_frozen_weights_still_pass_a_gradient_to_x(backend: str) -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_double_backward_is_refused_with_its_reason(backend: str) -> None:
-    module, x = SOAP(backend=backend), torch.randn(1, 8, 3, 5, 5, requires_grad=True)
+def test_double_backward_is_refused_with_its_reason(backend: str, centred: bool) -> None:
+    module, x = SOAP(backend=backend, centred=centred), torch.randn(1, 8, 3, 5, 5, requires_grad=True)
     (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         first.sum().backward()
@@ -177,10 +197,10 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 6, 5), (2, 4, 3, 0, 5), (2, 4, 3, 6, 0)], ids=str)
 def test_empty_batches_and_planes_sum_to_zero_and_give_zero_gradients(
-    backend: str, shape: tuple[int, ...], fresh_memory_is_nan: None
+    backend: str, centred: bool, shape: tuple[int, ...], fresh_memory_is_nan: None
 ) -> None:
     x = torch.empty(shape, requires_grad=True)
-    module = SOAP(4, 3, backend=backend)
+    module = SOAP(4, 3, backend=backend, centred=centred)
     planes = shape[1] * shape[2]
     priors = [
         torch.ones(s, requires_grad=True) for s in ((1, 1, 3, 3, 3), shape[:3], (planes, planes, 3, 3), (planes,))
@@ -200,12 +220,14 @@ def test_empty_batches_and_planes_sum_to_zero_and_give_zero_gradients(
 @pytest.mark.parametrize("out_dtype", [None, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_uint8_frames_are_normalised_then_padded(
-    backend: str, out_dtype: torch.dtype | None, channels_last: bool
+    backend: str, centred: bool, out_dtype: torch.dtype | None, channels_last: bool
 ) -> None:
     torch.manual_seed(2)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    module = SOAP(backend=backend, normalize=(mean, std), out_dtype=out_dtype, out_channels_last=channels_last)
-    oracle = SOAP(backend="equations").double()
+    module = SOAP(
+        backend=backend, centred=centred, normalize=(mean, std), out_dtype=out_dtype, out_channels_last=channels_last
+    )
+    oracle = SOAP(backend="equations", centred=centred).double()
     oracle.load_state_dict(module.state_dict())
     x = torch.randint(0, 256, (2, 8, 3, 9, 11), dtype=torch.uint8)
     normalised = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -319,6 +341,18 @@ def plain_window_sums(x: Tensor) -> Tensor:
     return F.unfold(x, 3, padding=1).sum(-1).view(*x.shape[:2], 3, 3)
 
 
+@pytest.mark.parametrize("multiplicative", [False, True])
+def test_the_sum_that_fuse_priors_adds_or_multiplies_with_starts_from_offset(
+    backend: str, multiplicative: bool
+) -> None:
+    torch.manual_seed(0)
+    x, gate = torch.randn(2, 4, 3, 5, 6), torch.rand(2, 4, 3)
+    for offset, start in ((None, float(multiplicative)), (-1.5, -1.5), (0.25, 0.25)):
+        found = soap_kernels.fuse_priors(x, gate=gate, multiplicative=multiplicative, offset=offset, backend=backend)
+        total = start + gate[..., None, None]
+        torch.testing.assert_close(found, x * total if multiplicative else x + total)
+
+
 def plain_fuse_priors(x: Tensor, stencil: Tensor, gate: Tensor) -> Tensor:
     prior = torch.sigmoid(F.conv3d(x.mean(2)[:, None], stencil, padding=1))[:, 0, :, None]
     return x * (1.0 + gate[..., None, None] + prior)
@@ -334,6 +368,9 @@ def transformed() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor
     def soap(x: Tensor, *weights: Tensor) -> Tensor:
         return soap_kernels.soap(x, weights, tuple_sizes=(1, 3))
 
+    def centred(x: Tensor, *weights: Tensor) -> Tensor:
+        return soap_kernels.soap(x, weights, tuple_sizes=(1, 3), centred=True)
+
     def equations(x: Tensor, *weights: Tensor) -> Tensor:
         return torch.func.functional_call(oracle, dict(zip(names, weights, strict=True)), (x,))
 
@@ -343,12 +380,13 @@ def transformed() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor
     priors = (x, torch.randn(1, 1, 3, 3, 3), torch.rand(1, 4, 2))
     return {
         "soap": (soap, equations, (x, *weights)),
+        "centred soap": (centred, lambda *tensors: equations(*tensors) - 1.5, (x, *weights)),
         "window_sums": (soap_kernels.window_sums, plain_window_sums, (x[0],)),
         "fuse_priors": (fuse_priors, plain_fuse_priors, priors),
     }
 
 
-@pytest.mark.parametrize("name", ["soap", "window_sums", "fuse_priors"])
+@pytest.mark.parametrize("name", ["soap", "centred soap", "window_sums", "fuse_priors"])
 def test_transforms_and_forward_mode_give_what_they_give_in_plain_pytorch(name: str) -> None:
     ours, plain, tensors = transformed()[name]
     every = tuple(range(len(tensors)))
@@ -390,9 +428,9 @@ def test_planes_without_pixels_have_zero_gradients_under_transforms(size: tuple[
     assert torch.jit.trace(module, x)(x).shape == x.shape
 
 
-def test_gradients_of_each_clip_and_an_ensemble_are_those_of_one_after_another(backend: str) -> None:
+def test_gradients_of_each_clip_and_an_ensemble_are_those_of_one_after_another(backend: str, centred: bool) -> None:
     torch.manual_seed(0)
-    modules = [SOAP(backend=backend) for _ in range(2)]
+    modules = [SOAP(backend=backend, centred=centred) for _ in range(2)]
     weights, _ = torch.func.stack_module_state(modules)
     x = torch.randn(3, 8, 3, 5, 6)
 

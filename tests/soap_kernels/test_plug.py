@@ -49,6 +49,14 @@ def test_an_image_model_sees_enhanced_frames() -> None:
     torch.testing.assert_close(model(x, 2.0), 2 * expected)
 
 
+def test_a_centred_soap_takes_over_the_weights_of_another_and_adds_less() -> None:
+    torch.manual_seed(0)
+    paper, centred = plug(Frames(), frames=4), plug(Frames(), frames=4, centred=True)
+    centred.load_state_dict(paper.state_dict())
+    x = torch.randn(4, 3, 6, 7)
+    torch.testing.assert_close(centred.soap(x[None]), paper.soap(x[None]) - 1.5)
+
+
 @pytest.mark.parametrize("frames_first", [False, True])
 def test_a_video_model_sees_enhanced_clips_in_its_own_layout(frames_first: bool) -> None:
     torch.manual_seed(0)

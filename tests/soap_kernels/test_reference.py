@@ -29,12 +29,13 @@ def forward_and_gradients(module: SOAP, backend: str, x: Tensor, grad: Tensor) -
 
 def check(module: SOAP, x: Tensor) -> None:
     grad = torch.randn_like(x)
-    for ours, oracle in zip(
-        forward_and_gradients(module, "reference", x, grad),
-        forward_and_gradients(module, "equations", x, grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, oracle)
+    for module.centred in (False, True):
+        for ours, oracle in zip(
+            forward_and_gradients(module, "reference", x, grad),
+            forward_and_gradients(module, "equations", x, grad),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, oracle)
 
 
 @pytest.mark.parametrize("parts", SUBSETS[1:], ids="+".join)
@@ -121,7 +122,7 @@ def plain_fuse(
         total = total + gate[..., None, None]
     if weight is not None:
         total = total + torch.sigmoid(F.conv2d(x.flatten(1, 2), weight, bias, padding=1)).view(x.shape)
-    return x * (offset + total) if multiplicative else x + total
+    return x * (offset + total) if multiplicative else x + offset + total
 
 
 @pytest.mark.parametrize("multiplicative", [False, True])

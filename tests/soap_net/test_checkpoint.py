@@ -134,6 +134,22 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_truncated(
         (tmp_path / forbidden).chmod(mode)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_centred_soap_is_rebuilt_as_it_was_trained_and_one_of_before_as_the_paper_s(
+    tmp_path: Path, tiny_run: Callable[..., Config], centred: bool
+) -> None:
+    config = tiny_run(model__soap__centred=centred)
+    model = build_model(config.model, config.data.frames).eval()
+    described = to_dict(config)
+    if not centred:
+        del described["model"]["soap"]["centred"]
+    checkpoint.save(tmp_path / "a.pt", {"config": described, "model": model.state_dict()})
+    rebuilt, trained = checkpoint.load_model(tmp_path / "a.pt")
+    assert trained == config
+    clip = torch.randint(0, 256, (1, config.data.frames, 3, 9, 9), dtype=torch.uint8)
+    assert torch.equal(rebuilt.soap(clip), model.soap(clip))
+
+
 def test_backend_and_precision_may_differ_from_those_of_training(
     tmp_path: Path, tiny_run: Callable[..., Config]
 ) -> None:

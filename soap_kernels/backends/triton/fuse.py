@@ -235,14 +235,12 @@ def priors(z, gate, layout: tl.constexpr, N: tl.constexpr):
             total = tl.reshape(s + shared[None, :, :], (M, N))
         else:
             total = tl.reshape(tl.broadcast_to(shared[None, :, :], (JP, TP, N)), (M, N))
-    if layout.gated:
-        total += gate[:, None]
-    return total
+    return total + gate[:, None]
 
 
 @triton.jit
-def clip_gate(gate, pieces, b, pixels, layout: tl.constexpr):
-    """Clip b's gate in the order of the rows: from CWEM's means and taps, as given ``(B, T, C)``, or 0."""
+def clip_gate(gate, pieces, offset, b, pixels, layout: tl.constexpr):
+    """``offset`` and clip b's gate in the order of the rows: from CWEM's means and taps, given ``(B, T, C)``, or 0."""
     m = tl.arange(0, layout.rows)
     found = m.to(tl.float32) * 0.0
     if layout.hidden > 0:
@@ -251,7 +249,7 @@ def clip_gate(gate, pieces, b, pixels, layout: tl.constexpr):
         t = m % layout.padded_frames
         at = gate + (b.to(tl.int64) * layout.frames + t) * layout.channels + m // layout.padded_frames
         found = tl.load(at, mask=is_plane(m, layout), other=0.0).to(tl.float32)
-    return found
+    return offset + found
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -259,17 +257,17 @@ def fuse_kernel(
     x, y, pieces, gate, normalization, H, W, across, tiles, offset,
     layout: tl.constexpr, numbers: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one tile of y: ``x + sum of priors``, or ``x * (offset + sum)``."""
+    """A program writes one tile of y: ``x + (offset + sum of priors)``, or ``x`` times that."""
     M: tl.constexpr = layout.rows
     b, h, w, own = tile_pixels(tl.program_id(0), tiles, across, H, W, block)
     z = conv_sigmoids(x, pieces, b, h, w, H, W, layout, numbers, block)
-    g = clip_gate(gate, pieces, b, H.to(tl.float32) * W, layout)
+    g = clip_gate(gate, pieces, offset, b, H.to(tl.float32) * W, layout)
     total = priors(z, g, layout, block.pixels)
     seen = is_plane(tl.arange(0, M), layout)[:, None] & own[None, :]
     v = tl.load(planes(x, b, layout, M)[:, None] + pixel(x, h, w, layout)[None, :], mask=seen, other=0).to(tl.float32)
     if layout.normalize:
         v = normalized(v, normalization, layout)
-    v = v * (offset + total) if layout.multiplicative else v + total
+    v = v * total if layout.multiplicative else v + total
     to = planes(y, b, layout, M)[:, None] + pixel(y, h, w, layout)[None, :]
     tl.store(to, v.to(y.data.dtype.element_ty), mask=seen)
 
@@ -333,6 +331,7 @@ def join_kernel(
     shared = tl.zeros((BLOCK,), tl.float32)
     if ROWS > PLANES:
         shared = conv_prior(rows, None, PLANES + t, area, seen)
+    shared += offset
     source = x.data + frame // T * x.clip + t * x.frame + i // W * x.row + i % W * x.column
     to = y.data + frame // T * y.clip + t * y.frame + i // W * y.row + i % W * y.column
     for c in tl.range(0, C):
@@ -342,7 +341,7 @@ def join_kernel(
         if gate is not None:
             total += tl.load(gate + frame * C + c).to(tl.float32)
         v = tl.load(source, mask=seen, other=0.0).to(tl.float32)
-        v = v * (offset + total) if MULTIPLICATIVE else v + total
+        v = v * total if MULTIPLICATIVE else v + total
         tl.store(to, v.to(y.data.dtype.element_ty), mask=seen)
         source += x.channel
         to += y.channel

@@ -49,7 +49,7 @@ def soap_forward(x: Tensor, weights: Sequence[Tensor], options: Options) -> tupl
         return y, torch.empty(prepared_numel(x, options), device=x.device)
     numbers, given = _numbers(x, options), Given.of(options.unflatten(weights))
     prepared, pieces = prepare(x, given, normalization, layout, numbers)
-    fuse(x, y, pieces, None, normalization, 0.0, layout, numbers)
+    fuse(x, y, pieces, None, normalization, options.offset, layout, numbers)
     return y, prepared
 
 
@@ -74,8 +74,7 @@ def soap_backward(
         return WIDE.soap_backward(grad, x, weights, options, needs)
     numbers = _numbers(x, options)
     pieces = Prepared.of(prepared, layout, numbers)
-    additive = Fusion(precision=options.precision)
-    dx, reduced = _backward(grad, x, pieces, None, additive, needs, layout, numbers)
+    dx, reduced = _backward(grad, x, pieces, None, options.fusion, needs, layout, numbers)
     if not needs.weights:
         return dx, None
     dweights = [torch.empty_like(w) for w in weights]

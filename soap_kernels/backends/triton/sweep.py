@@ -135,8 +135,8 @@ def sweep_kernel(
         at = planes(grad, b, layout, M)[:, None] + pixel(grad, h, w, layout)[None, :]
         up = tl.load(at, mask=seen, other=0.0).to(tl.float32)
         if direct is not None:
-            g = clip_gate(gate, pieces, b, pixels, layout)
-            near = up * (offset + priors(z, g, layout, N))
+            g = clip_gate(gate, pieces, offset, b, pixels, layout)
+            near = up * priors(z, g, layout, N)
             tl.store(planes(direct, b, layout, M)[:, None] + pixel(direct, h, w, layout)[None, :], near, mask=seen)
         if layout.multiplicative:
             here = planes(x, b, layout, M)[:, None] + pixel(x, h, w, layout)[None, :]

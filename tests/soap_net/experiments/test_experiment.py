@@ -132,6 +132,18 @@ def test_more_seeds_may_be_asked_for_later(toy: Toy, tmp_path: Path) -> None:
     assert toy.done[2:] == ["plain-seed1", "better-seed1"]
 
 
+def test_a_folder_of_a_version_that_lacked_a_setting_goes_on_with_its_default_alone(toy: Toy, tmp_path: Path) -> None:
+    run(toy, tmp_path, seeds=1)
+    path = tmp_path / "experiment.json"
+    settings = json.loads(path.read_text())
+    del settings["model.soap.centred"]
+    path.write_text(json.dumps(settings))
+    run(toy, tmp_path, seeds=2)
+    assert len(toy.done) == 4
+    with pytest.raises(UserError, match=r"another experiment: model\.soap\.centred is False there and True here"):
+        run(Toy(from_dict({"model": {"soap": {"centred": True}}})), tmp_path)
+
+
 def test_folder_of_another_config_is_refused_in_one_line(toy: Toy, tmp_path: Path) -> None:
     run(toy, tmp_path, seeds=1)
     before = (tmp_path / "table.md").read_bytes()

@@ -19,10 +19,10 @@ def clips(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count, FRAMES, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
 
 
-def net(backbone: str = "tiny", soap: bool = True, **options: object) -> SOAPNet:
+def net(backbone: str = "tiny", soap: bool = True, centred: bool = False, **options: object) -> SOAPNet:
     torch.manual_seed(0)
     config = ModelConfig(backbone=backbone, weights=None, head_options={"out_dim": 16}, **options)  # type: ignore[arg-type]
-    config.soap = SoapConfig(enabled=soap, tuple_sizes=(1, 2))
+    config.soap = SoapConfig(enabled=soap, tuple_sizes=(1, 2), centred=centred)
     return build_model(config, FRAMES)
 
 
@@ -57,11 +57,12 @@ def test_without_soap_the_backbone_sees_normalised_frames() -> None:
     torch.testing.assert_close(model.features(x), expected)
 
 
-def test_with_soap_the_backbone_sees_soap_of_normalised_frames() -> None:
-    model = net().eval()
+@pytest.mark.parametrize("centred", [False, True])
+def test_with_soap_the_backbone_sees_soap_of_normalised_frames(centred: bool) -> None:
+    model = net(centred=centred).eval()
     x = clips(2)
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    plain = SOAP(FRAMES, tuple_sizes=(1, 2))
+    plain = SOAP(FRAMES, tuple_sizes=(1, 2), centred=centred)
     plain.load_state_dict(model.soap.state_dict())  # type: ignore[union-attr]
     expected = model.backbone(plain((x / 255 - mean) / std).flatten(0, 1)).unflatten(0, (2, FRAMES))
     torch.testing.assert_close(model.features(x), expected, rtol=1e-4, atol=1e-4)
@@ -205,6 +206,10 @@ def test_clips_of_another_kind_are_refused(support: Tensor, message: str) -> Non
 def test_settings_that_do_not_fit_are_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"model\.soap: .*"):
         build_model(ModelConfig(backbone="tiny", weights=None, soap=SoapConfig(tuple_sizes=(9,))), FRAMES)
+    with pytest.raises(UserError, match=r"^model\.soap: centred is for variant 'paper'"):
+        build_model(
+            ModelConfig(backbone="tiny", weights=None, soap=SoapConfig(variant="release", centred=True)), FRAMES
+        )
     with pytest.raises(UserError, match="chunk_frames is -1"):
         net(chunk_frames=-1)
     with pytest.raises(UserError, match="the head takes 5 features a frame, backbone tiny has 576"):
