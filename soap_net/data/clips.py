@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from soap_net.data.images import Folder, Zipped, archive
+from soap_net.data.images import Folder
 from soap_net.data.videos import Video
+from soap_net.data.zips import Zipped, archive
 from soap_net.errors import ClipError, said
 
 __all__ = ["Clip", "ClipError", "ClipInfo"]

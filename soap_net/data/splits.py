@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soap_net.data.clips import Clip
-from soap_net.data.images import archive, natural
+from soap_net.data.images import natural
 from soap_net.data.lists import SplitLine, SplitList, find_split_file, read_split_file, refuse_shared
 from soap_net.data.videos import VIDEO_SUFFIXES
+from soap_net.data.zips import archive
 from soap_net.errors import UserError
 
 SPLITS = ("train", "val", "test")
