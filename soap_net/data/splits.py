@@ -13,7 +13,7 @@ from soap_net.data.clips import Clip
 from soap_net.data.images import natural
 from soap_net.data.lists import SplitLine, SplitList, find_split_file, read_split_file, refuse_shared
 from soap_net.data.videos import VIDEO_SUFFIXES
-from soap_net.data.zips import archive
+from soap_net.data.zips import archive_at
 from soap_net.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -32,11 +32,15 @@ class MissingClipsError(UserError):
 
 @dataclass(frozen=True)
 class ClipSet:
-    """A split: ``clips[i]`` belong to ``classes[i]``; classes and clips in natural order of their names."""
+    """A split: ``clips[i]`` belong to ``classes[i]``; classes and clips in natural order of their names.
+
+    ``form`` is that of its list (`SplitList`), None where the folders are the classes.
+    """
 
     split: str
     classes: tuple[str, ...]
     clips: tuple[tuple[Clip, ...], ...]
+    form: str | None = None
 
 
 def load_split(
@@ -70,6 +74,19 @@ def load_split(
     return _listed(root, listed, split)
 
 
+def splits_of(root: Path, split_files: Mapping[str, Path | None]) -> list[str]:
+    """The splits that the data set in ``root`` tells apart, by lists or by folders; all where it does not."""
+    listed = [split for split in SPLITS if split_files.get(split) or find_split_file(root, split)]
+    if listed or not root.exists():
+        return listed or [*SPLITS]
+    names = {child.name for store in _STORES if (root / store).is_dir() for child in _subfolders(root / store)}
+    zips = [root] if root.is_file() else [*root.glob("*.zip")]
+    names |= {path.stem for path in zips}
+    if root.is_file():
+        names |= {part for folder in archive_at(root).folders for part in folder.split("/")[:-2]}
+    return [split for split in SPLITS if split in names] or [*SPLITS]
+
+
 def _compared(root: Path, split: str, split_files: Mapping[str, Path | None]) -> list[SplitList]:
     """The list that must hold other classes, if any: that of training, and for training that of the test."""
     others = {"train": ["test"], "val": ["train"], "test": ["train"]}.get(split, [])
@@ -88,7 +105,7 @@ def _listed(root: Path, listed: SplitList, split: str) -> ClipSet:
         if clip is None:
             missing.append(line.path)
         clips.setdefault(line.label, {}).update({} if clip is None else {clip: None})
-    found = _clip_set(split, clips)
+    found = _clip_set(split, clips, listed.form)
     if missing:
         count = len(listed.lines)
         nothing = "" if len(missing) < count else f" (looked in {places.looked_in()})"
@@ -163,6 +180,7 @@ class _Places:
             self._members = {}
             for path in _zips(self.root, self.split):
                 for parts, clip in _members(path, self.split):
+                    self._members.setdefault(_key("/".join(parts[1:])), clip)
                     self._members.setdefault(_key("/".join(parts[-2:])), clip)
                     if parts[-2] in (*_STORES, self.split, path.stem):
                         self._members.setdefault(_key(f"/{parts[-1]}"), clip)
@@ -193,10 +211,10 @@ def _from_tree(root: Path, split: str) -> ClipSet:
     return _clip_set(split, zipped)
 
 
-def _clip_set(split: str, clips: Mapping[str, Iterable[Clip]]) -> ClipSet:
+def _clip_set(split: str, clips: Mapping[str, Iterable[Clip]], form: str | None = None) -> ClipSet:
     labels = sorted(clips, key=natural)
     ordered = (tuple(sorted(clips[label], key=lambda clip: natural(clip.name))) for label in labels)
-    return ClipSet(split, tuple(labels), tuple(ordered))
+    return ClipSet(split, tuple(labels), tuple(ordered), form)
 
 
 def _bases(root: Path, split: str) -> list[Path]:
@@ -217,8 +235,7 @@ def _zips(root: Path, split: str) -> list[Path]:
 
 def _members(path: Path, split: str) -> Iterator[tuple[tuple[str, ...], Clip]]:
     """The folders of images in a zip, less those of other splits, as (..., class, video)."""
-    stat = path.stat()
-    for folder in archive(path, stat.st_mtime_ns, stat.st_size).folders:
+    for folder in archive_at(path).folders:
         parts = (path.stem, *folder.split("/"))
         if folder and (split in parts[:-2] or not {*SPLITS} & {*parts[:-2]}):
             yield parts, Clip(path, member=folder, name="/".join(parts[-2:]))

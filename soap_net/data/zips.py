@@ -85,6 +85,33 @@ def archive(path: Path, mtime_ns: int, size: int) -> Archive:
     return _archives[key]
 
 
+def archive_at(path: Path) -> Archive:
+    """The index of the zip at ``path`` as it is now. Raises ClipError."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ClipError(path, said(error)) from error
+    return archive(path, stat.st_mtime_ns, stat.st_size)
+
+
+def list_in_pack(root: Path, split: str) -> Path | None:
+    """The list of ``split`` in a pack: that at ``root``, or in the folder ``root`` that of the split, or of all."""
+    zips = [root]
+    if root.is_dir():
+        zips = [root / f"{split}.zip"] if (root / f"{split}.zip").is_file() else [*root.glob("*.zip")]
+    name = f"splits/{split}.txt"
+    return zips[0] / name if len(zips) == 1 and name in archive_at(zips[0]).texts else None
+
+
+def read_list(path: Path) -> tuple[str, str] | None:
+    """The text of a list in a pack, and the form of the list that it was made of; None for another file."""
+    pack = path.parent.parent
+    if not pack.is_file():
+        return None
+    told = archive_at(pack)
+    return told.text(f"{path.parent.name}/{path.name}"), str(told.told.get("forms", {}).get(path.stem, ""))
+
+
 def kept_archives() -> dict[tuple[Path, int, int], Archive]:
     """What this process has read, for one that it starts."""
     return dict(_archives)
