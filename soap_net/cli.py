@@ -234,9 +234,11 @@ def _report(args: list[str]) -> int:
 def _data_check(args: list[str]) -> int:
     root, args = _leading_path(args)
     own = Options("data check", "Read every clip of a data set; report what is missing or broken.", SETTINGS)
-    own.usage = "soap-net data check [ROOT] [--split train val test] [--json] [--data.workers N ...]"
+    own.usage = "soap-net data check [ROOT] [--split train val test] [--findings FILE] [--json] [--data.workers N ...]"
     own.add_argument("--split", nargs="+", choices=("train", "val", "test"), default=["train", "val", "test"])
     own.add_argument("--json", action="store_true", help="print the report as JSON")
+    told = "file for what is found, a line a clip as it is read; clips in it are read again only where they changed "
+    own.add_argument("--findings", type=Path, help=told + "(default: runs/check/<name of ROOT>.jsonl)")
     options, settings = own.parse_known(args)
 
     data = _data_config(root, settings)
@@ -244,11 +246,12 @@ def _data_check(args: list[str]) -> int:
     from soap_net.data.check import check_data
 
     splits = {split: data.split_file(split) for split in options.split}
-    report = check_data(data.root, splits, workers=data.workers)
+    findings = options.findings or Path("runs/check") / f"{data.root.resolve().name}.jsonl"
+    report = check_data(data.root, splits, findings=findings, workers=data.workers)
     if options.json:
         print_json(report.as_dict())
     else:
-        print(report.summary())
+        print(f"{report.summary()}\nwhat each clip holds: {findings}")
     return 0 if report.sound else 2
 
 
