@@ -8,9 +8,10 @@ import re
 import stat
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ try:  # a third faster than Pillow, and due to leave torchvision
     from torchvision.io import ImageReadMode, decode_image
 except ImportError:
     decode_image = None
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 # What a file may be, whatever its name says: Pillow knows others, one of which (EPS) it has a program run.
@@ -139,9 +142,12 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
+_DIGITS = re.compile("([0-9]+)")
+
+
 def natural(text: str) -> tuple[tuple[int, str, str], ...]:
     """Sort key that orders runs of digits by value; one form for composed and decomposed letters."""
-    parts = re.split(r"([0-9]+)", unicodedata.normalize("NFC", text))
+    parts = _DIGITS.split(text if text.isascii() else unicodedata.normalize("NFC", text))
     return tuple(_number(part) if position % 2 else (-1, "", part) for position, part in enumerate(parts))
 
 
@@ -151,16 +157,15 @@ def _number(digits: str) -> tuple[int, str, str]:
     return len(value), value, digits
 
 
-def in_natural_order(names: Iterable[str]) -> list[str]:
-    """Sorted by ``natural``; numbers padded to one length, as frames mostly are, take a tenth of the time."""
-    plain = sorted(names)
-    if plain and len({*map(len, plain)}) == 1:
-        start = len(os.path.commonprefix([plain[0], plain[-1]]))  # noqa: RUF071 (by character is what is meant)
-        end = plain[0].rfind(".")
-        suffix = plain[0][end:]
-        if all(name.isascii() and name[start:end].isdecimal() and name.endswith(suffix) for name in plain):
-            return plain
-    return sorted(plain, key=natural)
+_SHAPE = str.maketrans("123456789", "000000000")
+
+
+def in_natural_order(items: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
+    """Sorted by ``natural`` of their names; names that differ in digits alone, as most do, take a tenth of the time."""
+    plain = sorted(items, key=name)
+    if len({name(item).translate(_SHAPE) for item in plain}) <= 1:
+        return plain
+    return sorted(plain, key=lambda item: natural(name(item)))
 
 
 def _listed(suffixes: frozenset[str]) -> str:

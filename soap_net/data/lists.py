@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.data.zips import list_in_pack, read_list
@@ -24,8 +25,7 @@ FEW_SHOT_LISTS = (
 _WORDS = {"train": "train(ing|list)?", "val": "val(id|idate|idation|list)?", "test": "test(ing|list)?"}
 
 
-@dataclass(frozen=True)
-class SplitLine:
+class SplitLine(NamedTuple):
     """A clip named in a split file: the class to show, and its path below the root ("class/video", suffix or not).
 
     ``others`` are paths where it may lie instead.
@@ -149,7 +149,7 @@ def _names(numbered: Sequence[SplitLine]) -> dict[str, str]:
 
 
 def _with_names(lines: Sequence[SplitLine], names: dict[str, str]) -> list[SplitLine]:
-    return [SplitLine(names.get(line.label, line.label), line.path) for line in lines]
+    return [SplitLine(names.get(line.label, line.label), line.path) for line in lines] if names else [*lines]
 
 
 def _folder(path: str) -> str:
