@@ -31,23 +31,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         WriteError: the disk is full or the folder can't be written; the file at `path` is then as it was.
     """
     remove_stale(path.parent, path.name)
-    with _naming(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sink, temporary = _begun(path)
     try:
         with io.BufferedWriter(sink) as file:
             yield file
-            with _naming(path):
+            with writing(path):
                 file.flush()
                 if sink.failure is not None:
                     raise sink.failure
                 os.fsync(file.fileno())
-        with _naming(path):
-            os.replace(temporary, path)
+        publish(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Puts a file that is on disk for good in the place of `path`.
+
+    Raises:
+        WriteError: the folder can't be written.
+    """
+    with writing(path):
+        os.replace(temporary, path)
     with contextlib.suppress(OSError):  # where the system lets one open a folder, the rename itself is made durable
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -110,7 +119,7 @@ class Appended:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _naming(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
             self._end = os.fstat(self._file.fileno()).st_size
@@ -122,7 +131,7 @@ class Appended:
 
     def flush(self) -> None:
         """Writes what is kept, for who watches the file."""
-        with _naming(self.path):
+        with writing(self.path):
             # By the file's size: so nothing is written twice where Ctrl-C came between a write and its noting.
             while (done := os.fstat(self._file.fileno()).st_size - self._end) < len(self._kept):
                 self._file.write(self._kept[done:])
@@ -131,7 +140,7 @@ class Appended:
     def sync(self) -> None:
         """Writes what is kept, and sees to it that all is on disk for good."""
         self.flush()
-        with _naming(self.path):
+        with writing(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -167,7 +176,8 @@ def _begun(path: Path) -> tuple[_Sink, Path]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """An error of the system is one of writing `path`, a WriteError, meanwhile."""
     try:
         yield
     except OSError as error:

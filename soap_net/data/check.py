@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from tqdm import tqdm
 from soap_net.data.clips import Clip, ClipError, ClipInfo
 from soap_net.data.loading import PerClip, load
 from soap_net.data.splits import ClipSet, MissingClipsError, load_split
+from soap_net.errors import UserError, said
+from soap_net.files import Appended
 
 _COLUMNS = ("split", "classes", "clips", "per class", "frames", "size", "fps", "missing", "broken")
 
@@ -132,22 +136,27 @@ def check_data(
     root: Path,
     splits: Mapping[str, Path | None],
     *,
+    findings: Path | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> DataReport:
-    """Reads every frame, which training may ask for, of every clip of ``splits``.
+    """Reads every frame, which training may ask for, of every clip of ``splits``, once.
 
     Args:
         root: of the data set.
         splits: names to split files; None is the data set's own.
+        findings: file for what each clip holds, or what is wrong with it: a JSON object a line, as they come. Clips
+            that it says are sound are not read again until their file changes.
         workers: processes that read; 0 is this one.
         progress: show a bar where somebody watches.
 
     Raises:
-        UserError: no data set or split there, or a malformed split file. Missing and broken clips are reported.
+        UserError: no data set or split there, a malformed split file, or ``findings`` is no such file. Missing and
+            broken clips are reported.
+        WriteError: ``findings`` can't be written.
     """
     report = DataReport(Path(root), [])
-    found: list[tuple[ClipSet, SplitReport]] = []
+    clip_sets: list[ClipSet] = []
     for split, split_file in splits.items():
         missing: list[str] = []
         try:
@@ -155,15 +164,81 @@ def check_data(
         except MissingClipsError as error:
             clip_set, missing = error.found, list(error.missing)
         counts = {label: len(clips) for label, clips in zip(clip_set.classes, clip_set.clips, strict=True)}
-        found.append((clip_set, SplitReport(split, counts, missing)))
-        report.splits.append(found[-1][1])
-    for clip_set, split_report in found:
-        clips = [clip for members in clip_set.clips for clip in members]
-        probes = load(PerClip(clips, Clip.check), workers)
-        silent = None if progress else True  # None: silent where nobody watches
-        for result in tqdm(probes, desc=f"reading {clip_set.split}", unit="clip", leave=False, disable=silent):
+        clip_sets.append(clip_set)
+        report.splits.append(SplitReport(split, counts, missing))
+    clips = {_place(clip): clip for one in clip_sets for members in one.clips for clip in members}
+    found = _read(clips, findings, workers, progress)
+    for clip_set, split_report in zip(clip_sets, report.splits, strict=True):
+        for result in (found[_place(clip)] for members in clip_set.clips for clip in members):
             if isinstance(result, ClipError):
                 split_report.broken.append(str(result))
             else:
                 split_report.infos.append(result)
     return report
+
+
+_Place = tuple[str, str]  # of a clip: its file, from the root of the system, and its member
+
+
+def _place(clip: Clip) -> _Place:
+    return os.path.abspath(clip.path), clip.member
+
+
+def _read(
+    clips: Mapping[_Place, Clip], findings: Path | None, workers: int, progress: bool
+) -> dict[_Place, ClipInfo | ClipError]:
+    found: dict[_Place, ClipInfo | ClipError] = {}
+    if findings is not None:
+        found.update(_known(findings, clips))
+    left = [place for place in clips if place not in found]
+    results = load(PerClip([clips[place] for place in left], Clip.check), workers)
+    silent = None if progress else True  # None: silent where nobody watches
+    notes = Appended(findings) if findings is not None else None
+    try:
+        bar = tqdm(
+            results, desc="reading", unit="clip", total=len(clips), initial=len(found), leave=False, disable=silent
+        )
+        for place, result in zip(left, bar, strict=True):
+            found[place] = result
+            if notes is not None:
+                wrong = {"broken": str(result)} if isinstance(result, ClipError) else asdict(result)
+                note = {"path": place[0], "member": place[1], "changed": _changed(place[0]), **wrong}
+                notes.write(json.dumps(note, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
+                notes.flush()
+    finally:
+        if notes is not None:
+            notes.close()
+    return found
+
+
+def _known(findings: Path, clips: Mapping[_Place, Clip]) -> dict[_Place, ClipInfo]:
+    """What a file of findings says of those of the clips that are sound, and as they were."""
+    known: dict[_Place, ClipInfo] = {}
+    try:
+        lines = findings.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return known
+    for number, line in enumerate(lines, 1):
+        try:
+            note = json.loads(line.decode("utf-8", "surrogateescape"))
+            place = note["path"], note["member"]
+            if "broken" in note or place not in clips or note["changed"] != _changed(place[0]):
+                known.pop(place, None)
+            else:
+                known[place] = ClipInfo(*(note[name] for name in ("frames", "height", "width", "fps")))
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                os.truncate(findings, findings.stat().st_size - len(line))  # it was written when the power failed
+                break
+            raise UserError(
+                f"{findings}:{number}: not a finding of a check ({said(error)}); name another file"
+            ) from error
+    return known
+
+
+def _changed(path: str) -> int | None:
+    """When a file was last changed, in nanoseconds; None where it is not there."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from soap_net.data.images import Folder, Zipped, archive
+from soap_net.data.images import Folder
 from soap_net.data.videos import Video
+from soap_net.data.zips import Zipped, archive
 from soap_net.errors import ClipError, said
 
 __all__ = ["Clip", "ClipError", "ClipInfo"]
@@ -21,7 +22,7 @@ __all__ = ["Clip", "ClipError", "ClipInfo"]
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What a clip holds; ``fps`` is None for images."""
+    """What a clip holds; ``fps`` is None where nothing says."""
 
     frames: int
     height: int
@@ -72,6 +73,22 @@ class Clip:
         place = {number: position for position, number in enumerate(wanted)}
         # Decoders give pixels with their channels together; resizing is fastest so, and cropping leaves less to turn.
         return torch.stack([frames[place[number]].permute(1, 2, 0) for number in indices]).permute(0, 3, 1, 2)
+
+    def fps(self) -> float | None:
+        """Frames a second; None where nothing says. Raises ClipError."""
+        return self._source().fps()
+
+    def each(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """The frames ``indices`` (ascending, distinct), each uint8 ``(3, H, W)``, as `read` gives them; one is kept.
+
+        Raises ClipError as `read` does.
+        """
+        source = self._source()
+        sizes = set()
+        for frame in source.each(indices) if isinstance(source, Video) else (source.read([n])[0] for n in indices):
+            sizes.add((frame.shape[1], frame.shape[2]))
+            self._check_sizes(sizes)
+            yield frame
 
     def probe(self) -> ClipInfo:
         """Frame count, size and rate; decodes the first frame. Raises ClipError."""

@@ -1,4 +1,4 @@
-"""Clips whose frames are images: in a folder, or in a zip."""
+"""Images: decoding them within bounds, the order of their names, and clips that are folders of them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import io
 import os
 import re
 import stat
-import struct
 import unicodedata
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -28,6 +24,8 @@ try:  # a third faster than Pillow, and due to leave torchvision
     from torchvision.io import ImageReadMode, decode_image
 except ImportError:
     decode_image = None
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 # What a file may be, whatever its name says: Pillow knows others, one of which (EPS) it has a program run.
@@ -74,122 +72,19 @@ class Folder:
                 data = path.read_bytes()
             except OSError as error:
                 raise ClipError(path, said(error)) from error
-            frames.append(_decode_image(data, path))
+            frames.append(decode(data, path))
         return frames
 
     def fps(self) -> float | None:
         return None
-
-
-_Entries = NDArray[np.void]  # of _ENTRY, a row per image
-_ENTRY = np.dtype(
-    [("offset", "<i8"), ("stored", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u2"), ("flags", "<u2")]
-)
-
-
-class Archive:
-    """The images of a zip by folder, in natural order: offsets only, as data sets have millions of frames."""
-
-    def __init__(self, path: Path) -> None:
-        members: dict[str, dict[str, zipfile.ZipInfo]] = {}
-        self.path = path
-        self.folders: dict[str, _Entries] = {}
-        try:
-            with zipfile.ZipFile(path) as opened:
-                for info in opened.infolist():
-                    folder, _, name = _zip_name(info).rpartition("/")
-                    if is_image(name) and not folder.startswith("__MACOSX"):
-                        members.setdefault(folder.strip("/"), {})[name] = info
-            for folder in in_natural_order(members):
-                infos = members[folder]
-                chosen = [infos[name] for name in in_natural_order(infos)]
-                rows = [
-                    (i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits) for i in chosen
-                ]
-                self.folders[folder] = np.array(rows, dtype=_ENTRY)
-        except Exception as error:  # a damaged directory fails in as many ways as there are bytes in it
-            raise ClipError(path, f"not a readable zip ({said(error)})") from error
-
-
-@lru_cache(maxsize=64)
-def archive(path: Path, mtime_ns: int, size: int) -> Archive:
-    """The index of the zip at ``path`` in its state of that time and size. Raises ClipError."""
-    return Archive(path)
-
-
-class Zipped:
-    """The images of a zip, or of one folder in it."""
-
-    def __init__(self, path: Path, member: str, index: Archive) -> None:
-        folder = member.strip("/")
-        if folder:
-            entries = index.folders.get(folder)
-        else:
-            entries = np.concatenate(list(index.folders.values())) if index.folders else None
-        self.path = path
-        self.shown = path / folder
-        if entries is None:
-            raise ClipError(self.shown, f"the zip holds no images there ({_listed(IMAGE_SUFFIXES)})")
-        self.entries = entries
-
-    def num_frames(self) -> int:
-        return len(self.entries)
-
-    def read(self, wanted: Sequence[int]) -> list[Tensor]:
-        frames = []
-        try:
-            # Opened for each read: a handle kept across the fork of a loader's worker would share its file position.
-            with open(self.path, "rb") as file:
-                for number in wanted:
-                    frames.append(_decode_image(self._member(file, self.entries[number], number), self.shown, number))
-        except OSError as error:
-            raise ClipError(self.shown, str(error)) from error
-        return frames
-
-    def _member(self, file: io.BufferedReader, entry: np.void, number: int) -> bytes:
-        stored, size = int(entry["stored"]), int(entry["size"])
-        if entry["flags"] & 1:
-            raise ClipError(self.shown, f"frame {number} is encrypted")
-        if entry["method"] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ClipError(self.shown, f"frame {number} is packed by a method other than store and deflate")
-        if max(stored, size) > MOST_BYTES:
-            raise ClipError(
-                self.shown, f"frame {number} has {max(stored, size)} bytes, and an image may have {MOST_BYTES}"
-            )
-        file.seek(int(entry["offset"]))
-        header = file.read(30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise ClipError(self.shown, f"frame {number} is not where the zip's directory says")
-        file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
-        data = file.read(stored)
-        if entry["method"] == zipfile.ZIP_DEFLATED:
-            try:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # whatever it holds
-            except zlib.error as error:
-                raise ClipError(self.shown, f"frame {number} cannot be unpacked ({error})") from error
-        if zlib.crc32(data) != entry["crc"]:
-            raise ClipError(self.shown, f"frame {number} is damaged (its checksum differs)")
-        return data
-
-    def fps(self) -> float | None:
-        return None
-
-
-def _zip_name(info: zipfile.ZipInfo) -> str:
-    # Many tools store UTF-8 without setting the flag that says so, and Python then reads it as cp437.
-    if info.flag_bits & 0x800 or info.filename.isascii():
-        return info.filename
-    try:
-        return info.filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        return info.filename
 
 
 # JPEG and WebP by their first bytes, whatever the name says. Not PNG: a damaged one ends the process in torchvision.
 _FOR_TORCHVISION = re.compile(rb"\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 
 
-def _decode_image(data: bytes, path: Path, number: int | None = None) -> Tensor:
+def decode(data: bytes, path: Path, number: int | None = None) -> Tensor:
+    """An image's pixels, uint8 RGB ``(3, H, W)``. Raises ClipError, which names ``path`` and the frame's number."""
     frame = "" if number is None else f"frame {number}: "
     if not data:
         raise ClipError(path, f"{frame}the image is empty (0 bytes)")
@@ -247,9 +142,12 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
+_DIGITS = re.compile("([0-9]+)")
+
+
 def natural(text: str) -> tuple[tuple[int, str, str], ...]:
     """Sort key that orders runs of digits by value; one form for composed and decomposed letters."""
-    parts = re.split(r"([0-9]+)", unicodedata.normalize("NFC", text))
+    parts = _DIGITS.split(text if text.isascii() else unicodedata.normalize("NFC", text))
     return tuple(_number(part) if position % 2 else (-1, "", part) for position, part in enumerate(parts))
 
 
@@ -259,16 +157,15 @@ def _number(digits: str) -> tuple[int, str, str]:
     return len(value), value, digits
 
 
-def in_natural_order(names: Iterable[str]) -> list[str]:
-    """Sorted by ``natural``; numbers padded to one length, as frames mostly are, take a tenth of the time."""
-    plain = sorted(names)
-    if plain and len({*map(len, plain)}) == 1:
-        start = len(os.path.commonprefix([plain[0], plain[-1]]))  # noqa: RUF071 (by character is what is meant)
-        end = plain[0].rfind(".")
-        suffix = plain[0][end:]
-        if all(name.isascii() and name[start:end].isdecimal() and name.endswith(suffix) for name in plain):
-            return plain
-    return sorted(plain, key=natural)
+_SHAPE = str.maketrans("123456789", "000000000")
+
+
+def in_natural_order(items: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
+    """Sorted by ``natural`` of their names; names that differ in digits alone, as most do, take a tenth of the time."""
+    plain = sorted(items, key=name)
+    if len({name(item).translate(_SHAPE) for item in plain}) <= 1:
+        return plain
+    return sorted(plain, key=lambda item: natural(name(item)))
 
 
 def _listed(suffixes: frozenset[str]) -> str:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from soap_net.data.videos import VIDEO_SUFFIXES
+from soap_net.data.zips import list_in_pack, read_list
 from soap_net.errors import UserError, said
 
 FEW_SHOT_LISTS = (
@@ -23,8 +25,7 @@ FEW_SHOT_LISTS = (
 _WORDS = {"train": "train(ing|list)?", "val": "val(id|idate|idation|list)?", "test": "test(ing|list)?"}
 
 
-@dataclass(frozen=True)
-class SplitLine:
+class SplitLine(NamedTuple):
     """A clip named in a split file: the class to show, and its path below the root ("class/video", suffix or not).
 
     ``others`` are paths where it may lie instead.
@@ -50,6 +51,9 @@ class SplitList:
 
 def find_split_file(root: Path, split: str) -> Path | None:
     """The split file that belongs to ``root``, None without one. Raises UserError where several could be meant."""
+    inside = list_in_pack(root, split) if root.is_file() else None
+    if inside is not None:
+        return inside
     home = root if root.is_dir() else root.parent
     for folder in (home / "splits", home):
         usual = (f"{split}.txt", f"{split}list*.txt", f"{split}_few_shot.txt")
@@ -60,7 +64,7 @@ def find_split_file(root: Path, split: str) -> Path | None:
             raise UserError(f"{folder}: several split files for {split!r} ({names}); say which one to use")
         if files:
             return files[0]
-    return None
+    return list_in_pack(root, split) if root.is_dir() else None
 
 
 def _lists_of_other_names(folder: Path, split: str) -> list[Path]:
@@ -96,6 +100,10 @@ def read_split_file(path: Path, split: str = "") -> SplitList:
     Raises UserError for a missing or empty file, one in a form that does not tell the classes, and naming the line
     for one without a class.
     """
+    packed = read_list(path)
+    if packed is not None:
+        text, form_name = packed
+        return SplitList(path, split, form_name, tuple(_few_shot(path, text.splitlines(), split)))
     lines = _read_lines(path, f"; say with --data.{split}_split where it is" if split in _WORDS else "")
     form = _form(path, lines)
     clips = tuple(dict.fromkeys(form.parse(path, lines, split)))
@@ -141,7 +149,7 @@ def _names(numbered: Sequence[SplitLine]) -> dict[str, str]:
 
 
 def _with_names(lines: Sequence[SplitLine], names: dict[str, str]) -> list[SplitLine]:
-    return [SplitLine(names.get(line.label, line.label), line.path) for line in lines]
+    return [SplitLine(names.get(line.label, line.label), line.path) for line in lines] if names else [*lines]
 
 
 def _folder(path: str) -> str:

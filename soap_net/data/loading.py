@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from soap_net.data.clips import Clip
+from soap_net.data.zips import keep_archives, kept_archives
 from soap_net.errors import ClipError, UserError
 from soap_net.interrupts import deaf_while_starting, live_with_main
 
@@ -29,6 +30,11 @@ STUCK_AFTER = 600.0
 GRACE = 5.0
 """Seconds that workers have to end when nothing more is wanted of them."""
 _starting = threading.Lock()  # so that each knows the processes it started from those of others
+
+
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class PerClip(Dataset[T | ClipError], Generic[T]):
@@ -120,6 +126,13 @@ class _Guarded(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any], reading: Tensor) -> None:
         self.dataset = dataset
         self.reading = reading
+
+    def __getstate__(self) -> tuple[Any, ...]:  # for workers that are no forks, which would read all indexes again
+        return self.dataset, self.reading, kept_archives()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dataset, self.reading, archives = state
+        keep_archives(archives)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

@@ -7,12 +7,15 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from soap_net.data.clips import Clip
-from soap_net.data.images import archive, natural
+from soap_net.data.images import in_natural_order, natural
 from soap_net.data.lists import SplitLine, SplitList, find_split_file, read_split_file, refuse_shared
 from soap_net.data.videos import VIDEO_SUFFIXES
+from soap_net.data.zips import archive_at
 from soap_net.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -31,11 +34,15 @@ class MissingClipsError(UserError):
 
 @dataclass(frozen=True)
 class ClipSet:
-    """A split: ``clips[i]`` belong to ``classes[i]``; classes and clips in natural order of their names."""
+    """A split: ``clips[i]`` belong to ``classes[i]``; classes and clips in natural order of their names.
+
+    ``form`` is that of its list (`SplitList`), None where the folders are the classes.
+    """
 
     split: str
     classes: tuple[str, ...]
     clips: tuple[tuple[Clip, ...], ...]
+    form: str | None = None
 
 
 def load_split(
@@ -69,6 +76,19 @@ def load_split(
     return _listed(root, listed, split)
 
 
+def splits_of(root: Path, split_files: Mapping[str, Path | None]) -> list[str]:
+    """The splits that the data set in ``root`` tells apart, by lists or by folders; all where it does not."""
+    listed = [split for split in SPLITS if split_files.get(split) or find_split_file(root, split)]
+    if listed or not root.exists():
+        return listed or [*SPLITS]
+    names = {child.name for store in _STORES if (root / store).is_dir() for child in _subfolders(root / store)}
+    zips = [root] if root.is_file() else [*root.glob("*.zip")]
+    names |= {path.stem for path in zips}
+    if root.is_file():
+        names |= {part for folder in archive_at(root).folders for part in folder.split("/")[:-2]}
+    return [split for split in SPLITS if split in names] or [*SPLITS]
+
+
 def _compared(root: Path, split: str, split_files: Mapping[str, Path | None]) -> list[SplitList]:
     """The list that must hold other classes, if any: that of training, and for training that of the test."""
     others = {"train": ["test"], "val": ["train"], "test": ["train"]}.get(split, [])
@@ -80,14 +100,16 @@ def _compared(root: Path, split: str, split_files: Mapping[str, Path | None]) ->
 
 def _listed(root: Path, listed: SplitList, split: str) -> ClipSet:
     places = _Places(root, split)
-    clips: dict[str, dict[Clip, None]] = {}
+    places_of: dict[str, dict[_Place, None]] = {}
     missing: list[str] = []
     for line in listed.lines:
-        clip = places.find(line)
-        if clip is None:
+        found_at = places_of.setdefault(line.label, {})
+        place = places.find(line)
+        if place is None:
             missing.append(line.path)
-        clips.setdefault(line.label, {}).update({} if clip is None else {clip: None})
-    found = _clip_set(split, clips)
+        else:
+            found_at[place] = None
+    found = _clip_set(split, places_of, listed.form)
     if missing:
         count = len(listed.lines)
         nothing = "" if len(missing) < count else f" (looked in {places.looked_in()})"
@@ -99,6 +121,14 @@ def _listed(root: Path, listed: SplitList, split: str) -> ClipSet:
     return found
 
 
+class _Place(NamedTuple):
+    """Where a clip is: its name, its file, and the folder in that if it is a zip."""
+
+    name: str
+    path: str
+    member: str = ""
+
+
 class _Places:
     """Finds the clips that split lines name; lists every folder, and opens every zip, at most once."""
 
@@ -106,44 +136,47 @@ class _Places:
         self.root = root
         self.split = split
         self.bases = _bases(root, split)
-        self._clips: dict[Path, dict[str, Path]] = {}
+        self._listed: dict[str, list[dict[str, str]]] = {}  # of each base that has the folder, its clips' paths
         self._folders: dict[Path, dict[str, Path]] = {}
-        self._members: dict[str, Clip] | None = None
+        self._members: dict[str, _Place] | None = None
 
-    def find(self, line: SplitLine) -> Clip | None:
+    def find(self, line: SplitLine) -> _Place | None:
         return next(filter(None, (self._find(line.label, path) for path in (line.path, *line.others))), None)
 
-    def _find(self, label: str, path: str) -> Clip | None:
+    def _find(self, label: str, path: str) -> _Place | None:
         parts = [part for part in path.split("/") if part not in ("", ".")]
         if not parts or ".." in parts:
             return None
         video = parts.pop()
-        name = f"{label}/{_stem(video)}"
+        stem = _stem(video)
         # As written, below the class alone, and alone, for data sets that keep all files in one folder.
-        folders = list(dict.fromkeys(("/".join(parts), parts[-1] if parts else "", label, "")))
+        folders = dict.fromkeys(("/".join(parts), parts[-1] if parts else "", label, ""))
         for folder in folders:
-            for base in self.bases:
-                listed = self._listing(base, folder)
-                found = listed.get(_key(video)) or listed.get(_key(_stem(video)))
+            for listed in self._listed.get(folder) or self._listing(folder):
+                found = listed.get(_key(video)) or listed.get(_key(stem))
                 if found is not None:
-                    return Clip(found, name=name)
-        for folder in folders:
-            member = self._zipped().get(_key(f"{folder}/{_stem(video)}"))
+                    return _Place(f"{label}/{stem}", found)
+        members = self._zipped()
+        for folder in folders if members else ():
+            member = members.get(_key(f"{folder}/{stem}"))
             if member is not None:
-                return Clip(member.path, member=member.member, name=name)
+                return member._replace(name=f"{label}/{stem}")
         return None
 
     def looked_in(self) -> str:
         zips = [str(path) for path in _zips(self.root, self.split)]
         return ", ".join([*(str(base / "<class>") for base in self.bases), *zips])
 
-    def _listing(self, base: Path, folder: str) -> dict[str, Path]:
-        place = base / folder
-        if place not in self._clips:
-            there = self._resolve(base, folder)
-            found = {} if there is None else _clips_in(there)
-            self._clips[place] = found | {_key(path.name): path for path in found.values()}
-        return self._clips[place]
+    def _listing(self, folder: str) -> list[dict[str, str]]:
+        if folder not in self._listed:
+            there = [place for base in self.bases if (place := self._resolve(base, folder)) is not None]
+            found = map(_clips_in, there)
+            self._listed[folder] = [
+                {key: path for key, (_, path) in clips.items()}
+                | {_key(path.rpartition(os.sep)[2]): path for _, path in clips.values()}
+                for clips in found
+            ]
+        return self._listed[folder]
 
     def _resolve(self, base: Path, folder: str) -> Path | None:
         # Name by name, as macOS and some zips store accented letters decomposed.
@@ -157,11 +190,12 @@ class _Places:
             place = found
         return place
 
-    def _zipped(self) -> dict[str, Clip]:
+    def _zipped(self) -> dict[str, _Place]:
         if self._members is None:
             self._members = {}
             for path in _zips(self.root, self.split):
                 for parts, clip in _members(path, self.split):
+                    self._members.setdefault(_key("/".join(parts[1:])), clip)
                     self._members.setdefault(_key("/".join(parts[-2:])), clip)
                     if parts[-2] in (*_STORES, self.split, path.stem):
                         self._members.setdefault(_key(f"/{parts[-1]}"), clip)
@@ -176,14 +210,12 @@ def _from_tree(root: Path, split: str) -> ClipSet:
         folders = [child for child in _subfolders(base) if child.name not in ("splits", *_STORES, *SPLITS)]
         tree = {folder.name: _clips_in(folder) for folder in folders}
         if any(tree.values()):
-            return _clip_set(
-                split,
-                {
-                    label: [Clip(path, name=f"{label}/{_stem(path.name)}") for path in clips.values()]
-                    for label, clips in tree.items()
-                },
-            )
-    zipped: dict[str, list[Clip]] = {}
+            named = {
+                label: [_Place(f"{label}/{stem}", path) for stem, path in clips.values()]
+                for label, clips in tree.items()
+            }
+            return _clip_set(split, named)
+    zipped: dict[str, list[_Place]] = {}
     for path in _zips(root, split):
         for parts, clip in _members(path, split):
             zipped.setdefault(parts[-2], []).append(clip)
@@ -192,10 +224,16 @@ def _from_tree(root: Path, split: str) -> ClipSet:
     return _clip_set(split, zipped)
 
 
-def _clip_set(split: str, clips: Mapping[str, Iterable[Clip]]) -> ClipSet:
-    labels = sorted(clips, key=natural)
-    ordered = (tuple(sorted(clips[label], key=lambda clip: natural(clip.name))) for label in labels)
-    return ClipSet(split, tuple(labels), tuple(ordered))
+def _clip_set(split: str, clips: Mapping[str, Iterable[_Place]], form: str | None = None) -> ClipSet:
+    labels = in_natural_order(clips)
+    ordered = (
+        tuple(
+            Clip(Path(path), member=member, name=name)
+            for name, path, member in in_natural_order(clips[label], attrgetter("name"))
+        )
+        for label in labels
+    )
+    return ClipSet(split, tuple(labels), tuple(ordered), form)
 
 
 def _bases(root: Path, split: str) -> list[Path]:
@@ -214,13 +252,12 @@ def _zips(root: Path, split: str) -> list[Path]:
     return own or [path for path in found if path.stem not in SPLITS]
 
 
-def _members(path: Path, split: str) -> Iterator[tuple[tuple[str, ...], Clip]]:
+def _members(path: Path, split: str) -> Iterator[tuple[tuple[str, ...], _Place]]:
     """The folders of images in a zip, less those of other splits, as (..., class, video)."""
-    stat = path.stat()
-    for folder in archive(path, stat.st_mtime_ns, stat.st_size).folders:
+    for folder in archive_at(path).folders:
         parts = (path.stem, *folder.split("/"))
         if folder and (split in parts[:-2] or not {*SPLITS} & {*parts[:-2]}):
-            yield parts, Clip(path, member=folder, name="/".join(parts[-2:]))
+            yield parts, _Place("/".join(parts[-2:]), str(path), folder)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -231,27 +268,30 @@ def _subfolders(folder: Path) -> list[Path]:
         )
 
 
-def _clips_in(folder: Path) -> dict[str, Path]:
-    """The clips of a class folder by name without suffix; folders of frames win over zips, and zips over videos."""
+def _clips_in(folder: Path) -> dict[str, tuple[str, str]]:
+    """The names and paths of a class folder's clips; folders of frames win over zips, and zips over videos."""
     found: list[tuple[int, str, str]] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith("."):
+            name = entry.name
+            if name.startswith("."):
                 continue
             if entry.is_dir():
-                found.append((0, entry.name, entry.path))
-            elif suffix == ".zip" or suffix in VIDEO_SUFFIXES:
-                found.append((1 if suffix == ".zip" else 2, _stem(entry.name), entry.path))
-    clips: dict[str, Path] = {}
+                found.append((0, name, entry.path))
+            elif (stem := _stem(name)) != name:
+                found.append((1 if name[-4:].lower() == ".zip" else 2, stem, entry.path))
+    clips: dict[str, tuple[str, str]] = {}
     for _, stem, path in sorted(found):
-        clips.setdefault(_key(stem), Path(path))
+        clips.setdefault(_key(stem), (stem, path))
     return clips
 
 
+_SUFFIXES = VIDEO_SUFFIXES | {".zip"}
+
+
 def _stem(name: str) -> str:
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() == ".zip" or suffix.lower() in VIDEO_SUFFIXES else name
+    stem, _, suffix = name.rpartition(".")
+    return stem if stem and f".{suffix.lower()}" in _SUFFIXES else name
 
 
 def _key(name: str) -> str:

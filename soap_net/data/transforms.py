@@ -105,12 +105,8 @@ class ClipLoader:
 
     def transform(self, frames: Tensor, rng: np.random.Generator | None) -> Tensor:
         """Resizes, crops and flips ``(T, 3, H, W)``, every frame alike; ``rng`` None is evaluation."""
-        height, width = frames.shape[-2:]
-        scale = self.resize / min(height, width)
-        size = [max(self.resize, round(height * scale)), max(self.resize, round(width * scale))]
-        if size != [height, width]:
-            frames = F.resize(frames, size, antialias=True)
-        spare_rows, spare_columns = size[0] - self.crop, size[1] - self.crop
+        frames = resized(frames, self.resize)
+        spare_rows, spare_columns = frames.shape[-2] - self.crop, frames.shape[-1] - self.crop
         mirrored = False
         if rng is None:
             top, left = spare_rows // 2, spare_columns // 2
@@ -122,6 +118,14 @@ class ClipLoader:
         pixels = frames.numpy()
         # NumPy turns pixels into planes twice as fast as torch.
         return torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1] if mirrored else pixels))
+
+
+def resized(frames: Tensor, short: int) -> Tensor:
+    """uint8 ``(T, 3, H, W)`` with the shorter side ``short``."""
+    height, width = frames.shape[-2:]
+    scale = short / min(height, width)
+    size = [max(short, round(height * scale)), max(short, round(width * scale))]
+    return frames if size == [height, width] else F.resize(frames, size, antialias=True)
 
 
 def clip_loader(data: DataConfig, train: bool, memory: ClipMemory | None = None) -> ClipLoader:

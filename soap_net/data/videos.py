@@ -83,17 +83,32 @@ class Video:
             raise ClipError(self.path, "the file does not say when its frames are shown")
         return seconds
 
-    def stream(self, wanted: Sequence[int]) -> Generator[Tensor, None, None]:
+    def each(self, wanted: Sequence[int]) -> Generator[Tensor, None, None]:
+        """The frames ``wanted``, as `read` gives them, one by one: of a single decode where nothing is amiss."""
+        layout = self._layout()
+        given = 0
+        if layout.sums is not None or layout.telling:
+            with suppress(ClipError):
+                for frame in self.stream(wanted, sure=True):
+                    yield frame
+                    given += 1
+        for number in wanted[given:]:
+            yield from self.read([number])
+
+    def stream(self, wanted: Sequence[int], sure: bool = False) -> Generator[Tensor, None, None]:
         """The frames ``wanted`` (ascending, distinct, in range), each uint8 ``(3, H, W)``, of a single decode.
 
-        Nothing but the frame handed over is kept. Of damaged frames what the decoder makes of them. Raises ClipError.
+        Nothing but the frame handed over is kept. Of damaged frames what the decoder makes of them; with ``sure`` they
+        are a ClipError. Raises ClipError.
         """
         layout = self._layout()
-        with self._opened(threads=True) as (container, stream):
-            frames = self._frames(container, stream)
+        strict = sure and layout.sums is None
+        with self._opened(strict=strict, threads=True) as (container, stream):
+            frames = self._frames(container, stream, strict=strict)
             labelled = enumerate(frames) if layout.timeline is None else _timed(frames)
             for number, frame in zip(wanted, layout.wanted(wanted), strict=True):
-                taken = self._patiently(partial(_taken, labelled, [replace(frame, sum=None)]))
+                known = frame if sure else replace(frame, sum=None)
+                taken = self._patiently(partial(_taken, labelled, [known]))
                 if not taken:
                     raise ClipError(self.path, f"the video is damaged: frame {number} cannot be decoded")
                 yield taken[0]

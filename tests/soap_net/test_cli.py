@@ -41,6 +41,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "export",
         "report",
         "data check",
+        "data pack",
         "data motion",
         "experiment",
         "info",
@@ -68,6 +69,7 @@ def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixt
         (["eval", "--checkpoint", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
         (["classify", "--checkpoint", "a", "--support", "/nowhere", "--query", "b"], "<clip>: /nowhere: no such data"),
         (["data", "check", "/nowhere"], "/nowhere: no such data set folder"),
+        (["data", "pack", "a"], "say what to pack and where to: soap-net data pack SOURCE OUT.zip"),
         (["data", "motion"], "say into which folder to write the data set"),
         (["info", "--jsn"], "unknown option --jsn"),
         (["classify", "--checkpoint", "a", "--suport", "b", "--query", "c"], "--suport; did you mean --support?"),
@@ -148,10 +150,14 @@ def test_train_eval_and_classify_follow_each_other(
 
 
 def test_data_check_lists_what_is_missing_and_broken(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["data", "check", str(tiny_data), "--data.workers", "0"]) == 0
-    assert "every clip is there and can be read" in capsys.readouterr().out
+    *_, sound, findings = capsys.readouterr().out.splitlines()
+    assert sound == "every clip is there and can be read"
+    assert findings == f"what each clip holds: runs/check/{tiny_data.name}.jsonl"
+    assert len(Path(findings.partition(": ")[2]).read_text().splitlines()) == 36
     bad = tmp_path / "clips" / "a class"
     bad.mkdir(parents=True)
     (bad / "text.mp4").write_text("this is no video")

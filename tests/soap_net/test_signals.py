@@ -168,6 +168,27 @@ def test_reading_ends_with_its_processes(slow_data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_packing_ends_with_its_processes_and_goes_on(tmp_path: Path) -> None:
+    data = tmp_path / "data" / "jump"
+    frame = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
+    for clip in range(12):
+        (data / f"{clip}").mkdir(parents=True)
+        for number in range(6):
+            Image.fromarray(frame).save(data / f"{clip}" / f"{number}.png")
+    command = ["data", "pack", "data", "out.zip", "--data.workers", "2"]
+    notes = tmp_path / ".out.zip.notes"
+    end(command, lambda _: notes.exists() and notes.read_bytes().count(b"\n") > 2, [signal.SIGTERM], tmp_path).check(
+        signal.SIGTERM
+    )
+    assert not (tmp_path / "out.zip").exists()
+    assert 2 < notes.read_bytes().count(b"\n") < 13
+    done = subprocess.run(
+        [sys.executable, "-m", "soap_net", *command], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("packed: out.zip (12 clips, 72 frames, ")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eval", "classify", "data check", "report"])
 def test_a_command_that_reads_ends_at_once(made: Path, slow_data: Path, tmp_path: Path, name: str) -> None:
     best = str(made / "run" / "best.pt")
@@ -180,7 +201,8 @@ def test_a_command_that_reads_ends_at_once(made: Path, slow_data: Path, tmp_path
     reading = after(3.0) if name == "report" else processes(3)
     for moment, number in ((after(1.5), signal.SIGINT), (reading, signal.SIGTERM)):
         end(command, moment, [number], tmp_path).check(number)
-        assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]
+        kept = {"runs"} if name == "data check" else set()  # what it has found
+        assert {path.name for path in tmp_path.iterdir()} == {"output.txt", *kept}
 
 
 @pytest.mark.slow

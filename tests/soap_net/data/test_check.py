@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from soap_net.data.check import check_data
+from soap_net.data.clips import Clip, ClipInfo
 from soap_net.errors import UserError
 
 Make = Callable[..., Path]
@@ -67,6 +68,74 @@ def test_a_sound_data_set_is_called_so_with_workers_too(mixed: Path) -> None:
 def test_a_split_that_is_not_there_is_refused(mixed: Path) -> None:
     with pytest.raises(UserError, match=r"no split file for 'val' beside train.txt, test.txt"):
         check_data(mixed, {"train": None, "val": None}, progress=False)
+
+
+def reads(monkeypatch: pytest.MonkeyPatch, most: int = 10**6) -> list[str]:
+    """The names of the clips that are read from here on; where they are more than `most`, Ctrl-C comes."""
+    names: list[str] = []
+    check = Clip.check
+
+    def noted(clip: Clip) -> ClipInfo:
+        if len(names) == most:
+            raise KeyboardInterrupt
+        names.append(clip.name)
+        return check(clip)
+
+    monkeypatch.setattr(Clip, "check", noted)
+    return names
+
+
+def test_each_clip_is_read_once_whatever_splits_it_is_in(
+    tmp_path: Path, write_frames: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for video in range(3):
+        write_frames(tmp_path / "jump" / f"{video}", 1 + video)
+    names = reads(monkeypatch)
+    report = check_data(tmp_path, dict.fromkeys(("train", "val", "test")), progress=False)
+    assert names == ["jump/0", "jump/1", "jump/2"]
+    assert [[info.frames for info in split.infos] for split in report.splits] == [[1, 2, 3]] * 3
+
+
+def test_findings_come_one_by_one_and_a_check_goes_on_from_them(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits, findings = {"train": None, "test": None}, tmp_path / "runs" / "found.jsonl"
+    wanted = check_data(mixed, splits, progress=False).as_dict()
+    with monkeypatch.context() as patch:
+        reads(patch, most=3)
+        with pytest.raises(KeyboardInterrupt):
+            check_data(mixed, splits, findings=findings, progress=False)
+    notes = [json.loads(line) for line in findings.read_text().splitlines()]
+    assert [note["path"] for note in notes] == [str(mixed / name) for name in ("clap/c.mp4", "clap/d.mp4", "wave/a")]
+    assert (notes[0]["frames"], notes[0]["width"], notes[0]["fps"]) == (5, 64, 25.0)
+    assert "d.mp4: not a video" in notes[1]["broken"]
+    findings.write_bytes(findings.read_bytes() + b'{"path": "')  # the power failed
+    with monkeypatch.context() as patch:
+        names = reads(patch)
+        report = check_data(mixed, splits, findings=findings, progress=False)
+    assert names == ["clap/d", "wave/b"], "what is broken may have been mended"
+    assert report.as_dict() == wanted
+
+
+def test_clips_that_changed_are_read_again(
+    mixed: Path, tmp_path: Path, write_video: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = tmp_path / "found.jsonl"
+    check_data(mixed, {"train": None}, findings=findings, progress=False)
+    write_video(mixed / "clap" / "c.mp4", frames=7)
+    write_video(mixed / "clap" / "d.mp4", frames=8)
+    names = reads(monkeypatch)
+    report = check_data(mixed, {"train": None}, findings=findings, progress=False)
+    assert names == ["clap/c", "clap/d"]
+    assert [info.frames for info in report.splits[0].infos] == [7, 8, 4, 6]
+    assert report.splits[0].broken == []
+
+
+def test_a_file_of_something_else_is_not_taken_for_findings(mixed: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("buy milk\n")
+    with pytest.raises(UserError, match=r"notes.txt:1: not a finding of a check"):
+        check_data(mixed, {"test": None}, findings=tmp_path / "notes.txt", progress=False)
+    assert (tmp_path / "notes.txt").read_text() == "buy milk\n"
 
 
 @pytest.mark.slow
