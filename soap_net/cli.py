@@ -137,7 +137,7 @@ def _train(args: list[str]) -> int:
 def _eval(args: list[str]) -> int:
     text = "Evaluate a checkpoint on classes it has never seen, or a pretrained net as it is (by default own_clips)."
     own = Options("eval", text, SETTINGS)
-    own.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run")
+    own.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run, or a folder of the hub")
     own.add_argument("--out", type=Path, help="folder or .json file for the result (by default the run's folder)")
     own.add_argument("--json", action="store_true", help="print the whole result as JSON")
     options, settings = own.parse_known(args)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from soap_kernels import SOAP
 from soap_net.errors import UserError
+from soap_net.hub import Pretrained
 from soap_net.models.backbones import Backbone, build_backbone
 from soap_net.models.heads import HEADS, FewShotHead, build_head
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from soap_net.config import ModelConfig
 
 
-class SOAPNet(nn.Module):
+class SOAPNet(nn.Module, Pretrained):
     """Frames of a few-shot task in, class scores out.
 
     Args:
