@@ -80,7 +80,10 @@ RULES = (
     Rule(r"soap-net train --resume .*", slow=True),
     Rule(r"soap-net train --config (ssv2_cmn|kinetics)_.*", TRAIN, slow=True),
     Rule(r"soap-net train .*", TRAIN),
-    Rule(r"soap-net (eval|classify|report) .*\b(runs|shared)/(small|ssv2_cmn).*|soap-net classify \.\.\. --json", slow=True),
+    Rule(
+        r"soap-net (eval|classify|report) .*\b(runs|shared)/(small|ssv2_cmn).*|soap-net classify \.\.\. --json",
+        slow=True,
+    ),
     Rule(r"from soap_net.config import load_config\n(?s:.*)|from (?s:.*runs/small/best.pt.*)", slow=True),
     Rule(r"soap-net export .*", slow=True),
     Rule(r"import json\n\nimport av\n(?s:.*)", slow=True),
