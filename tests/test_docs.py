@@ -89,6 +89,7 @@ RULES = (
     Rule(r"soap-net export .*", slow=True),
     Rule(r"import json\n\nimport av\n(?s:.*)", slow=True),
     Rule(r"torchrun --nproc-per-node .*", TRAIN, slow=True),
+    Rule(r"torchrun --nnodes .*", not_run="needs several machines; test_machines.py has it on two network namespaces"),
     Rule(r"torchrun \.\.\. .*", not_run="not a whole command; the one before it on the page is run"),
     Rule(r"soap-net experiment parts --preset paper .*", EXPERIMENT, slow=True),
     Rule(r"soap-net app( .*)?", not_run="serves until it is stopped; test_app.py serves the page"),
