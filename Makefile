@@ -17,8 +17,8 @@ SLOW := --timeout 1200 --durations 10
 APART := tests/soap_net/test_kills.py \
 	tests/soap_net/test_train.py::test_on_a_disk_that_is_full_a_run_ends_in_one_line_and_goes_on_once_there_is_room
 
-.PHONY: help install demo test test-slow test-gpu-proof test-lowest test-newest test-pythons lint benchmark benchmark-check wheel \
-	clean
+.PHONY: help install demo test test-slow test-gpu-proof test-lowest test-newest test-pythons lint benchmark benchmark-check docs \
+	wheel clean
 
 help:
 	@echo "make install         set up $(VENV) alone"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-pythons    test every Python here from 3.10 on"
 	@echo "make benchmark       time SOAP's kernels against plain PyTorch on this machine"
 	@echo "make benchmark-check run every benchmark once, on the smallest shapes, timing nothing"
+	@echo "make docs            build the docs as a site, into site/; a link that leads nowhere fails"
 	@echo "make wheel           build sdist and wheel as published, into dist/; install and check the wheel"
 	@echo "make clean           remove $(VENV), build products and runs"
 
@@ -84,6 +85,10 @@ benchmark-check: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks --smallest --out build/benchmarks
 	$(BIN)/python -m benchmarks.autotune_triton --help > /dev/null
 
+docs: $(INSTALLED)
+	@echo "==> Building the docs into site/"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # The sdist, from it the wheel, then the wheel as auditwheel names it: every library that it does not bring is PyTorch's or
 # the system's. Unpacked beside nothing else, it has to pass the audit of its binary interface and the self-check.
 wheel: $(INSTALLED)
@@ -98,4 +103,4 @@ wheel: $(INSTALLED)
 	cd build/wheel/installed && "$$OLDPWD/$(BIN)/python" -m soap_kernels.selfcheck
 
 clean:
-	rm -rf $(VENV) .venv-3.* build dist runs *.egg-info csrc/cuda/build csrc/cuda/*.egg-info soap_kernels/*.so
+	rm -rf $(VENV) .venv-3.* build dist site runs *.egg-info csrc/cuda/build csrc/cuda/*.egg-info soap_kernels/*.so

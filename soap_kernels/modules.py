@@ -168,7 +168,7 @@ class SOAP(nn.Module):
         if precision not in backends.PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(backends.PRECISIONS)}")
         _check_backend(backend)
-        _positive("hidden_channels", hidden_channels)
+        self.hidden_channels = _positive("hidden_channels", hidden_channels)
         if out_dtype is not None and out_dtype not in op.FLOATS:
             raise ValueError(f"out_dtype is {out_dtype!r}, expected a floating dtype such as torch.float16")
         if normalize is not None and [len(numbers) for numbers in normalize] != [channels, channels]:

@@ -3,6 +3,9 @@
 A checkpoint is a dictionary of plain values and tensors, read back with ``weights_only=True``: `format`, `config`
 (nested, as in YAML), `model`, and, where training is to go on, `optimizer`, `scaler` and `progress`. It is a zip
 archive whose members are not compressed, so that none is larger than the file, and have check sums, which are compared.
+
+A folder of the field's form, `SETTINGS` and `WEIGHTS`, as `SOAPNet.save_pretrained` writes it, stands for a checkpoint
+that nobody goes on training from.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from soap_net.config import Config, from_dict
+from soap_net.config import Config, from_dict, read_settings
 from soap_net.errors import UserError, said
 from soap_net.files import replacing
 from soap_net.optimizers import fits
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from soap_net.models.soap_net import SOAPNet
 
 FORMAT = 1
+SETTINGS, WEIGHTS = "config.json", "model.safetensors"
 LARGEST_SHARE = 4
 """So many times its weights a checkpoint takes at most: AdamW's moments are twice as large as these. And then:"""
 LARGEST_REST = 2**24
@@ -67,7 +72,7 @@ def load(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
     """Reads a checkpoint, its tensors onto the CPU; only tensors and plain values are let in, never code.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or a folder with `SETTINGS` and `WEIGHTS`, of which config and model come back.
         model: what its weights are for, on any device: they must fit it, which is seen to before memory is taken.
 
     Raises:
@@ -75,6 +80,8 @@ def load(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
             `LARGEST_REST` allow, not a checkpoint, of another format, of another architecture, or with weights that
             are sparse, complex, without values or not finite; names the first of them.
     """
+    if is_folder(path):
+        return {"config": read_settings(path / SETTINGS), "model": _folder_weights(path / WEIGHTS, model)}
     with _opened(path) as file:
         size = _checked_archive(file, path)
         weights = _content(file, path, "meta")["model"]
@@ -91,9 +98,24 @@ def load(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
         for name, weight in content["model"].items():
             if weight.is_meta:
                 raise CheckpointError(f"{path}: the weight {shown(name)} has no values: it was on torch's meta device")
-        if (name := non_finite(content["model"])) is not None:
-            raise CheckpointError(f"{path}: the weight {shown(name)} holds values that are not finite")
+        _refuse_non_finite(content["model"], path)
     return content
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder holds `SETTINGS` and `WEIGHTS`, and so stands for a checkpoint."""
+    return (path / SETTINGS).is_file() and (path / WEIGHTS).is_file()
+
+
+def _folder_weights(path: Path, model: nn.Module | None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which are as large as the file and are read where they are looked at."""
+    with _opened(path):
+        weights = safetensors.torch.load_file(path)
+        _refuse_strange(weights, path)
+        if model is not None:
+            _refuse_misfit(model, weights, path)
+        _refuse_non_finite(weights, path)
+    return weights
 
 
 def load_config(path: Path) -> Config:
@@ -103,6 +125,8 @@ def load_config(path: Path) -> Config:
         CheckpointError: see `load`.
         UserError: the config is not one of this version.
     """
+    if is_folder(path):
+        return from_dict(read_settings(path / SETTINGS), str(path / SETTINGS))
     with _opened(path) as file:
         _checked_archive(file, path)
         return from_dict(_content(file, path, "meta")["config"], str(path))
@@ -172,10 +196,19 @@ def _content(file: BinaryIO, path: Path, device: str) -> dict[str, Any]:
         isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
     ):
         raise CheckpointError(f"{path}: not a checkpoint of soap-net: its model holds other things than weights")
+    _refuse_strange(weights, path)
+    return content
+
+
+def _refuse_strange(weights: Mapping[str, Tensor], path: Path) -> None:
     for name, weight in weights.items():
         if strange := _strange(weight):
             raise CheckpointError(f"{path}: the weight {shown(name)} is {strange}, as none of soap-net is")
-    return content
+
+
+def _refuse_non_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    if (name := non_finite(weights)) is not None:
+        raise CheckpointError(f"{path}: the weight {shown(name)} holds values that are not finite")
 
 
 def _strange(weight: Tensor) -> str:
@@ -198,7 +231,7 @@ def load_model(
     """Rebuilds the model of a checkpoint, in evaluation mode, and the config it was trained with.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or a folder that stands for one.
         device: where the model is to run.
         backend: what SOAP runs with; by default what it was trained with, which this machine may not have.
         precision: that of SOAP's kernels; by default that of training.
@@ -228,6 +261,7 @@ def load_model(
     weights = load(path, outline)["model"]
     model = built()
     load_weights(model, weights, path)
+    model.config = config
     return model.to(device).eval(), config
 
 

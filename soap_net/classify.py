@@ -150,7 +150,7 @@ class Classifier:
         """
         supports, about = load_supports(path)
         config, accept, origin = *_settings(path, about), about.get("checkpoint")
-        if not (origin is None or (isinstance(origin, str) and (checkpoint or Path(origin)).is_file())):
+        if not (origin is None or (isinstance(origin, str) and (checkpoint or Path(origin)).exists())):
             raise UserError(
                 f"{path}: stands on the checkpoint {origin!r}, which is not there: say where with --checkpoint"
             )

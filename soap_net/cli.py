@@ -137,7 +137,7 @@ def _train(args: list[str]) -> int:
 def _eval(args: list[str]) -> int:
     text = "Evaluate a checkpoint on classes it has never seen, or a pretrained net as it is (by default own_clips)."
     own = Options("eval", text, SETTINGS)
-    own.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run")
+    own.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run, or a folder of the hub")
     own.add_argument("--out", type=Path, help="folder or .json file for the result (by default the run's folder)")
     own.add_argument("--json", action="store_true", help="print the whole result as JSON")
     options, settings = own.parse_known(args)
@@ -334,10 +334,12 @@ def _experiment(args: list[str]) -> int:
 
 
 def _info(args: list[str]) -> int:
-    Options("info", "Print versions, devices and the kernels' backends.").parse_exactly(args)
+    own = Options("info", "Print versions, devices, the kernels' backends, and what other packages add to soap-net.")
+    own.parse_exactly(args)
     import torch
 
     from soap_kernels import backends
+    from soap_net.models import installed
     from soap_net.versions import untested, versions
 
     for name, value in versions().items():
@@ -351,6 +353,11 @@ def _info(args: list[str]) -> int:
         for name, why_absent in status.items():
             print(f"  {name:<10}  {'present' if why_absent is None else f'absent: {why_absent}'}")
         print(f"  {'auto':<10}  takes {next(name for name in status if status[name] is None)}")
+    for kind in installed.KINDS:
+        if others := installed.status(kind):
+            print(f"{kind}s of other packages:")
+            for name, text in others.items():
+                print(f"  {name:<10}  {text}")
     return 0
 
 

@@ -381,7 +381,8 @@ def evaluate_run(
     A result that can't be written after all is returned all the same, with a warning on stderr.
 
     Args:
-        checkpoint: a run's `best.pt` or `last.pt`; None leaves the net untrained, with the weights it is built with.
+        checkpoint: a run's `best.pt` or `last.pt`, or a folder that stands for one; None leaves the net untrained,
+            with the weights it is built with.
         config: of a checkpoint's its `data`, `eval`, `device`, `train.amp`, `model.soap.backend` and
             `model.soap.precision` count; all else of the model is the checkpoint's own.
         out: a .json file, or a folder to put `eval.json` in; by default the checkpoint's folder, or the config's.
@@ -395,7 +396,9 @@ def evaluate_run(
     config.check()
     with join(config.device) as ranks:
         data, split = config.data, config.eval.split
-        folder = checkpoint.parent if checkpoint else config.out
+        folder = config.out
+        if checkpoint is not None:
+            folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         target = out if out is not None and out.suffix == ".json" else RunFolder(out or folder).result
         with ranks.together():
             model = _model(checkpoint, config, ranks.device)

@@ -186,7 +186,9 @@ def _add_sources(own: Options, about: str) -> None:
     """The options of `_classifier`."""
     own.epilog = f"{own.epilog} Settings of the preset own_clips may follow, as in --data.frames 16."
     own.add_argument("--classifier", type=Path, help=about)
-    own.add_argument("--checkpoint", type=Path, help="best.pt of a run, instead of pretrained features")
+    own.add_argument(
+        "--checkpoint", type=Path, help="best.pt of a run, or a folder of the hub, instead of pretrained features"
+    )
     own.add_argument("--backbone", help="another pretrained net; see `soap-net train --help`, model.backbone")
     own.add_argument("--weights", help="its weights: a name, or a .pth or .safetensors file")
     own.add_argument("--by", help="what to look at: auto (default), appearance, motion, differences or both")

@@ -27,7 +27,8 @@ from soap_net.experiments.command import EXPERIMENTS
 ROOT = Path(__file__).resolve().parents[1]
 # Recorded results (docs/results/*/table.md) name the commands of their day, and stay as they are.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [*sorted((ROOT / "docs" / "experiments").glob("*.md")), ROOT / "docs" / "results" / "README.md"]
+PAGES += [*sorted((ROOT / "docs" / "experiments").glob("*.md"))]
+PAGES += [ROOT / "docs" / name / "README.md" for name in ("results", "examples")]
 PROGRAMS = ("soap-net", "python", "python3", "pytest", "make", "pip", "torchrun", "tensorboard", "source")
 BLOCK = re.compile(
     r"^```(?P<language>\w*)\n(?P<fenced>(?s:.*?))^```$"
@@ -80,17 +81,23 @@ RULES = (
     Rule(r"soap-net train --resume .*", slow=True),
     Rule(r"soap-net train --config (ssv2_cmn|kinetics)_.*", TRAIN, slow=True),
     Rule(r"soap-net train .*", TRAIN),
-    Rule(r"soap-net (eval|classify|report) .*\bruns/(small|ssv2_cmn).*|soap-net classify \.\.\. --json", slow=True),
+    Rule(
+        r"soap-net (eval|classify|report) .*\b(runs|shared)/(small|ssv2_cmn).*|soap-net classify \.\.\. --json",
+        slow=True,
+    ),
     Rule(r"from soap_net.config import load_config\n(?s:.*)|from (?s:.*runs/small/best.pt.*)", slow=True),
     Rule(r"soap-net export .*", slow=True),
     Rule(r"import json\n\nimport av\n(?s:.*)", slow=True),
     Rule(r"torchrun --nproc-per-node .*", TRAIN, slow=True),
+    Rule(r"torchrun --nnodes .*", not_run="needs several machines; test_machines.py has it on two network namespaces"),
     Rule(r"torchrun \.\.\. .*", not_run="not a whole command; the one before it on the page is run"),
     Rule(r"soap-net experiment parts --preset paper .*", EXPERIMENT, slow=True),
     Rule(r"soap-net app( .*)?", not_run="serves until it is stopped; test_app.py serves the page"),
     Rule(r"soap-net experiment .*", not_run="test_experiments.py runs every experiment whole on a tiny data set"),
     Rule(r"import timm, torch, torchvision, transformers\n(?s:.*)", slow=True),
     Rule(r"python -m soap_net", slow=True),
+    Rule(r"python docs/examples/timm_model.py .*", "--epochs 1 --model resnet10t --size 16", slow=True),
+    Rule(r"python docs/examples/own_clips.py .*", "--backbone tiny --weights random", slow=True),
     Rule(r"python -m soap_kernels.selfcheck", not_run="test_selfcheck.py runs it"),
     Rule(r"python -m benchmarks.own_clips FOLDER", not_run="test_own_clips.py runs it on a small folder"),
     Rule(r"python -m benchmarks.fresh_soap FOLDER", not_run="test_fresh_soap.py runs it on a small folder"),
@@ -187,6 +194,8 @@ def world(motion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     (tmp_path / "MY_CLASSES").symlink_to("my_classes")
     shutil.copytree(tmp_path / "my_classes", tmp_path / "more_classes")
     (tmp_path / "MY_CLIPS").symlink_to("new")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "examples").symlink_to(ROOT / "docs" / "examples")
     (tmp_path / "my.yaml").write_text("train: {lr: 1e-4}\n")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -289,6 +298,12 @@ def test_snippets_are_found_in_every_form(tmp_path: Path) -> None:
         (12, "command", "soap-net eval --x '{\"a b\": 1}'"),
         (18, "yaml", "# a.yaml\n"),
     ]
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")  # the site's menu comes from it as well
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in readme, page
 
 
 def test_every_experiment_has_a_page_and_stands_in_the_tables() -> None:

@@ -2,7 +2,8 @@
 
 Names: ``tiny``, torchvision's ``resnet18``, ``resnet34``, ``resnet50`` and ``vit_b_16``, timm's ``efficientnet_lite0``
 and ``timm:<any of its models>``, which look at frames; ``tiny3d``, torchvision's video nets (`VIDEO_NETS`) and
-``hf:<video model of Hugging Face>``, which look at clips.
+``hf:<video model of Hugging Face>``, which look at clips; and those that other packages bring
+(`soap_net.models.installed`).
 Weights: random, those that a net has by name, or a local ``.pth``/``.safetensors`` file.
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from soap_net.errors import UserError, did_you_mean
+from soap_net.models import installed
 from soap_net.models.base import (
     ANY,
     IMAGENET_MEAN,
@@ -58,8 +60,7 @@ def build_backbone(name: str, weights: str | None = None) -> Backbone:
     elif name in BACKBONES:
         built = BACKBONES[name](name)
     else:
-        known = f"(known: {', '.join(BACKBONES)}, timm:<name>, hf:<name or folder>)"
-        raise UserError(f"unknown backbone {name!r}{did_you_mean(name, BACKBONES)} {known}")
+        built = _of_another_package(name)
     if weights is None or weights == "random":
         return built.backbone
     published = dict(built.published)
@@ -75,6 +76,26 @@ def build_backbone(name: str, weights: str | None = None) -> Backbone:
             f"unknown weights {weights!r} for backbone {name} (known: {known}, or a .pth or .safetensors file)"
         )
     return built.backbone
+
+
+def _of_another_package(name: str) -> Built:
+    """That of the entry point ``name``, or of ``source`` where the name is ``source:<what the package knows>``."""
+    others = installed.found("backbone")
+    source = name.partition(":")[0]
+    if source not in others:
+        known = (*BACKBONES, *others)
+        shown = f"(known: {', '.join(known)}, timm:<name>, hf:<name or folder>)"
+        raise UserError(f"unknown backbone {name!r}{did_you_mean(name, known)} {shown}")
+    build, owner = installed.load("backbone", source), installed.package(others[source][0])
+    try:
+        built = build(name)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"backbone {name!r} of the package {owner}: {one_line(error)}") from error
+    if not isinstance(built, Built):
+        raise UserError(f"backbone {name!r} of the package {owner}: its function gave no Built")
+    return built
 
 
 # ---------------------------------------------------------------------------------------------------------- weights

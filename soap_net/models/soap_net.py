@@ -14,14 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from soap_kernels import SOAP
 from soap_net.errors import UserError
+from soap_net.hub import Pretrained
 from soap_net.models.backbones import Backbone, build_backbone
-from soap_net.models.heads import HEADS, FewShotHead, build_head
+from soap_net.models.heads import FewShotHead, build_head, head_class
 
 if TYPE_CHECKING:
     from soap_net.config import ModelConfig
 
 
-class SOAPNet(nn.Module):
+class SOAPNet(nn.Module, Pretrained):
     """Frames of a few-shot task in, class scores out.
 
     Args:
@@ -229,7 +230,7 @@ def build_model(config: ModelConfig, frames: int) -> SOAPNet:
     """
     backbone = build_backbone(config.backbone, config.weights)
     vectors = backbone.vectors(frames)
-    if config.head in HEADS and HEADS[config.head].takes_differences:
+    if head_class(config.head).takes_differences:
         vectors += vectors - 1 if vectors == frames else vectors
     head = build_head(config.head, backbone.dim, vectors, **config.head_options)
     soap = None

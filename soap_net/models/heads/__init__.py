@@ -1,4 +1,7 @@
-"""Few-shot heads by name. Each takes frame features only, so evaluation may compute features once per clip."""
+"""Few-shot heads by name, ours and those that other packages bring (`soap_net.models.installed`).
+
+Each takes frame features only, so evaluation may compute features once per clip.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import inspect
 from typing import Any
 
 from soap_net.errors import UserError, did_you_mean
+from soap_net.models import installed
 from soap_net.models.heads.base import Classes, Compared, Embedded, FewShotHead, Positions, group_by_class
 from soap_net.models.heads.hyrsm import BiMHMHead, HyRSMHead
 from soap_net.models.heads.otam import OTAMHead
@@ -42,7 +46,26 @@ __all__ = [
     "ViewsHead",
     "build_head",
     "group_by_class",
+    "head_class",
 ]
+
+
+def head_class(name: str) -> type[FewShotHead]:
+    """The class of the head ``name``.
+
+    Raises:
+        UserError: an unknown head (naming the nearest), or one of another package that is no head.
+    """
+    if name in HEADS:
+        return HEADS[name]
+    others = installed.found("head")
+    if name not in others:
+        known = (*HEADS, *others)
+        raise UserError(f"unknown head {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+    theirs = installed.load("head", name)
+    if not (isinstance(theirs, type) and issubclass(theirs, FewShotHead)):
+        raise UserError(f"head {name!r} of the package {installed.package(others[name][0])} is no FewShotHead")
+    return theirs
 
 
 def build_head(name: str, dim: int, frames: int, /, **options: Any) -> FewShotHead:
@@ -51,14 +74,13 @@ def build_head(name: str, dim: int, frames: int, /, **options: Any) -> FewShotHe
     Raises:
         UserError: an unknown head or option (naming the nearest), or a value the head refuses.
     """
-    if name not in HEADS:
-        raise UserError(f"unknown head {name!r}{did_you_mean(name, HEADS)} (known: {', '.join(HEADS)})")
-    known = list(inspect.signature(HEADS[name]).parameters)[2:]
+    kind = head_class(name)
+    known = list(inspect.signature(kind).parameters)[2:]
     for option in options:
         if option not in known:
             near, all_of = did_you_mean(option, known), ", ".join(known) or "none"
             raise UserError(f"head {name} has no option {option!r}{near} (known: {all_of})")
     try:
-        return HEADS[name](dim, frames, **options)
+        return kind(dim, frames, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"head {name}: {error}") from error
