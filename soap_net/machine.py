@@ -23,7 +23,8 @@ def keep_freed_memory() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library, such as musl
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        if not mallopt(_M_MMAP_THRESHOLD, 2**30):  # beyond what older versions take
+            mallopt(_M_MMAP_THRESHOLD, 2**25)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -28,6 +28,10 @@ COMPUTES = ("soap_net", "torch")
 """Of `versions`, those that a run goes on with only where they are the same, unless `--resume` says so."""
 
 
+ENOUGH_READ = 500
+"""So many clips read tell how many of a data set are broken; a few reads may meet the same one twice."""
+
+
 class AnotherRun(UserError):
     """A folder or checkpoint that belongs to a run of another config."""
 
@@ -51,6 +55,15 @@ class Progress:
     def finished(self, cfg: TrainConfig) -> bool:
         """Whether a run of `cfg` ends here: at its last episode, or after `cfg.patience` validations without gain."""
         return self.episode >= cfg.episodes or 0 < cfg.patience <= self.since_best
+
+    def refuse_failures(self, cfg: TrainConfig) -> None:
+        """Raises UserError where too many of the clips read can't be decoded."""
+        judged = self.clips_read >= ENOUGH_READ or self.episode == cfg.episodes
+        if judged and self.clips_failed > cfg.max_failed_share * self.clips_read:
+            raise UserError(
+                f"{self.clips_failed} of {self.clips_read} clips read up to episode {self.episode} could not be "
+                f"decoded, more than train.max_failed_share {cfg.max_failed_share}; `soap-net data check` lists them"
+            )
 
     @classmethod
     def of(cls, content: Mapping[str, Any], cfg: TrainConfig, path: Path) -> Progress:

@@ -44,9 +44,6 @@ from soap_net.steps import NonFiniteLoss, Step, Sums
 
 __all__ = ["NonFiniteLoss", "Step", "Training", "TrainingStopped", "learning_rate", "train"]
 
-# So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
-ENOUGH_READ = 500
-
 
 class TrainingStopped(Interrupted):
     """Training was interrupted (Ctrl-C or SIGTERM) and its state saved; it can go on with ``resume=True``."""
@@ -308,7 +305,7 @@ class Training:
         self._whole = True
         self._log.flush()
         self._bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}%", refresh=False)
-        self._refuse_failures()
+        self.state.refuse_failures(self.config.train)
         return step
 
     def _gradients(self, batch: range) -> Sums:
@@ -356,16 +353,6 @@ class Training:
         if self.average is not None:
             self.average.update_parameters(self.model)
         return clipped
-
-    def _refuse_failures(self) -> None:
-        """Raises UserError where too many clips can't be decoded."""
-        state, most = self.state, self.config.train.max_failed_share
-        judged = state.clips_read >= ENOUGH_READ or state.episode == self.config.train.episodes
-        if judged and state.clips_failed > most * state.clips_read:
-            raise UserError(
-                f"{state.clips_failed} of {state.clips_read} clips read up to episode {state.episode} could not be "
-                f"decoded, more than train.max_failed_share {most}; `soap-net data check` lists them"
-            )
 
     def validate_if_due(self) -> None:
         """Validates where `train.val_every` says so, and keeps the weights as best.pt if none were better.
