@@ -1,8 +1,9 @@
 """Checkpoints: one file that holds all of a run, written so that a crash or a full disk never harms the old one.
 
 A checkpoint is a dictionary of plain values and tensors, read back with ``weights_only=True``: `format`, `config`
-(nested, as in YAML), `model`, and, where training is to go on, `optimizer`, `scaler` and `progress`. It is a zip
-archive whose members are not compressed, so that none is larger than the file, and have check sums, which are compared.
+(nested, as in YAML), `model`, and, where training is to go on, `optimizer`, `scaler`, `progress` and, if there is one,
+`average`, the moving average of the weights. It is a zip archive whose members are not compressed, so that none is
+larger than the file, and have check sums, which are compared.
 
 A folder of the field's form, `SETTINGS` and `WEIGHTS`, as `SOAPNet.save_pretrained` writes it, stands for a checkpoint
 that nobody goes on training from.
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
 LARGEST_SHARE = 4
-"""So many times its weights a checkpoint takes at most: AdamW's moments are twice as large as these. And then:"""
+"""So many times its weights a checkpoint takes at most: AdamW's moments are twice as large, an average as. And:"""
 LARGEST_REST = 2**24
 """Bytes of all else in a checkpoint: config, names, progress, alignment."""
 LARGEST_PICKLE = 2**22
@@ -95,10 +96,13 @@ def load(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
             )
         _compare_sums(file)
         content = _content(file, path, "cpu")
-        for name, weight in content["model"].items():
-            if weight.is_meta:
-                raise CheckpointError(f"{path}: the weight {shown(name)} has no values: it was on torch's meta device")
-        _refuse_non_finite(content["model"], path)
+        for weights in (content["model"], content.get("average", {})):
+            for name, weight in weights.items():
+                if weight.is_meta:
+                    raise CheckpointError(
+                        f"{path}: the weight {shown(name)} has no values: it was on torch's meta device"
+                    )
+            _refuse_non_finite(weights, path)
     return content
 
 
@@ -111,7 +115,7 @@ def _folder_weights(path: Path, model: nn.Module | None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which are as large as the file and are read where they are looked at."""
     with _opened(path):
         weights = safetensors.torch.load_file(path)
-        _refuse_strange(weights, path)
+        _refuse_strange(weights, "model", path)
         if model is not None:
             _refuse_misfit(model, weights, path)
         _refuse_non_finite(weights, path)
@@ -191,16 +195,17 @@ def _content(file: BinaryIO, path: Path, device: str) -> dict[str, Any]:
     if not isinstance(content["format"], int) or content["format"] != FORMAT:
         found = shown(content["format"])
         raise CheckpointError(f"{path}: checkpoint format {found}, this version reads format {FORMAT}")
-    weights = content["model"]
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
-    ):
-        raise CheckpointError(f"{path}: not a checkpoint of soap-net: its model holds other things than weights")
-    _refuse_strange(weights, path)
+    for part in ("model", "average"):
+        if part in content:
+            _refuse_strange(content[part], part, path)
     return content
 
 
-def _refuse_strange(weights: Mapping[str, Tensor], path: Path) -> None:
+def _refuse_strange(weights: object, part: str, path: Path) -> None:
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
+    ):
+        raise CheckpointError(f"{path}: not a checkpoint of soap-net: its {part} holds other things than weights")
     for name, weight in weights.items():
         if strange := _strange(weight):
             raise CheckpointError(f"{path}: the weight {shown(name)} is {strange}, as none of soap-net is")
@@ -276,16 +281,20 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 
 
 def load_training(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Takes up what a training left in its last.pt: weights, and the optimizer's and the scaler's state.
+    """Takes up what a training left in its last.pt: weights, their average, the optimizer's and the scaler's state.
 
     Returns:
         The whole content, whose config and progress are the caller's to check.
 
     Raises:
         CheckpointError: see `load` and `load_weights`; or there is no such state in it, or one of another optimizer.
-            Model, optimizer and scaler are then as they were.
+            Model, optimizer, scaler and average are then as they were.
     """
     content = load(path, model)
     state, scale = content.get("optimizer"), content.get("scaler")
@@ -294,12 +303,18 @@ def load_training(
     own = optimizer.state_dict()
     if not fits(optimizer, state.get("state")):
         raise CheckpointError(f"{path}: its optimizer's state is not one of {type(optimizer).__name__} for this model")
+    if average is not None:
+        if "average" not in content:
+            raise CheckpointError(f"{path}: holds no moving average of the weights, which train.ema asks for")
+        _refuse_misfit(average, content["average"], path)
     if scaler.is_enabled():
         size, tracked = scale.get("scale"), scale.get("_growth_tracker")
         if not isinstance(size, float) or not 0 < size < float("inf") or not isinstance(tracked, int) or tracked < 0:
             raise CheckpointError(f"{path}: its loss scaler's state is not one: scale {shown(size)}")
         scaler.load_state_dict({**scaler.state_dict(), "scale": size, "_growth_tracker": tracked})
     load_weights(model, content["model"], path)
+    if average is not None:
+        average.load_state_dict(content["average"])
     optimizer.load_state_dict({**own, "state": state["state"]})  # its settings are the config's
     return content
 

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 
 from soap_net.errors import UserError, did_you_mean
 from soap_net.files import write_text
-from soap_net.settings import AtLeast, build, dump, parse_options, read, read_yaml, shown, to_dict
+from soap_net.settings import AtLeast, build, dump, is_free, kinds, parse_options, read, read_yaml, shown, to_dict
 
 Amp = Literal["none", "bf16", "fp16"]
 Part = Literal["3dem", "cwem", "hmem"]
+Rate = Annotated[float, AtLeast(0)]
 
 
 @dataclass
@@ -44,6 +45,8 @@ class DataConfig:
     """Side of the square cut from it (random in training, centre in evaluation)."""
     flip: bool = True
     """Mirror half of the training clips; off where left and right tell classes apart, as in Something-Something."""
+    augment: bool = True
+    """Take a training clip's frames, crop and mirroring at random; off takes the centred ones of evaluation."""
     order: Literal["forward", "reversed", "shuffled"] = "forward"
     """Order in which the frames are handed over; all but forward are there to study what a model makes of time."""
     workers: Annotated[int, AtLeast(0)] = 2
@@ -99,8 +102,8 @@ class ModelConfig:
     """Frames per call of the backbone, to save memory; 0 takes all at once."""
     checkpoint_backbone: bool = False
     """Recompute the backbone's activations in the backward pass, to save memory."""
-    channels_last: bool = False
-    """Run the backbone in channels-last memory format."""
+    channels_last: bool = True
+    """Run a backbone of frames in channels-last memory format, which changes its rounding alone."""
 
 
 @dataclass
@@ -137,18 +140,39 @@ class TrainConfig:
     """Episodes after which the learning rate drops."""
     gamma: Annotated[float, AtLeast(0)] = 0.1
     """Factor of each drop."""
+    warmup: Annotated[int, AtLeast(0)] = 0
+    """Episodes in which the learning rate rises from 0 to its own."""
+    freeze: tuple[str, ...] = ()
+    """What is not trained: soap, backbone, head, or modules by their names, such as backbone.net.layer1; they stand
+    still, BatchNorm's statistics and dropout included."""
+    lr_scale: Annotated[dict[str, Rate], "numbers by part or module, such as {backbone: 0.01}"] = field(
+        default_factory=dict
+    )
+    """Factors of the learning rate by part or module, the longest name counting; 1 where none is given."""
+    ema: Annotated[float, AtLeast(0, most=0.99999)] = 0.0
+    """Decay, per optimizer step, of a moving average of the weights, which is then validated and saved as best; 0 is
+    off."""
     amp: Amp = "none"
     """Mixed precision: none, bf16, or fp16 with loss scaling."""
+    compile: bool = False
+    """Compile the backbone for training, with torch.compile: faster steps after a minute or more."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits each time; on a CPU a run repeats itself without it."""
     clip_norm: Annotated[float, AtLeast(0)] = 0.0
     """Largest norm of the gradient; 0 leaves it alone."""
     val_every: Annotated[int, AtLeast(0)] = 1000
     """Episodes between validations; 0 never validates."""
     val_tasks: Annotated[int, AtLeast(1)] = 500
     """Tasks of a validation."""
+    patience: Annotated[int, AtLeast(0)] = 0
+    """Training ends after so many validations in a row that were no better than the best; 0 goes on to the last
+    episode."""
     save_every: Annotated[int, AtLeast(1)] = 200
     """Episodes between writings of last.pt."""
     max_failed_share: Annotated[float, AtLeast(0, most=1)] = 0.05
     """Training stops when more than this share of the clips read (once they are 500) could not be decoded."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to (an extra: pip install 'soap-net[wandb]')."""
 
 
 @dataclass
@@ -198,6 +222,10 @@ class Config:
         if milestones != sorted(set(milestones)):
             right = shown(sorted(set(milestones)))
             raise UserError(f"train.milestones is {shown(milestones)}: they must rise, as in {right}")
+        if self.train.patience and not self.train.val_every:
+            raise UserError(
+                f"train.patience is {self.train.patience}, in validations, and train.val_every is 0: there are none"
+            )
         if soap.enabled and "hmem" in soap.parts:
             if not soap.tuple_sizes:
                 raise UserError("model.soap.tuple_sizes is []: HMEM needs at least one size, as in [1, 2, 3]")
@@ -235,10 +263,10 @@ def presets() -> dict[str, Path]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; `head_options`, free in its keys, stays one value."""
+    """Nested settings by dotted key; one that is free in its keys, as `head_options`, stays one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and key != "head_options":
+        if isinstance(value, Mapping) and not is_free(kinds(Config).get(prefix + key)):
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value

@@ -78,6 +78,11 @@ class EvalResult:
         interval = "(no interval: a single task)" if self.ci95 is None else f"+- {self.ci95:.2f} %"
         return f"{self.accuracy:.2f} {interval}"
 
+    @property
+    def logged(self) -> dict[str, float]:
+        """What a training logs of a validation."""
+        return {"val_accuracy": self.accuracy} | ({} if self.ci95 is None else {"val_ci95": self.ci95})
+
     def to_dict(self) -> dict[str, Any]:
         """What `eval.json` holds."""
         values = asdict(self)

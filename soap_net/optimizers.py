@@ -1,4 +1,4 @@
-"""What training steps with: the optimizers, the state that each keeps, and the learning rate of a step."""
+"""What training steps with: the optimizers, the state that each keeps, and the learning rates of a step."""
 
 from __future__ import annotations
 
@@ -6,27 +6,75 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from soap_net.config import TrainConfig
+from soap_net.errors import UserError, did_you_mean
 
 # What each keeps of a parameter: tensors of its shape, but for the steps counted.
 _STATE = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 
 
 def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that take gradients."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """SGD or AdamW over the parameters that take gradients, in a group for each of the factors of their rates.
+
+    Raises:
+        UserError: there are none; or `train.lr_scale` names something else.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise UserError(
+            "nothing is left to train: the net has no weights, or train.freeze holds all of them; "
+            "`soap-net eval` takes a net as it is"
+        )
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault(_scale(cfg, name), []).append(parameter)
+    for part in cfg.lr_scale:
+        if not any(_within(name, part) for name in trained):
+            known = {name.rsplit(".", depth)[0] for name in trained for depth in range(name.count(".") + 1)}
+            near = did_you_mean(part, sorted(known))
+            raise UserError(f"train.lr_scale names {part!r}: nothing of that name is trained{near}")
+    parts = [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    return torch.optim.SGD(parameters, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+        return torch.optim.AdamW(parts, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return torch.optim.SGD(parts, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the rate of all parameters, each by its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def build_average(cfg: TrainConfig, model: nn.Module) -> AveragedModel | None:
+    """The moving average of weights and statistics that `train.ema` asks for, in evaluation mode."""
+    if not cfg.ema:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+    return average.requires_grad_(False).eval()
+
+
+def _scale(cfg: TrainConfig, name: str) -> float:
+    """The factor of a parameter's rate: that of the longest of the parts it is in."""
+    return cfg.lr_scale[max(parts, key=len)] if (parts := [p for p in cfg.lr_scale if _within(name, p)]) else 1.0
+
+
+def _within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
 def learning_rate(cfg: TrainConfig, episode: int) -> float:
     """The rate of the optimizer step whose last episode is `episode` (from 0).
 
     `MultiStepLR` and `CosineAnnealingLR` advanced once per episode, as the field does: milestones count episodes,
-    whatever `tasks_per_batch` is.
+    whatever `tasks_per_batch` is. In the first `warmup` episodes it is that share of it which they have come to.
     """
+    rising = min(1.0, (episode + 1) / cfg.warmup) if cfg.warmup else 1.0
+    return rising * _scheduled(cfg, episode)
+
+
+def _scheduled(cfg: TrainConfig, episode: int) -> float:
     if cfg.schedule == "cosine":
         return cfg.lr * 0.5 * (1.0 + math.cos(math.pi * episode / cfg.episodes))
     return cfg.lr * cfg.gamma ** sum(milestone <= episode for milestone in cfg.milestones)

@@ -73,7 +73,8 @@ class Ranks:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=self.device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        moving = [module for module in model.modules() if module.training]  # what is frozen is to stay, bit for bit
+        buffers = [buffer for m in moving for buffer in m.buffers(recurse=False) if buffer.is_floating_point()]
         moved = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         self.sum([*gradients, *buffers, used, moved])
         for parameter, gradient, count in zip(parameters, gradients, used.tolist(), strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +22,14 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_failed_share")
+FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_failed_share", "train.wandb")
 """Settings that may change between a run and its continuation, as they change no result."""
 COMPUTES = ("soap_net", "torch")
 """Of `versions`, those that a run goes on with only where they are the same, unless `--resume` says so."""
+
+
+ENOUGH_READ = 500
+"""So many clips read tell how many of a data set are broken; a few reads may meet the same one twice."""
 
 
 class AnotherRun(UserError):
@@ -47,6 +50,20 @@ class Progress:
     best_episode: Annotated[int, AtLeast(0)] = 0
     clips_read: Annotated[int, AtLeast(0)] = 0
     clips_failed: Annotated[int, AtLeast(0)] = 0
+    since_best: Annotated[int, AtLeast(0)] = 0
+
+    def finished(self, cfg: TrainConfig) -> bool:
+        """Whether a run of `cfg` ends here: at its last episode, or after `cfg.patience` validations without gain."""
+        return self.episode >= cfg.episodes or 0 < cfg.patience <= self.since_best
+
+    def refuse_failures(self, cfg: TrainConfig) -> None:
+        """Raises UserError where too many of the clips read can't be decoded."""
+        judged = self.clips_read >= ENOUGH_READ or self.episode == cfg.episodes
+        if judged and self.clips_failed > cfg.max_failed_share * self.clips_read:
+            raise UserError(
+                f"{self.clips_failed} of {self.clips_read} clips read up to episode {self.episode} could not be "
+                f"decoded, more than train.max_failed_share {cfg.max_failed_share}; `soap-net data check` lists them"
+            )
 
     @classmethod
     def of(cls, content: Mapping[str, Any], cfg: TrainConfig, path: Path) -> Progress:
@@ -74,7 +91,7 @@ class RunFolder:
         config: ``config.yaml``, all settings.
         versions: ``versions.json``, what `versions` found when the run was begun or last gone on with.
         metrics: ``metrics.jsonl``, a line for each optimizer step and each validation, see `MetricsLog`.
-        tensorboard: a folder with the same for TensorBoard.
+        tensorboard: a folder with the same for TensorBoard, see `soap_net.callbacks`.
         last: ``last.pt``, the checkpoint to go on from.
         best: ``best.pt``, the weights of the best validation, or the last ones where there is no validation.
         result: ``eval.json``, an `EvalResult`.
@@ -127,8 +144,9 @@ class RunFolder:
     def _refuse_unless_stopped(self, config: Config, here: Mapping[str, Any]) -> None:
         from soap_net.checkpoint import load  # imports torch
 
-        episode = Progress.of(load(self.last), config.train, self.last).episode
-        if episode >= config.train.episodes:
+        state = Progress.of(load(self.last), config.train, self.last)
+        episode = state.episode
+        if state.finished(config.train):
             raise UserError(f"{self.path} holds this run already, and it is finished: choose another --out")
         there = self.read_versions()
         for name in COMPUTES:
@@ -258,7 +276,7 @@ def episode_seconds(metrics: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 class MetricsLog:
-    """Writes metrics.jsonl and TensorBoard; what an abandoned continuation wrote after `episode` is dropped.
+    """Writes metrics.jsonl; what an abandoned continuation wrote after `episode` is dropped.
 
     A line is one of ``episode, loss, accuracy, lr, episodes_per_second`` for an optimizer step (loss and accuracy are
     means over the queries, of all processes) or ``episode, val_accuracy, val_ci95`` for a validation (the interval
@@ -277,7 +295,7 @@ class MetricsLog:
     def __init__(self, run: RunFolder, episode: int, active: bool, validated: int | None = None) -> None:
         self.run, self.episode, self.active = run, episode, active
         self.validated = episode if validated is None else validated
-        self._files: list[Appended] = []
+        self._file: Appended | None = None
 
     def __enter__(self) -> MetricsLog:
         if self.active:
@@ -287,53 +305,24 @@ class MetricsLog:
                 if entry["episode"] <= (self.validated if "val_accuracy" in entry else self.episode)
             ]
             write_text(self.run.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
-            self._lines = Appended(self.run.metrics)
-            self._files.append(self._lines)
-            self._board = _Board(self.run.tensorboard, self.episode + 1)
-            self._files.append(self._board.file)
+            self._file = Appended(self.run.metrics)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in self._files:
-            file.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, episode: int, **values: float) -> None:
-        """Adds a line, which `flush` makes appear in the files."""
-        if self.active:
-            self._lines.write((json.dumps({"episode": episode, **values}) + "\n").encode())
-            self._board.write(episode, values)
+        """Adds a line, which `flush` makes appear in the file."""
+        if self._file is not None:
+            self._file.write((json.dumps({"episode": episode, **values}) + "\n").encode())
 
     def flush(self) -> None:
         """Writes all lines, for who watches."""
-        for file in self._files:
-            file.flush()
+        if self._file is not None:
+            self._file.flush()
 
     def sync(self) -> None:
         """Sees to it that all lines are on disk for good, as before a checkpoint that counts them as made."""
-        for file in self._files:
-            file.sync()
-
-
-class _Board:
-    """TensorBoard's own writer does so in a thread, which prints its errors; this one leaves them to the caller."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from tensorboard.compat.proto import event_pb2  # slow to import, and needed by one process only
-        from tensorboard.summary.writer.record_writer import RecordWriter
-        from torch.utils.tensorboard.summary import scalar
-
-        self._event, self._scalar = event_pb2.Event, scalar
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = Appended(folder / f"{name}.{sum(1 for _ in folder.glob('*'))}")
-        self._records = RecordWriter(self.file)
-        self._add(first_step, file_version="brain.Event:2")
-        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(first_step, session_log=started)  # drops what older files have from that step on
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._add(step, summary=self._scalar(name, value))
-
-    def _add(self, step: int, **content: Any) -> None:
-        event = self._event(wall_time=time.time(), step=step, **content)
-        self._records.write(event.SerializeToString())
+        if self._file is not None:
+            self._file.sync()

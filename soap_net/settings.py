@@ -77,6 +77,11 @@ _hints: Callable[[Any], dict[str, Any]] = cache(_fields)
 """The annotations of a dataclass's own fields by name."""
 
 
+def is_free(kind: Any) -> bool:
+    """Whether an annotation's setting is one mapping whose keys are free, as a head's options."""
+    return get_origin(get_args(kind)[0] if get_origin(kind) is Annotated else kind) is dict
+
+
 def _is_group(key: str, known: Iterable[str]) -> bool:
     """Whether a key holds settings of its own, as ``model`` and ``model.soap`` do."""
     return any(one.startswith(f"{key}.") for one in known)
@@ -193,6 +198,8 @@ def _converted(key: str, value: Any, kind: Any, expected: str = "") -> Any:
     """`value` as the annotation `kind` says; text is read as YAML where no text is wanted, as in an option."""
     origin, parts = get_origin(kind), get_args(kind)
     expected = expected or described(kind)
+    if kind is Any:
+        return _plain(key, value)
     if origin is Annotated:
         converted, bounds = _converted(key, value, parts[0], expected), parts[1]
         if isinstance(bounds, AtLeast) and not bounds.least <= converted <= bounds.most:
@@ -212,7 +219,7 @@ def _converted(key: str, value: Any, kind: Any, expected: str = "") -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_converted(key, item, parts[0]) for item in value)
     if origin is dict and isinstance(value, Mapping):
-        return {_option(key, name): _plain(f"{key}.{name}", item) for name, item in value.items()}
+        return {_option(key, name): _converted(f"{key}.{name}", item, parts[1]) for name, item in value.items()}
     if origin is not None:
         raise _refused(key, given, expected)
     return _scalar(key, value, kind, expected, given)
@@ -234,7 +241,7 @@ def _scalar(key: str, value: Any, kind: type, expected: str, given: Any) -> Any:
 
 
 def _option(key: str, name: Any) -> str:
-    if not isinstance(name, str) or not name.isidentifier() or len(name) > 60:
+    if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name) or len(name) > 120:
         raise UserError(f"{key} holds {shown(name)}: it must be the name of an option, such as out_dim")
     return name
 
@@ -374,7 +381,7 @@ def _named(args: Sequence[str], known: Mapping[str, Any]) -> Iterator[tuple[str,
         if not arg.startswith("--"):
             raise UserError(f"unrecognized arguments: {shown(arg)}")
         name, equals, text = arg[2:].partition("=")
-        free = get_origin(known.get(name.rpartition(".")[0])) is dict
+        free = is_free(known.get(name.rpartition(".")[0]))
         if not free and name not in known and not _is_group(name, known) and name != "config":
             meant = _meant(name, [*known, "config", "help", "print_config"], "--")
             raise UserError(f"unknown option --{shown(name)[1:-1]}{meant}")

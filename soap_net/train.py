@@ -9,12 +9,12 @@ of one.
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,23 +23,26 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from soap_net import checkpoint
+from soap_net.callbacks import Callback, EachStep, EndTraining, configured
 from soap_net.config import Config, flatten, to_dict
-from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, shard
+from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, on_device, shard
 from soap_net.data.loading import load
 from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import load_split
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
 from soap_net.evaluate import EvalResult, autocast, evaluate
+from soap_net.frozen import can_embed_once, embedded_episodes
 from soap_net.interrupts import Interrupted, StopSignals
+from soap_net.machine import keep_freed_memory, repeatable
 from soap_net.models import build_model
-from soap_net.optimizers import build_optimizer, learning_rate
+from soap_net.models.soap_net import SOAPNet
+from soap_net.optimizers import build_average, build_optimizer, learning_rate, set_rate
 from soap_net.ranks import Ranks, digest, join, same_clips, started_again
 from soap_net.runs import AnotherRun, MetricsLog, Progress, RunFolder, free_to_change, lists_by_name
-from soap_net.steps import Step, Sums
+from soap_net.steps import NonFiniteLoss, Step, Sums
 
-# So many clips read tell how many of a data set are broken; a few reads may meet the same one twice.
-ENOUGH_READ = 500
+__all__ = ["NonFiniteLoss", "Step", "Training", "TrainingStopped", "learning_rate", "train"]
 
 
 class TrainingStopped(Interrupted):
@@ -51,16 +54,13 @@ class TrainingStopped(Interrupted):
         self.episode = episode
 
 
-class NonFiniteLoss(UserError):
-    """The loss of an episode was infinite or not a number."""
-
-
 def train(
     config: Config,
     *,
     resume: bool = False,
     progress: bool = True,
     callback: Callable[[Training, Step], object] | None = None,
+    callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] | None = None,
     memory: ClipMemory | None = None,
 ) -> Path:
@@ -75,6 +75,7 @@ def train(
         progress: whether to show progress bars.
         callback: called in every process after each optimizer step, before a validation or checkpoint that is due.
             The parameters still hold the step's gradients; raising `Interrupted`, in all of them, saves and ends.
+        callbacks: told of steps, validations, saves and the end, after those that the config asks for.
         stop: asked after each episode whether to save and end; by default, Ctrl-C and SIGTERM ask for that.
         memory: keeps decoded clips from run to run; by default none are kept.
 
@@ -88,7 +89,10 @@ def train(
     """
     config = config.check().absolute()
     signals = StopSignals()
+    keep_freed_memory()
+    told = [*configured(config.train), *callbacks, *([EachStep(callback)] if callback is not None else [])]
     with (
+        repeatable(config.train.deterministic),
         join(config.device) as ranks,
         signals if stop is None else contextlib.nullcontext(),
         # Leaves the caller's random generators as they were.
@@ -96,16 +100,11 @@ def train(
     ):
         stop = stop or (lambda: signals.requested)
         with ranks.together():
-            training = Training(config, ranks, progress=progress, stop=stop, memory=memory)
+            training = Training(config, ranks, progress=progress, stop=stop, memory=memory, callbacks=told)
         with training.opened(resume):
             try:
-                training.validate_if_due()  # where the run was stopped in the middle of a validation
-                for batch in training.batches():
-                    step = training.step(batch)
-                    if callback is not None:
-                        callback(training, step)
-                    training.validate_if_due()
-                    training.save_if_due()
+                with contextlib.suppress(EndTraining):
+                    training.run_to_end()
                 training.finish()
             except Interrupted as error:
                 training.save(training.run.last)
@@ -124,14 +123,23 @@ class Training:
         ranks: the processes that share it, and this one's device.
         run: its folder.
         model: the net, in training mode on that device.
+        average: the moving average of its weights, if `train.ema` asks for one.
         optimizer: of the parameters that take gradients.
         scaler: scales the loss, where `train.amp` is fp16.
         state: how far it has come.
         val_clips: what it is validated on, if at all.
+        shows: whether this process shows bars and messages.
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, *, progress: bool, stop: Callable[[], bool], memory: ClipMemory | None
+        self,
+        config: Config,
+        ranks: Ranks,
+        *,
+        progress: bool,
+        stop: Callable[[], bool],
+        memory: ClipMemory | None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """Builds all of it, and so finds all that can be wrong with data set or model; touches no file yet."""
         cfg, data, episode = config.train, config.data, config.episode
@@ -140,7 +148,9 @@ class Training:
                 f"train.tasks_per_batch is {cfg.tasks_per_batch}: it must be a multiple of the {ranks.size} processes"
             )
         self.config, self.ranks, self.run = config, ranks, RunFolder(config.out)
-        self._progress, self._stop, self._memory = progress, stop, memory
+        self.shows = progress and ranks.first
+        self._stop, self._memory, self._callbacks = stop, memory, callbacks
+        self._told: list[Callback] = []  # of the callbacks those that have begun
         self._clips = load_split(data.root, "train", data.train_split, data.split_files)
         self._sampler = EpisodeSampler(self._clips, episode.way, episode.shot, episode.queries, episode.seed)
         self.val_clips = load_split(data.root, "val", data.val_split, data.split_files) if cfg.val_every else None
@@ -153,7 +163,15 @@ class Training:
 
         torch.manual_seed(episode.seed)
         self.model = build_model(config.model, data.frames).to(ranks.device).train()
+        try:
+            self.model.freeze(cfg.freeze)
+        except UserError as error:
+            raise UserError(f"train.freeze: {error}") from error
         self.optimizer = build_optimizer(cfg, self.model)
+        self.average = build_average(cfg, self.model)
+        self._embedded = can_embed_once(self.model, config, self._sampler)
+        if cfg.compile:
+            self.model.backbone.net.compile()
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16")
         self.state = Progress()
         self._saved = Progress()  # in last.pt
@@ -190,16 +208,15 @@ class Training:
         remedy = "all need the same command, data and last.pt, which a common disk gives, or a copy for each"
         self.ranks.agree(facts, remedy)
         if not begun:  # random numbers may differ in the last bit between kinds of processors
-            self.ranks.copy_first([*self.model.parameters(), *self.model.buffers()])
-        state = [self.model.state_dict(), self.optimizer.state_dict()]
+            nets = [self.model, self.average] if self.average else [self.model]
+            self.ranks.copy_first([tensor for net in nets for tensor in (*net.parameters(), *net.buffers())])
+        state = [self.model.state_dict(), self.optimizer.state_dict(), self.average and self.average.state_dict()]
         self.ranks.agree({"digest of the weights": digest(state)[:12]}, remedy)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Reads the episodes to come ahead, and keeps log and progress bar open."""
-        mine = [index for batch in self.batches() for index in shard(batch, self.ranks.rank, self.ranks.size)]
-        dataset = EpisodeDataset(self._sampler, clip_loader(self.config.data, train=True, memory=self._memory), mine)
-        self._tasks = load(dataset, self.config.data.workers, pin_memory=self.ranks.device.type == "cuda")
+        """Reads the episodes to come ahead, and keeps log, callbacks and progress bar open."""
+        self._tasks = on_device(self._episodes(), self.ranks.device)
         self._log = MetricsLog(self.run, self.state.episode, self.ranks.first, self.state.validated)
         self._bar = tqdm(
             total=self.config.train.episodes,
@@ -208,17 +225,43 @@ class Training:
             unit="episode",
             smoothing=0.05,
             mininterval=0.2 if sys.stderr.isatty() else 30.0,
-            disable=not (self._progress and self.ranks.first),
+            disable=not self.shows,
         )
-        with self._log, self._bar, contextlib.closing(self._tasks):
+        with self._log, self._bar, contextlib.closing(self._tasks), contextlib.ExitStack() as self._ending:
             yield
+
+    def _episodes(self) -> Generator[EpisodeClips, None, None]:
+        """This process's episodes still to come: of frames or, where these stay as they are, of features."""
+        config, ranks = self.config, self.ranks
+        mine = [index for batch in self.batches() for index in shard(batch, ranks.rank, ranks.size)]
+        if self._embedded:
+            return embedded_episodes(
+                self.model, config, self._sampler, mine, ranks,
+                progress=self.shows, stop=self._stop, memory=self._memory,
+            )  # fmt: skip
+        dataset = EpisodeDataset(self._sampler, clip_loader(config.data, train=True, memory=self._memory), mine)
+        return load(dataset, config.data.workers, pin_memory=ranks.device.type == "cuda")
+
+    def run_to_end(self) -> None:
+        """All that is still to be done of the run. Raises `EndTraining` where a callback ends it before its time."""
+        for callback in self._callbacks:
+            callback.on_begin(self)
+            self._told.append(callback)
+            self._ending.callback(callback.on_end, self)
+        self.validate_if_due()  # where the run was stopped in the middle of a validation
+        for batch in self.batches():
+            step = self.step(batch)
+            for callback in self._told:
+                callback.on_step(self, step)
+            self.validate_if_due()
+            self.save_if_due()
 
     def _take_up(self) -> None:
         """Goes on from last.pt. Raises `UserError` where it is damaged, or not this run's."""
         last = self.run.last
         try:
             self.run.refuse_another(to_dict(checkpoint.load_config(last)), self.config, last)
-            content = checkpoint.load_training(last, self.model, self.optimizer, self.scaler)
+            content = checkpoint.load_training(last, self.model, self.optimizer, self.scaler, self.average)
             self.state = Progress.of(content, self.config.train, last)
         except AnotherRun:
             raise
@@ -257,11 +300,13 @@ class Training:
         self.state.clips_failed += sums.failed
         seconds = time.perf_counter() - began
         loss, accuracy = sums.loss / sums.queries, 100.0 * sums.right / sums.queries
-        self._log.write(batch.stop, loss=loss, accuracy=accuracy, lr=lr, episodes_per_second=len(batch) / seconds)
+        step = Step(batch, sums.losses, sums.accuracies, loss, accuracy, lr, clipped, seconds)
+        self._log.write(batch.stop, **step.logged)
         self._whole = True
         self._log.flush()
-        self._refuse_failures()
-        return Step(batch, sums.losses, sums.accuracies, loss, accuracy, lr, clipped, seconds)
+        self._bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}%", refresh=False)
+        self.state.refuse_failures(self.config.train)
+        return step
 
     def _gradients(self, batch: range) -> Sums:
         """Those of the batch, summed over its episodes and all processes. Raises as `step` does."""
@@ -272,43 +317,32 @@ class Training:
             if self._stop() and self.ranks.size == 1:
                 break
         sums.stop = self._stop()
+        sums.collect()
         sums.add_other_processes(self.ranks, self.model)
         if sums.stop:
             raise Interrupted
         return sums
 
     def _episode(self, index: int, batch_size: int, sums: Sums) -> None:
-        """Forward and backward on the next episode, which is `index`."""
-        device, episode = self.ranks.device, self.config.episode
-        task = next(self._tasks)
+        """Forward and backward on the next episode, which is `index`; waits for no result of a GPU."""
+        task, episode = next(self._tasks), self.config.episode
         torch.manual_seed(_dropout_seed(episode.seed, index))
-        with autocast(device, self.config.train.amp):
-            logits = self.model(
-                task.support.to(device, non_blocking=True),
-                task.support_labels.to(device),
-                task.query.to(device, non_blocking=True),
-                episode.way,
-            )
-        labels = task.query_labels.to(device)
+        scoring = self.model.head if self._embedded else self.model
+        with autocast(self.ranks.device, self.config.train.amp):
+            logits = scoring(task.support, task.support_labels, task.query, episode.way)
         # Summed over the queries: the field's convention, which its learning rates assume.
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise _non_finite(value, task)
+        loss = F.cross_entropy(logits.float(), task.query_labels, reduction="sum")
         self.scaler.scale(loss / batch_size).backward()
-        sums.add(value, int((logits.argmax(dim=1) == labels).sum()), task)
+        sums.add(loss, (logits.argmax(dim=1) == task.query_labels).sum(), task)
         for failure in task.failures:
             if str(failure) not in self._named:
                 self._named.add(str(failure))
                 tqdm.write(f"warning: {failure}; another clip of its class takes its place", file=sys.stderr)
         self._bar.update(self.ranks.size)
-        loss_here, right_here = sums.loss / sums.queries, 100 * sums.right / sums.queries
-        self._bar.set_postfix(loss=f"{loss_here:.3f}", accuracy=f"{right_here:.1f}%", refresh=False)
 
     def _update(self, lr: float) -> float:
         """Takes the gradients off the loss's scale, clips them and steps; returns what clipping multiplied them by."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         clipped, most = 1.0, self.config.train.clip_norm
         if most:
             self.scaler.unscale_(self.optimizer)
@@ -316,17 +350,9 @@ class Training:
             clipped = min(1.0, most / (norm + 1e-6))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return clipped
-
-    def _refuse_failures(self) -> None:
-        """Raises UserError where too many clips can't be decoded."""
-        state, most = self.state, self.config.train.max_failed_share
-        judged = state.clips_read >= ENOUGH_READ or state.episode == self.config.train.episodes
-        if judged and state.clips_failed > most * state.clips_read:
-            raise UserError(
-                f"{state.clips_failed} of {state.clips_read} clips read up to episode {state.episode} could not be "
-                f"decoded, more than train.max_failed_share {most}; `soap-net data check` lists them"
-            )
 
     def validate_if_due(self) -> None:
         """Validates where `train.val_every` says so, and keeps the weights as best.pt if none were better.
@@ -339,33 +365,41 @@ class Training:
             return
         if not alone and self._saved != state:  # not to be stopped in the middle, but perhaps killed
             self.save(self.run.last)
-        result = evaluate(
-            self.model, self.val_clips, self.config.data, self._val_config, ranks=self.ranks,
-            amp=self.config.train.amp, progress=self._progress, stop=lambda: alone and self._stop(),
-            memory=self._memory,
-        )  # fmt: skip
+        compiled = self.config.train.compile  # which it would be anew for each number of clips
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            result = evaluate(
+                self.trained, self.val_clips, self.config.data, self._val_config, ranks=self.ranks,
+                amp=self.config.train.amp, progress=self.shows, stop=lambda: alone and self._stop(),
+                memory=self._memory,
+            )  # fmt: skip
         self._note_validation(result)
-        if self._progress and self.ranks.first:
+        if self.shows:
             tqdm.write(
                 f"episode {state.episode}: validation {result.shown} "
                 f"(best {self.state.best_accuracy:.2f} % at {self.state.best_episode})",
                 file=sys.stderr,
             )
+        for callback in self._told:
+            callback.on_validation(self, result)
+
+    @property
+    def trained(self) -> SOAPNet:
+        """The net that validations see and best.pt holds: the average, if there is one."""
+        return cast(SOAPNet, self.average.module) if self.average is not None else self.model
 
     def _note_validation(self, result: EvalResult) -> None:
         """Saves the weights if none were better, and logs; unless all of it is done, the validation has not been."""
         before, episode = self.state, self.state.episode
         self._whole = False
-        self.state = replace(before, validated=episode)
+        self.state = replace(before, validated=episode, since_best=before.since_best + 1)
         if result.accuracy > before.best_accuracy:
-            self.state.best_accuracy, self.state.best_episode = result.accuracy, episode
+            self.state.best_accuracy, self.state.best_episode, self.state.since_best = result.accuracy, episode, 0
             try:
                 self.save(self.run.best)
             except BaseException:
                 self.state, self._whole = before, True
                 raise
-        interval = {} if result.ci95 is None else {"val_ci95": result.ci95}
-        self._log.write(episode, val_accuracy=result.accuracy, **interval)
+        self._log.write(episode, **result.logged)
         self._whole = True
         self._log.flush()
 
@@ -382,12 +416,16 @@ class Training:
             self.save(self.run.best)
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint: weights and progress, and in last.pt all else it takes to go on."""
+        """Writes a checkpoint: what is `trained` and progress, or in last.pt the weights and all it takes to go on."""
+        for callback in self._told:
+            callback.on_save(self)
         if self.ranks.first:
             self._log.sync()  # as what the checkpoint counts as done is not logged again
-            content = {"config": to_dict(self.config), "model": self.model.state_dict(), "progress": asdict(self.state)}
+            net = self.model if path == self.run.last else self.trained
+            content = {"config": to_dict(self.config), "model": net.state_dict(), "progress": asdict(self.state)}
             if path == self.run.last:
                 content |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+                content |= {"average": self.average.state_dict()} if self.average is not None else {}
             checkpoint.save(path, content)
         if path == self.run.last:
             self._saved = replace(self.state)
@@ -408,11 +446,3 @@ class Training:
 
 def _dropout_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
-
-
-def _non_finite(value: float, task: EpisodeClips) -> NonFiniteLoss:
-    clips = ", ".join([*task.support_names, *task.query_names])
-    return NonFiniteLoss(
-        f"loss is {value} in episode {task.index}; a lower --train.lr or --train.clip_norm 1 may help; "
-        f"its clips: {clips}"
-    )

@@ -42,6 +42,8 @@ COMMAND = re.compile(rf"(?:\w+=\S+ )*(?:\.venv/bin/)?(?:{'|'.join(PROGRAMS)})(?:
 SUBSTITUTES = {
     "/data/ssv2": "DATA",
     "--nproc-per-node 4": "--nproc-per-node 2",
+    '"--out=runs/followed"': '"--out=runs/followed", "--train.episodes=2", "--train.val_tasks=2", "--data.workers=0", '
+    '"--model.backbone=tiny", "--model.weights=random", "--data.resize=24", "--data.crop=24"',
     "classify ... --json": "classify --checkpoint runs/small/best.pt --support my_classes --query new --json",
     '"--train.episodes=2000"': '"--train.episodes=2", "--model.backbone=tiny", "--model.weights=random", '
     '"--data.resize=24", "--data.crop=24", "--data.workers=0", "--episode.queries=1", "--train.val_every=0"',

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -137,6 +138,31 @@ class EpisodeClips:
         """Moves the frames into page-locked memory; a DataLoader with ``pin_memory=True`` calls this."""
         self.support, self.query = self.support.pin_memory(), self.query.pin_memory()
         return self
+
+    def to(self, device: torch.device) -> EpisodeClips:
+        """The same with frames and the queries' labels on a device; a head takes the supports' from the CPU."""
+        names = ("support", "query", "query_labels")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def on_device(tasks: Generator[EpisodeClips, None, None], device: torch.device) -> Generator[EpisodeClips, None, None]:
+    """The tasks on a device. To a GPU they are copied beside what it computes, and wait for nothing.
+
+    Closes `tasks` with itself.
+    """
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with contextlib.closing(tasks):
+        for task in tasks:
+            if beside is None:
+                yield task.to(device)
+                continue
+            with torch.cuda.stream(beside):
+                moved = task.to(device)
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(beside)
+            for tensor in (moved.support, moved.query, moved.query_labels):
+                tensor.record_stream(computing)  # so that its memory is not given to another copy too soon
+            yield moved
 
 
 class EpisodeDataset(Dataset[EpisodeClips]):

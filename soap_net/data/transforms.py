@@ -129,7 +129,7 @@ def resized(frames: Tensor, short: int) -> Tensor:
 
 
 def clip_loader(data: DataConfig, train: bool, memory: ClipMemory | None = None) -> ClipLoader:
-    """How the config reads a clip: at random in training, at the centre in evaluation."""
+    """How the config reads a clip: at random in training, if `augment` is on, at the centre in evaluation."""
     sampling = FrameSampling(data.frames, data.interval)
-    memory = memory or ClipMemory()
-    return ClipLoader(sampling, data.resize, data.crop, flip=data.flip, train=train, order=data.order, memory=memory)
+    memory, random = memory or ClipMemory(), train and data.augment
+    return ClipLoader(sampling, data.resize, data.crop, flip=data.flip, train=random, order=data.order, memory=memory)

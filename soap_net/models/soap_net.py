@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from soap_kernels import SOAP
-from soap_net.errors import UserError
+from soap_net.errors import UserError, did_you_mean
 from soap_net.hub import Pretrained
 from soap_net.models.backbones import Backbone, build_backbone
 from soap_net.models.heads import FewShotHead, build_head, head_class
@@ -70,6 +70,7 @@ class SOAPNet(nn.Module, Pretrained):
         self.chunk_frames = chunk_frames
         self.checkpoint_backbone = checkpoint_backbone
         self.channels_last = channels_last
+        self._frozen: list[nn.Module] = []
         self._normalizes = getattr(soap, "normalize", None) is None
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
@@ -82,7 +83,7 @@ class SOAPNet(nn.Module, Pretrained):
 
         Args:
             support: ``(S, T, 3, H, W)`` uint8.
-            support_labels: ``(S,)`` int64 in ``0 .. way - 1``.
+            support_labels: ``(S,)`` int64 in ``0 .. way - 1``; on the CPU they cost no wait for a GPU.
             query: ``(Q, T, 3, H, W)`` uint8.
             way: the number of classes.
 
@@ -129,6 +130,38 @@ class SOAPNet(nn.Module, Pretrained):
         count, frames = x.shape[:2]
         shown, changed, still = self._embed(images).split([count * frames, count * (frames - 1), 1])
         return torch.cat([shown.unflatten(0, x.shape[:2]), (changed - still).unflatten(0, changes.shape[:2])], dim=1)
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Takes ``soap``, ``backbone``, ``head``, or modules and weights by their dotted names out of training.
+
+        They get no gradients, and stay in evaluation mode whatever the mode of the net: their dropout is off, and the
+        statistics of their BatchNorms stand still.
+
+        Raises:
+            UserError: a name that the net does not have.
+        """
+        modules, weights = dict(self.named_modules()), dict(self.named_parameters())
+        for name in names:
+            if name in modules and name:
+                modules[name].requires_grad_(False)
+                self._frozen.append(modules[name].eval())
+            elif name in weights:
+                weights[name].requires_grad_(False)
+            else:
+                near = did_you_mean(name, [*modules, *weights])
+                raise UserError(f"the net has no module or weight {name!r}{near}")
+
+    @property
+    def features_stand_still(self) -> bool:
+        """Whether a clip's features are the same all through training: all before the head is frozen."""
+        return self.backbone in self._frozen and (self.soap is None or self.soap in self._frozen)
+
+    def train(self, mode: bool = True) -> SOAPNet:
+        """As any module's, but for what is frozen."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     @property
     def by_frame(self) -> bool:

@@ -44,12 +44,15 @@ with join("cpu") as ranks:
     said["sums"] = [one.tolist() for one in summed]
     model = nn.BatchNorm1d(1)
     model.unused, model.used_once = nn.Linear(1, 1), nn.Linear(1, 1)
+    model.frozen = nn.BatchNorm1d(1).eval()
+    model.frozen.running_mean.fill_(ranks.rank / 3)
     model.running_mean.fill_(3.0 * ranks.rank)
     model.weight.grad = torch.tensor([1.0 + ranks.rank])
     if ranks.first:
         model.used_once.bias.grad = torch.tensor([7.0])
     said["totals"] = ranks.sum_step(model, [1.5, ranks.rank])
     said["step"] = [model.weight.grad.item(), model.used_once.bias.grad.item(), model.running_mean.item()]
+    said["frozen"] = model.frozen.running_mean.item()
     said["no gradient"] = model.unused.weight.grad is None
     error("none fails", fail)
     error("one fails", lambda: fail(1))
@@ -127,6 +130,7 @@ def test_processes_sum_gradients_and_average_statistics(two: list[list[Any]]) ->
         assert said["totals"] == [3.0, 1.0]
         assert said["step"] == [3.0, 7.0, 1.5]
         assert said["no gradient"], "weight decay leaves alone what no process used"
+    assert [said["frozen"] for said, *_ in two] == pytest.approx([0, 1 / 3]), "what is frozen is left as it is"
 
 
 def test_processes_gather_in_the_order_of_keys_and_take_on_the_first_ones_tensors(two: list[list[Any]]) -> None:

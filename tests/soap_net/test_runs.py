@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from soap_net import checkpoint
 from soap_net.config import Config, TrainConfig, from_dict, to_dict
@@ -138,18 +137,6 @@ def test_what_is_no_entry_is_left_out_and_costs_no_other(tmp_path: Path, junk: b
     assert run.read_metrics() == entries
     with MetricsLog(run, 4, active=True):
         assert run.metrics.read_bytes() == b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
-
-
-def test_tensorboard_reads_the_same(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    for start in (0, 4):  # the second from episode 4 on
-        with MetricsLog(run, start, active=True) as log:
-            for episode in (start + 2, start + 4, start + 6):
-                log.write(episode, loss=episode / 10 + start)
-            log.sync()
-    board = EventAccumulator(str(run.tensorboard), purge_orphaned_data=True).Reload()
-    found = {event.step: round(event.value, 3) for event in board.Scalars("loss")}
-    assert found == {2: 0.2, 4: 0.4, 6: 4.6, 8: 4.8, 10: 5.0}
 
 
 def test_only_the_first_process_writes_the_log(tmp_path: Path) -> None:

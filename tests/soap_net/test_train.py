@@ -535,7 +535,7 @@ def test_training_stops_when_too_many_clips_are_broken(tiny_run: Callable[..., C
 def test_training_stops_early_once_enough_clips_were_read(
     tiny_run: Callable[..., Config], damaged_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "ENOUGH_READ", 20)
+    monkeypatch.setattr("soap_net.runs.ENOUGH_READ", 20)
     config = tiny_run(data__root=str(damaged_data), train__max_failed_share=0.01, train__val_every=0)
     with pytest.raises(UserError, match="could not be decoded"):
         train.train(config, progress=False)

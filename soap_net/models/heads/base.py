@@ -25,6 +25,10 @@ class Classes(NamedTuple):
     shots: Tensor
     present: Tensor
 
+    def to(self, device: torch.device) -> Classes:
+        """The same on a device."""
+        return Classes(*(tensor.to(device, non_blocking=True) for tensor in self))
+
     def mean(self, per_support: Tensor, dim: int = 0) -> Tensor:
         """Mean over each class's shots: dimension ``dim`` of size S becomes one of size way."""
         weight = self.one_hot(per_support.shape[dim]).to(per_support.dtype)
@@ -103,7 +107,7 @@ class FewShotHead(nn.Module, ABC):
 
         Args:
             support: ``(S, T, D)`` features of the supports' frames; any number of shots per class, at least one.
-            support_labels: ``(S,)`` int64 in ``0 .. way - 1``, in any order.
+            support_labels: ``(S,)`` int64 in ``0 .. way - 1``, in any order; on the CPU they cost no wait for a GPU.
             query: ``(Q, T, D)`` features of the queries' frames.
             way: the number of classes.
 
@@ -123,7 +127,8 @@ class FewShotHead(nn.Module, ABC):
             raise UserError(
                 f"{type(self).__name__}: {len(support)} supports, but labels of shape {tuple(support_labels.shape)}"
             )
-        return self.logits(self.embed(support), group_by_class(support_labels, way), self.embed(query))
+        classes = group_by_class(support_labels, way).to(support.device)
+        return self.logits(self.embed(support), classes, self.embed(query))
 
     def embed(self, features: Tensor) -> Embedded:
         """What a comparison needs of ``(N, T, D)`` clips, each clip's by itself: evaluation computes it once per clip.
