@@ -84,6 +84,7 @@ class HubSOAP(
             "hidden_channels": self.hidden_channels,
             "parts": list(self.parts),
             "variant": self.variant,
+            "centred": self.centred,
             "precision": self.precision,
             "normalize": self.normalize and [list(map(float, numbers)) for numbers in self.normalize],
             "out_dtype": self.out_dtype and str(self.out_dtype),
@@ -136,7 +137,10 @@ class HubSOAP(
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Those in a config.json, each of its own type; raises ValueError where they are none of SOAP's."""
+    """Those in a config.json, each of its own type; raises ValueError where they are none of SOAP's.
+
+    One that an older version did not have is left to its default.
+    """
 
     def whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**16
@@ -158,14 +162,14 @@ def _settings(path: Path) -> dict[str, Any]:
         "parts": listed(text),
         "normalize": lambda value: value is None or (listed(listed(number))(value) and len(value) == 2),
         "out_dtype": lambda value: value is None or (text(value) and value in dtypes),
-        "out_channels_last": lambda value: isinstance(value, bool),
+        **dict.fromkeys(("centred", "out_channels_last"), lambda value: isinstance(value, bool)),
     }
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(LARGEST_SETTINGS))
-        wrong = sorted(kinds.keys() ^ found.keys()) or [key for key, fits in kinds.items() if not fits(found[key])]
+        wrong = sorted(found.keys() - kinds.keys()) or [key for key in found if not kinds[key](found[key])]
     except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path}: damaged, or not the settings of SOAP") from error
     if wrong:
         raise ValueError(f"{path}: not the settings of this version's SOAP: {str(wrong[0])[:60]!r}")
-    return {**found, "out_dtype": dtypes[found["out_dtype"]]}
+    return {**found, "out_dtype": dtypes[found.get("out_dtype")]}

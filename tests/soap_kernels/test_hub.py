@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"frames": 4, "channels": 2, "tuple_sizes": (1, 3), "hidden_channels": 5, "parts": ["hmem", "cwem"]},
     {"normalize": ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)), "out_dtype": torch.float16, "out_channels_last": True},
     {"variant": "release", "precision": "strict"},
+    {"centred": True},
     {"tuple_sizes": (size for size in (2, 1)), "parts": (part for part in ("3dem", "hmem"))},
 ]
 
@@ -40,6 +42,18 @@ def test_what_is_saved_computes_the_same(tmp_path: Path, settings: dict[str, Any
     assert again.stride() == y.stride()
     assert isinstance(back, SOAP)
     assert "SOAP for clips of" in (tmp_path / "README.md").read_text()
+
+
+def test_every_setting_of_soap_is_kept() -> None:
+    assert {*hub.HubSOAP().settings(), "backend"} == {*inspect.signature(SOAP).parameters}
+
+
+def test_a_setting_that_an_older_version_lacked_has_its_default(tmp_path: Path) -> None:
+    hub.HubSOAP(frames=4).save_pretrained(tmp_path)
+    older = json.loads((tmp_path / "config.json").read_text())
+    del older["centred"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert hub.HubSOAP.from_pretrained(tmp_path).settings() == hub.HubSOAP(frames=4).settings()
 
 
 def test_it_trains_on(tmp_path: Path) -> None:
