@@ -156,6 +156,9 @@ def _eval(args: list[str]) -> int:
         f"{result.shown}  ({result.tasks} tasks, {result.way}-way {result.shot}-shot, "
         f"{result.split} classes, {result.episodes_per_second:.1f} tasks/s)"
     )
+    print(f"  {result.shown_beyond}")
+    if result.trained_on and result.trained_on != result.tested_on:
+        print(f"  trained on {result.trained_on}, tested on {result.tested_on}")
     width = max(map(len, result.classes))
     for name, accuracy in result.per_class.items():
         print(f"  {name:<{width}}  {'-' if accuracy is None else f'{accuracy:6.2f} %'}")
