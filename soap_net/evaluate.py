@@ -76,6 +76,8 @@ class EvalResult:
     """The data set of the training, where there was one."""
     tested_on: str = ""
     """The data set of `split`."""
+    shared_classes: list[str] = field(default_factory=list)
+    """Classes of another data set than the training's that bear the name of one trained on, as far as can be seen."""
     correct: list[int] = field(default_factory=list, repr=False)
     """Right answers of each task, to compare runs task by task; not written."""
     answers: Answers | None = field(default=None, repr=False, compare=False)
@@ -237,7 +239,7 @@ def evaluate_run(
             folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         target = out if out is not None and out.suffix == ".json" else RunFolder(out or folder).result
         with ranks.together():
-            model, trained_on = _model(checkpoint, config, ranks.device)
+            model, trained = _model(checkpoint, config, ranks.device)
             clips = load_split(data.root, split, data.split_file(split), data.split_files)
             if ranks.first:
                 _refuse_unwritable(target)
@@ -249,7 +251,10 @@ def evaluate_run(
         result = evaluate(
             model, clips, data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress, stop=stop
         )
-        result.trained_on, result.tested_on = trained_on, str(data.root.absolute())
+        result.tested_on = str(data.root.absolute())
+        if trained is not None:
+            result.trained_on = str(trained.root)
+            result.shared_classes = _shared_classes(trained, result) if ranks.first else []
         if ranks.first:
             try:
                 result.save(target)
@@ -258,17 +263,28 @@ def evaluate_run(
     return result
 
 
-def _model(checkpoint: Path | None, config: Config, device: torch.device) -> tuple[SOAPNet, str]:
-    """The net, and the data set that it was trained on."""
+def _model(checkpoint: Path | None, config: Config, device: torch.device) -> tuple[SOAPNet, DataConfig | None]:
+    """The net, and the data that it was trained on."""
     if checkpoint is None:
-        return build_model(config.model, config.data.frames).to(device).eval(), ""
+        return build_model(config.model, config.data.frames).to(device).eval(), None
     soap = config.model.soap
     model, trained = load_model(checkpoint, device, backend=soap.backend, precision=soap.precision)
     if config.data.frames != trained.data.frames:
         raise UserError(
             f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
         )
-    return model, str(trained.data.root)
+    return model, trained.data
+
+
+def _shared_classes(trained: DataConfig, result: EvalResult) -> list[str]:
+    if result.trained_on == result.tested_on:
+        return []
+    try:
+        known = load_split(trained.root, "train", trained.train_split, trained.split_files).classes
+    except UserError:  # it isn't here any more
+        return []
+    names = {name.casefold() for name in known}
+    return [name for name in result.classes if name.casefold() in names]
 
 
 def _refuse_unwritable(target: Path) -> None:

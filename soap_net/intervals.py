@@ -183,7 +183,7 @@ class _Layout:
         if rows == units:
             own_share = fall - self._mean_of_strata(fall, seen)
             pairwise = float(np.square(own_share + own_share.T).sum()) / 2 - float(doubt.sum())
-        variance, noise, start = 0.0, 0.0, 0
+        variance, noise, start, scaled = 0.0, 0.0, 0, []
         for size in self.strata:
             part = slice(start, start + size)
             start += size
@@ -191,10 +191,14 @@ class _Layout:
             scale = (size - 1) * len(self.strata)
             influence = fall[:, part].sum(axis=0)
             influence[met] += (own[part][met] - own[part][met].mean()) / scale
-            raw = (size - 1) / size * float(np.square(influence - influence.mean()).sum())
+            influence -= influence.mean()
+            raw = (size - 1) / size * float(np.square(influence).sum())
             doubts = float(doubt[:, part].sum()) + float((within / asked[part][met]).sum()) / scale**2
             variance += raw - (size - 1) / size * doubts
             noise += raw**2 / (size - 1)
+            scaled.append(influence / max(float(np.sqrt(np.square(influence).mean())), 1e-12))
+        # Where a few units weigh most, their variance is known less well than that of a normal sample.
+        noise *= 1 + max(float((np.concatenate(scaled) ** 4).mean()) - 3, 0.0) / 2
         pairwise = max(pairwise, 0.0)
         return max(variance - pairwise, pairwise) + drawn, noise
 
