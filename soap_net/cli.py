@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,12 @@ def _eval(args: list[str]) -> int:
         f"{result.shown}  ({result.tasks} tasks, {result.way}-way {result.shot}-shot, "
         f"{result.split} classes, {result.episodes_per_second:.1f} tasks/s)"
     )
+    print(f"  {result.shown_beyond}")
+    if result.trained_on and result.trained_on != result.tested_on:
+        print(f"  trained on {result.trained_on}, tested on {result.tested_on}")
+    if result.shared_classes:
+        print(f"  {len(result.shared_classes)} of its classes are named as training classes: "
+              f"{', '.join(result.shared_classes)}")  # fmt: skip
     width = max(map(len, result.classes))
     for name, accuracy in result.per_class.items():
         print(f"  {name:<{width}}  {'-' if accuracy is None else f'{accuracy:6.2f} %'}")
@@ -171,8 +178,10 @@ def _trained(path: Path, settings: list[str]) -> Config:
     from soap_net import checkpoint
     from soap_net.config import flatten, parse, to_dict
 
-    trained = to_dict(checkpoint.load_config(path))
+    own = checkpoint.load_config(path)
+    trained = to_dict(own)
     config = parse(settings, base=trained, prog="soap-net eval", source=str(path))
+    config = replace(config, data=config.data.instead_of(own.data))
     keys = flatten(to_dict(config))
     fixed = [key for key in keys if not key.startswith(("data.", "eval.")) and key not in EVALUATED_WITH]
     _refuse_changes(config, trained, fixed, "an evaluation takes it from the checkpoint")

@@ -61,6 +61,18 @@ class DataConfig:
         """`split_file` of all splits."""
         return {"train": self.train_split, "val": self.val_split, "test": self.test_split}
 
+    def instead_of(self, other: DataConfig) -> DataConfig:
+        """Itself; where its root is another than `other`'s, without lists of that one's folder: those here are taken.
+
+        A list that lies at the same place below this root stands for one of `other`'s.
+        """
+        here, there, lists = self.root.absolute(), other.root.absolute(), self.split_files
+        for split, path in self.split_files.items():
+            if here != there and path is not None and path == other.split_file(split) and path.is_relative_to(there):
+                own = here / path.relative_to(there)
+                lists[split] = own if own.is_file() else None
+        return replace(self, train_split=lists["train"], val_split=lists["val"], test_split=lists["test"])
+
 
 @dataclass
 class SoapConfig:

@@ -6,50 +6,51 @@ read and goes through SOAP and the backbone once; the tasks then run the head al
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from soap_net.checkpoint import load_model, non_finite
 from soap_net.config import Amp, Config, DataConfig, EvalConfig, flatten, to_dict
-from soap_net.data.clips import Clip
-from soap_net.data.episodes import Episode, EpisodeSampler
-from soap_net.data.loading import PerClip, load
+from soap_net.data.episodes import EpisodeSampler
 from soap_net.data.memory import ClipMemory
 from soap_net.data.splits import ClipSet, load_split
-from soap_net.data.transforms import clip_loader
-from soap_net.errors import ClipError, UserError, said
+from soap_net.errors import UserError, said
 from soap_net.files import write_text
-from soap_net.interrupts import Interrupted
-from soap_net.models.heads import Embedded, FewShotHead, group_by_class
+from soap_net.intervals import Interval, beyond
 from soap_net.models.soap_net import SOAPNet, build_model
 from soap_net.ranks import Ranks, digest, join, same_clips
 from soap_net.runs import FREE_TO_CHANGE, RunFolder, lists_by_name
+from soap_net.tasks import CLIPS_PER_CALL, Answers, Tasks, autocast, clip_features
 
-CLIPS_PER_CALL = 8
-EMBEDDED_LIMIT = 2 * 2**30
-"""Bytes that the embedded clips of an evaluation may take; beyond it each task embeds its own."""
+__all__ = [
+    "CLIPS_PER_CALL",
+    "EvalResult",
+    "autocast",
+    "clip_features",
+    "evaluate",
+    "evaluate_run",
+    "refuse_non_finite",
+]
 
 
 @dataclass
 class EvalResult:
     """What `eval.json` holds; accuracies in percent, `ci95` is the half width of the 95 % interval in points.
 
-    `ci95` is None of a single task, which tells nothing of how tasks vary.
+    `ci95`, the field's, is over tasks on these very clips, and None of a single task, which tells nothing of how tasks
+    vary. `beyond` is the 95 % interval over new clips and, where tasks differ in their classes, new classes.
     `confusion[i][j]` counts the queries of `classes[i]` that were taken for `classes[j]`.
     """
 
@@ -69,8 +70,18 @@ class EvalResult:
     failed_clips: list[str]
     chosen: dict[str, float] = field(default_factory=dict)
     """Of a head that chooses by the supports: the share of tasks, in percent, in which each choice weighed most."""
+    beyond: Interval | None = None
+    """What is over new clips, or why that can't be said; None in results of older versions."""
+    trained_on: str = ""
+    """The data set of the training, where there was one."""
+    tested_on: str = ""
+    """The data set of `split`."""
+    shared_classes: list[str] = field(default_factory=list)
+    """Classes of another data set than the training's that bear the name of one trained on, as far as can be seen."""
     correct: list[int] = field(default_factory=list, repr=False)
     """Right answers of each task, to compare runs task by task; not written."""
+    answers: Answers | None = field(default=None, repr=False, compare=False)
+    """All that was answered, likewise not written."""
 
     @property
     def shown(self) -> str:
@@ -83,10 +94,17 @@ class EvalResult:
         """What a training logs of a validation."""
         return {"val_accuracy": self.accuracy} | ({} if self.ci95 is None else {"val_ci95": self.ci95})
 
+    @property
+    def shown_beyond(self) -> str:
+        """The interval over new clips, or why there is none, for a line of text."""
+        if self.beyond is None or self.beyond.low is None:
+            return f"no interval over other clips: {self.beyond.over if self.beyond else 'the tasks are not known'}"
+        return f"{self.beyond} % over {self.beyond.over} (95 %)"
+
     def to_dict(self) -> dict[str, Any]:
         """What `eval.json` holds."""
-        values = asdict(self)
-        del values["correct"]
+        values = asdict(replace(self, answers=None))
+        del values["correct"], values["answers"]
         return values
 
     def save(self, path: Path) -> None:
@@ -94,51 +112,10 @@ class EvalResult:
         write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
-def autocast(device: torch.device, amp: Amp) -> torch.autocast:
-    """The config's mixed precision on `device`."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=amp != "none")
-
-
 def refuse_non_finite(model: nn.Module) -> None:
     """Raises UserError if a weight or statistic of `model` is infinite or not a number, and names it."""
     if (name := non_finite(model.state_dict())) is not None:
         raise UserError(f"{name}: the model's weights are not finite, so that whatever it answers means nothing")
-
-
-@torch.inference_mode()
-def clip_features(
-    model: SOAPNet,
-    clips: Sequence[Clip],
-    data: DataConfig,
-    device: torch.device,
-    *,
-    amp: Amp = "none",
-    progress: Callable[[int], object] = lambda count: None,
-    memory: ClipMemory | None = None,
-) -> tuple[Tensor, list[ClipError | None]]:
-    """Features of each clip, and for each the error that kept it from being read (its features are zero then).
-
-    Returns:
-        ``(len(clips), T, D)`` float32 on `device`, and a list of the same length.
-    """
-    features = torch.zeros(len(clips), model.head.frames, model.head.dim, device=device)
-    errors: list[ClipError | None] = [None] * len(clips)
-    dataset = PerClip(clips, clip_loader(data, train=False, memory=memory))
-    with contextlib.closing(load(dataset, data.workers, batch_size=CLIPS_PER_CALL)) as batches:
-        for number, batch in enumerate(batches):
-            rows, frames = [], []
-            for row, item in enumerate(batch, number * CLIPS_PER_CALL):
-                if isinstance(item, ClipError):
-                    errors[row] = item
-                else:
-                    rows.append(row)
-                    frames.append(item)
-            if frames:
-                with autocast(device, amp):
-                    features[rows] = model.features(torch.stack(frames).to(device)).float()
-            progress(len(batch))
-    return features, errors
 
 
 def evaluate(
@@ -176,16 +153,17 @@ def evaluate(
     began = time.perf_counter()
     ranks = ranks or Ranks(next(model.parameters()).device)
     sampler = EpisodeSampler(clips, config.way, config.shot, config.queries, config.seed)
-    episodes = [sampler[index] for index in range(config.tasks)]
     was_training = model.training
     model.eval()
     try:
-        store = _Store(model, clips, data, ranks, amp, progress and ranks.first, stop, memory)
-        chosen = store.fill(episodes)
-        answers = _run_tasks(store, episodes, chosen, config)
+        tasks = Tasks(
+            model, sampler, config.tasks, data, ranks,
+            amp=amp, progress=progress and ranks.first, stop=stop, memory=memory,
+        )  # fmt: skip
+        answers = tasks.answers()
     finally:
         model.train(was_training)
-    return _result(store, config, answers, time.perf_counter() - began)
+    return _result(clips, model.head.choices, answers, config, time.perf_counter() - began)
 
 
 @dataclass
@@ -195,9 +173,13 @@ class _Answers:
     chosen: np.ndarray  # per task: which of the head's choices weighed most
 
 
-def _result(store: _Store, config: EvalConfig, answers: _Answers, seconds: float) -> EvalResult:
-    correct, confusion, names = answers.correct, answers.confusion, store.model.head.choices
+def _result(clips: ClipSet, choices: Sequence[str], answers: Answers, config: EvalConfig, seconds: float) -> EvalResult:
+    right, classes = answers.right, answers.drawn.classes
+    correct = right.sum(axis=(1, 2))
     accuracies = 100.0 * correct / (config.way * config.queries)
+    confusion = np.zeros((len(clips.classes),) * 2, dtype=np.int64)
+    taken_for = np.take_along_axis(classes, answers.predicted.reshape(len(classes), -1), axis=1)
+    np.add.at(confusion, (classes.repeat(config.queries, axis=1), taken_for), 1)
     answered = confusion.sum(axis=1)
     return EvalResult(
         accuracy=float(accuracies.mean()),
@@ -206,171 +188,22 @@ def _result(store: _Store, config: EvalConfig, answers: _Answers, seconds: float
         way=config.way,
         shot=config.shot,
         queries=config.queries,
-        split=store.clips.split,
+        split=clips.split,
         seed=config.seed,
         episodes_per_second=config.tasks / seconds,
         seconds=seconds,
         per_class={
             name: float(100.0 * confusion[i, i] / answered[i]) if answered[i] else None
-            for i, name in enumerate(store.clips.classes)
+            for i, name in enumerate(clips.classes)
         },
-        classes=list(store.clips.classes),
+        classes=list(clips.classes),
         confusion=confusion.tolist(),
-        failed_clips=store.failures,
-        chosen={name: float(100.0 * (answers.chosen == i).mean()) for i, name in enumerate(names)},
+        failed_clips=answers.failures,
+        chosen={name: float(100.0 * (answers.chosen == i).mean()) for i, name in enumerate(choices)},
+        beyond=beyond(right[None].astype(np.float64), answers.drawn),
         correct=correct.tolist(),
+        answers=answers,
     )
-
-
-@dataclass
-class _Store:
-    """The features of the clips met so far, one row each, and the clips that can't be read."""
-
-    model: SOAPNet
-    clips: ClipSet
-    data: DataConfig
-    ranks: Ranks
-    amp: Amp
-    progress: bool
-    stop: Callable[[], bool]
-    memory: ClipMemory | None
-    rows: dict[tuple[int, int], int] = field(default_factory=dict)
-    broken: set[tuple[int, int]] = field(default_factory=set)
-    failures: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        head = self.model.head
-        self.features = torch.zeros(0, head.frames, head.dim, device=self.ranks.device)
-
-    @contextlib.contextmanager
-    def advancing(self, what: str, unit: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows a bar; what is called as the work goes moves it, and raises `Interrupted` once it is to be stopped."""
-        with tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if self.progress else True) as bar:
-
-            def advance(count: int) -> None:
-                if self.stop():
-                    raise Interrupted
-                bar.update(count)
-
-            yield advance
-
-    def fill(self, episodes: Sequence[Episode]) -> list[tuple[list[int], list[int]]]:
-        """Reads what the episodes need; returns the rows of each one's support and query, grouped by way."""
-        while True:
-            chosen = [_readable(episode, self.clips, self.broken) for episode in episodes]
-            wanted = {pair for support, query in chosen for pair in (*support, *query)}
-            fresh = sorted(wanted - self.rows.keys())
-            if not fresh:
-                return [([self.rows[p] for p in support], [self.rows[p] for p in query]) for support, query in chosen]
-            self._read(fresh)
-
-    def _read(self, fresh: list[tuple[int, int]]) -> None:
-        ranks = self.ranks
-        mine = range(ranks.rank, len(fresh), ranks.size)
-        clips = [self.clips.clips[fresh[i][0]][fresh[i][1]] for i in mine]
-        with self.advancing("features", "clip", len(mine)) as advance:
-            own, errors = clip_features(
-                self.model, clips, self.data, ranks.device, amp=self.amp, progress=advance, memory=self.memory
-            )
-        features = torch.zeros(len(fresh), *own.shape[1:], device=ranks.device)
-        features[ranks.rank :: ranks.size] = own
-        ranks.sum([features])
-        failed = {i: str(error) for i, error in zip(mine, errors, strict=True) if error is not None}
-        for text in failed.values():
-            tqdm.write(f"warning: {text}; another clip of its class takes its place", file=sys.stderr)
-        failed = ranks.gather(failed)
-        start = len(self.features)
-        self.features = torch.cat([self.features, features])
-        for i, pair in enumerate(fresh):
-            self.rows[pair] = start + i
-        self.broken.update(fresh[i] for i in failed)
-        self.failures += failed.values()
-
-
-def _readable(
-    episode: Episode, clips: ClipSet, broken: set[tuple[int, int]]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The (class, clip) pairs of an episode, each broken one replaced by the next spare, as `EpisodeDataset` does."""
-
-    def take(class_id: int, clip_id: int, slot: int) -> tuple[int, int] | None:
-        return None if (class_id, clip_id) in broken else (class_id, clip_id)
-
-    def exhausted(class_id: int) -> UserError:
-        return UserError(
-            f"task {episode.index}: class {clips.classes[class_id]!r} has no readable clip left; "
-            f"{len(broken)} clips could not be read"
-        )
-
-    return episode.fill(take, exhausted)
-
-
-@torch.inference_mode()
-def _run_tasks(
-    store: _Store,
-    episodes: Sequence[Episode],
-    chosen: list[tuple[list[int], list[int]]],
-    config: EvalConfig,
-) -> _Answers:
-    ranks, way = store.ranks, config.way
-    device = ranks.device
-    support_labels = torch.arange(way, device=device).repeat_interleave(config.shot)
-    truth = np.repeat(np.arange(way), config.queries)
-    class_ids = np.array([episode.classes for episode in episodes])
-    predicted = torch.zeros(len(episodes), len(truth), dtype=torch.int64, device=device)
-    weighed_most = torch.zeros(len(episodes), dtype=torch.int64, device=device)
-    head, features = store.model.head, store.features
-    classes = group_by_class(support_labels, way)
-    embedded = _embed_all(head, features)
-
-    def score(support: Embedded, query: Embedded) -> Tensor:
-        return head.logits(support, classes, query)
-
-    def choose(support: Embedded) -> Tensor:
-        return head.choose(support, classes)
-
-    batched = torch.vmap(score)
-    mine = range(ranks.rank, len(episodes), ranks.size)
-    with warnings.catch_warnings(), store.advancing("tasks", "task", len(mine)) as advance:
-        # Some heads hold an operation that vmap runs task by task; the rest of them still gains.
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        for start in range(0, len(mine), head.tasks_at_once):
-            tasks = list(mine[start : start + head.tasks_at_once])
-            sides = []
-            for role in (0, 1):
-                rows = torch.tensor([chosen[task][role] for task in tasks], device=device)
-                if embedded is None:
-                    flat = head.embed(features[rows.flatten()])
-                    sides.append(tuple(tensor.unflatten(0, rows.shape) for tensor in flat))
-                else:
-                    sides.append(tuple(tensor[rows] for tensor in embedded))
-            scores = batched(*sides)
-            predicted[tasks] = torch.where(scores.isfinite().all(dim=-1), scores.argmax(dim=-1), -1)
-            if head.choices:
-                weighed_most[tasks] = torch.vmap(choose)(sides[0]).argmax(dim=-1)
-            advance(len(tasks))
-    ranks.sum([predicted, weighed_most])
-    answers = predicted.cpu().numpy()
-    if (answers < 0).any():
-        task = int(np.flatnonzero((answers < 0).any(axis=1))[0])
-        raise UserError(
-            f"task {task}: the model's scores are not finite, so that its answers mean nothing"
-            + (f"; try --train.amp none in place of {store.amp}" if store.amp != "none" else "")
-        )
-    confusion = np.zeros((len(store.clips.classes),) * 2, dtype=np.int64)
-    np.add.at(confusion, (class_ids[:, truth], np.take_along_axis(class_ids, answers, axis=1)), 1)
-    return _Answers((answers == truth).sum(axis=1), confusion, weighed_most.cpu().numpy())
-
-
-def _embed_all(head: FewShotHead, features: Tensor) -> Embedded | None:
-    """What `head` compares of each clip, ``(N, T, D)``; None where that would take more than `EMBEDDED_LIMIT`."""
-    first = head.embed(features[:1])
-    if len(features) * sum(tensor.nbytes for tensor in first) > EMBEDDED_LIMIT:
-        return None
-    whole = tuple(tensor.new_empty(len(features), *tensor.shape[1:]) for tensor in first)
-    for start in range(0, len(features), CLIPS_PER_CALL):
-        for tensor, part in zip(whole, head.embed(features[start : start + CLIPS_PER_CALL]), strict=True):
-            tensor[start : start + CLIPS_PER_CALL] = part
-    return whole
 
 
 def evaluate_run(
@@ -406,7 +239,7 @@ def evaluate_run(
             folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         target = out if out is not None and out.suffix == ".json" else RunFolder(out or folder).result
         with ranks.together():
-            model = _model(checkpoint, config, ranks.device)
+            model, trained = _model(checkpoint, config, ranks.device)
             clips = load_split(data.root, split, data.split_file(split), data.split_files)
             if ranks.first:
                 _refuse_unwritable(target)
@@ -418,6 +251,10 @@ def evaluate_run(
         result = evaluate(
             model, clips, data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress, stop=stop
         )
+        result.tested_on = str(data.root.absolute())
+        if trained is not None:
+            result.trained_on = str(trained.root)
+            result.shared_classes = _shared_classes(trained, result) if ranks.first else []
         if ranks.first:
             try:
                 result.save(target)
@@ -426,16 +263,28 @@ def evaluate_run(
     return result
 
 
-def _model(checkpoint: Path | None, config: Config, device: torch.device) -> SOAPNet:
+def _model(checkpoint: Path | None, config: Config, device: torch.device) -> tuple[SOAPNet, DataConfig | None]:
+    """The net, and the data that it was trained on."""
     if checkpoint is None:
-        return build_model(config.model, config.data.frames).to(device).eval()
+        return build_model(config.model, config.data.frames).to(device).eval(), None
     soap = config.model.soap
     model, trained = load_model(checkpoint, device, backend=soap.backend, precision=soap.precision)
     if config.data.frames != trained.data.frames:
         raise UserError(
             f"data.frames is {config.data.frames}: {checkpoint} was trained on {trained.data.frames} frames"
         )
-    return model
+    return model, trained.data
+
+
+def _shared_classes(trained: DataConfig, result: EvalResult) -> list[str]:
+    if result.trained_on == result.tested_on:
+        return []
+    try:
+        known = load_split(trained.root, "train", trained.train_split, trained.split_files).classes
+    except UserError:  # it isn't here any more
+        return []
+    names = {name.casefold() for name in known}
+    return [name for name in result.classes if name.casefold() in names]
 
 
 def _refuse_unwritable(target: Path) -> None:

@@ -90,7 +90,7 @@ class FramesToClasses(nn.Module):
             self.compare = head.comparer(head.embed(features), group_by_class(labels, len(supports.classes)))
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        logits, familiar = self.compare(self.model.head.embed(self.model.features(frames)))
+        logits, familiar, _ = self.compare(self.model.head.embed(self.model.features(frames)))
         chances = (self.calibration.sharpness * logits.float()).softmax(dim=1)
         return chances, familiar >= self.calibration.threshold
 

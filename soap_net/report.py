@@ -20,6 +20,7 @@ from soap_net.data.splits import load_split
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
 from soap_net.files import write_text
+from soap_net.intervals import Interval
 from soap_net.pictures import Strip, data_uri, strips
 from soap_net.runs import RunFolder, episode_seconds
 
@@ -67,7 +68,19 @@ class _Run:
         if self.result is None:
             return ""
         way, shot, split = (self.result[key] for key in ("way", "shot", "split"))
-        return f"{way}-way {shot}-shot on the {len(self.result['classes'])} classes of the {split} split"
+        task = f"{way}-way {shot}-shot on the {len(self.result['classes'])} classes of the {split} split"
+        trained, tested = (self.result.get(key, "") for key in ("trained_on", "tested_on"))
+        return f"{task} of {tested}, trained on {trained}" if trained and trained != tested else task
+
+    @property
+    def beyond(self) -> str:
+        """The interval over new clips, or why there is none; empty where the result, of an older version, has none."""
+        found = self.result and self.result.get("beyond")
+        if not found:
+            return ""
+        if found["low"] is None:
+            return f"no interval over other clips: {found['over']}"
+        return f"{Interval(**found)} % over {found['over']}"
 
     @property
     def settings(self) -> str:

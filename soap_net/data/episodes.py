@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -25,14 +26,19 @@ T = TypeVar("T")
 class Episode:
     """The clips of one few-shot task: class numbers and, per way, clip numbers within the class.
 
-    ``spare`` holds, per way, the class's other clips in the order in which they step in for unreadable ones.
+    ``draw_spare`` gives `spare`, which few episodes need and which may be most of a class.
     """
 
     index: int
     classes: tuple[int, ...]
     support: tuple[tuple[int, ...], ...]
     query: tuple[tuple[int, ...], ...]
-    spare: tuple[tuple[int, ...], ...]
+    draw_spare: Callable[[], tuple[tuple[int, ...], ...]] = field(repr=False, compare=False)
+
+    @property
+    def spare(self) -> tuple[tuple[int, ...], ...]:
+        """Per way, the class's other clips in the order in which they step in for unreadable ones; drawn anew."""
+        return self.draw_spare()
 
     def fill(
         self, take: Callable[[int, int, int], T | None], exhausted: Callable[[int], Exception]
@@ -44,8 +50,8 @@ class Episode:
         """
         filled: tuple[list[T], list[T]] = ([], [])
         slot = 0
-        for class_id, support, query, spare in zip(self.classes, self.support, self.query, self.spare, strict=True):
-            left = iter(spare)
+        for way, (class_id, support, query) in enumerate(zip(self.classes, self.support, self.query, strict=True)):
+            left = self._spares(way)
             for role, chosen in enumerate((support, query)):
                 for clip_id in chosen:
                     taken = (take(class_id, candidate, slot) for candidate in chain([clip_id], left))
@@ -55,6 +61,9 @@ class Episode:
                     filled[role].append(found)
                     slot += 1
         return filled
+
+    def _spares(self, way: int) -> Iterator[int]:
+        yield from self.spare[way]
 
 
 class EpisodeSampler:
@@ -92,27 +101,34 @@ class EpisodeSampler:
     def __getitem__(self, index: int) -> Episode:
         if index < 0:
             raise IndexError(f"an episode's index is at least 0, not {index}")
-        draws = np.random.PCG64(np.random.SeedSequence((*self._key, index)))
-        classes = _order(draws, len(self.clips.classes))[: self.way]
-        orders = [_order(draws, len(self.clips.clips[c])) for c in classes]
-        queries_end = self.shot + self.queries
+        taken = self.shot + self.queries
+        classes, orders = self._draw(index, slice(taken))
         return Episode(
             index=index,
             classes=classes,
             support=tuple(order[: self.shot] for order in orders),
-            query=tuple(order[self.shot : queries_end] for order in orders),
-            spare=tuple(order[queries_end:] for order in orders),
+            query=tuple(order[self.shot :] for order in orders),
+            draw_spare=partial(self._spare, index, taken),
         )
+
+    def _spare(self, index: int, taken: int) -> tuple[tuple[int, ...], ...]:
+        return self._draw(index, slice(taken, None))[1]
+
+    def _draw(self, index: int, places: slice) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        """An episode's classes, and of the order in which it takes the clips of each these places."""
+        draws = np.random.PCG64(np.random.SeedSequence((*self._key, index)))
+        classes = _order(draws, len(self.clips.classes), slice(self.way))
+        return classes, tuple(_order(draws, len(self.clips.clips[c]), places) for c in classes)
 
     def generator(self, index: int, slot: int) -> np.random.Generator:
         """The random numbers of one clip's place in one episode (frames, crop, flip), whichever clip lands there."""
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence((*self._key, index, 1 + slot))))
 
 
-def _order(draws: np.random.PCG64, count: int) -> tuple[int, ...]:
+def _order(draws: np.random.PCG64, count: int, places: slice) -> tuple[int, ...]:
     # Sorted raw words, not Generator.permutation: NumPy may change the latter between releases, and with it every
     # episode of a given seed.
-    order: list[int] = np.argsort(draws.random_raw(count), kind="stable").tolist()
+    order: list[int] = np.argsort(draws.random_raw(count), kind="stable")[places].tolist()
     return tuple(order)
 
 

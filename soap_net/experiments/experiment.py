@@ -30,7 +30,7 @@ from soap_net.data.memory import ClipMemory
 from soap_net.data.motion import MotionConfig, write_motion
 from soap_net.data.splits import load_split
 from soap_net.errors import UserError
-from soap_net.evaluate import evaluate
+from soap_net.evaluate import EvalResult, evaluate
 from soap_net.experiments.drawing import plot_accuracies
 from soap_net.experiments.processes import Job, Stop, perform
 from soap_net.experiments.results import Estimate, Result, Results, Row
@@ -148,6 +148,7 @@ class Experiment(ABC):
                 "tasks": result.tasks,
                 "answers": result.way * result.queries,
                 "correct": result.correct,
+                **told(result),
             }
         soap = model.soap
         return {
@@ -189,9 +190,8 @@ class Experiment(ABC):
             f"{c.eval.way}-way {c.eval.shot}-shot on unseen classes (chance: {self.chance:.0f} %), {c.eval.tasks} "
             f"tasks, {seeds}; {self.model()}, {c.train.episodes} training episodes, {c.data.frames} frames of "
             f"{c.data.crop} x {c.data.crop}.",
-            "Accuracies are means with 95 % intervals over training seeds and test tasks. Differences are paired: the "
-            "same seeds, the same test tasks, subtracted task by task. Tasks are drawn from one fixed set of test "
-            "clips, so no interval speaks of other clips or classes.",
+            "Accuracies are means ± half their 95 % intervals over training seeds and test tasks. Differences are "
+            "paired: the same seeds, the same test tasks, subtracted task by task. " + _beyond(rows, results),
         ]
         if counts[0] == 1:
             lines.append(
@@ -341,6 +341,24 @@ def _about(experiment: Experiment, command: Sequence[str]) -> str:
         f"Made by `{shlex.join(command) or experiment.name}` on {machine()}; "
         f"{', '.join(f'{name} {found[name]}' for name in named)}{commit}.\n"
     )
+
+
+def told(result: EvalResult) -> dict[str, Any]:
+    """What a result.json keeps of a test's tasks and answers, for intervals over clips and classes."""
+    if result.answers is None:
+        return {}
+    return {"drawn": result.answers.drawn.to_dict(), "right": result.answers.right.astype(int).tolist()}
+
+
+def _beyond(rows: Sequence[Row], results: Results) -> str:
+    """What the intervals in brackets are over, or why there are none."""
+    fixed = "Tasks are drawn from one fixed set of test clips, of whose choice that tells nothing"
+    found = [one.beyond for row in rows if (one := results.accuracy(row.cell, row.test)) and one.beyond]
+    over = dict.fromkeys(one.over for one in found if one.low is not None)
+    if over:
+        return f"{fixed}; the 95 % intervals in brackets are over {' or '.join(over)}."
+    why = "; ".join(dict.fromkeys(one.over for one in found)) or "these results don't say which clips a task had"
+    return f"{fixed}, and no interval over other clips can be given: {why}."
 
 
 def _signed(value: Estimate | None) -> str:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soap_net.files import write_text
+from soap_net.intervals import Drawn, Interval, beyond, student_t
 
 Result = dict[str, Any]
 """What a run's result.json holds."""
@@ -47,13 +48,18 @@ class Estimate:
     half: float | None
     seeds: int
     tasks: int
+    beyond: Interval | None = None
+    """The interval over new clips (and classes and seeds); None where a run's result doesn't tell its tasks."""
 
     def __str__(self) -> str:
         return self.shown("")
 
     def shown(self, sign: str) -> str:
         """As in the table; `sign` "+" writes that of a difference."""
-        return f"{self.mean:{sign}.1f} " + ("(one task)" if self.half is None else f"± {self.half:.1f}")
+        text = f"{self.mean:{sign}.1f} " + ("(one task)" if self.half is None else f"± {self.half:.1f}")
+        if self.beyond is None or self.beyond.low is None:
+            return text
+        return f"{text} ({self.beyond.shown(sign)})"
 
 
 def estimate(percents: NDArray[np.float64]) -> Estimate:
@@ -76,19 +82,6 @@ def estimate(percents: NDArray[np.float64]) -> Estimate:
     return Estimate(float(percents.mean()), student_t(freedom) * math.sqrt(total), seeds, tasks)
 
 
-def student_t(freedom: float, coverage: float = 0.95) -> float:
-    """The two-sided quantile of Student's t: with ``t = sqrt(freedom) tan(a)``, `a` has the density cos^(freedom-1)."""
-    if freedom > 1000:
-        return 1.96
-    angles = np.linspace(0.0, np.pi / 2, 20_001)
-    density = np.cos(angles) ** (freedom - 1)
-    if freedom < 1:
-        density[-1] = density[-2]
-    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    angle = float(np.interp(coverage, mass / mass[-1], angles))
-    return math.sqrt(freedom) * math.tan(angle)
-
-
 class Results:
     """The finished runs, by cell and seed."""
 
@@ -107,14 +100,31 @@ class Results:
     def accuracy(self, cell: str, test: str = "test") -> Estimate | None:
         """Over the seeds there are; None where there is none."""
         seeds = self.seeds(cell)
-        return estimate(self.accuracies(cell, test, seeds)) if seeds else None
+        if not seeds:
+            return None
+        found = estimate(self.accuracies(cell, test, seeds))
+        drawn, right = self._drawn([(cell, test)], seeds), self._right(cell, test, seeds)
+        return found if drawn is None else replace(found, beyond=beyond(right, drawn))
 
     def difference(self, one: tuple[str, str], other: tuple[str, str]) -> Estimate | None:
         """Accuracy of `one` (cell, test) less that of `other`, paired: the same seeds and, in each, the same tasks."""
         seeds = [seed for seed in self.seeds(one[0]) if seed in self.seeds(other[0])]
         if not seeds:
             return None
-        return estimate(self.accuracies(*one, seeds) - self.accuracies(*other, seeds))
+        found = estimate(self.accuracies(*one, seeds) - self.accuracies(*other, seeds))
+        if (drawn := self._drawn([one, other], seeds)) is None:
+            return found
+        right = self._right(*one, seeds) - self._right(*other, seeds)
+        return replace(found, beyond=beyond(right, drawn, difference=True))
+
+    def _drawn(self, tests: Sequence[tuple[str, str]], seeds: Sequence[int]) -> Drawn | None:
+        """The tasks that these tests share; None where a result, of an older version, doesn't tell, or they differ."""
+        told = [self.finished[cell, seed]["tests"][test].get("drawn") for cell, test in tests for seed in seeds]
+        return Drawn.of(told[0]) if told[0] is not None and all(one == told[0] for one in told) else None
+
+    def _right(self, cell: str, test: str, seeds: Sequence[int]) -> NDArray[np.float64]:
+        """``(seeds, tasks, way, queries)``."""
+        return np.array([self.finished[cell, seed]["tests"][test].get("right", 0) for seed in seeds], dtype=np.float64)
 
     def write(self, path: Path) -> None:
         """Writes a CSV file with one line for each test of each run."""

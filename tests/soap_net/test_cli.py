@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from soap_net.cli import COMMANDS, main
 from soap_net.config import Config, save_config
+from soap_net.train import train
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -104,6 +106,32 @@ def test_a_full_disk_is_one_line(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("soap-net: ")]
     assert errors == [f"soap-net: {config.out / 'last.pt'}: file too large"]
+
+
+def test_a_net_trained_on_one_data_set_is_tested_on_another_in_one_command(
+    tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_data, other)
+    (other / "train (class 0)").rename(other / "Train (Class 0)")  # as test class, named nearly as in training
+    (other / "splits" / "test.txt").write_text(
+        "\n".join(f"{name}/v{video}" for name in ("Train (Class 0)", "test (class 1)") for video in range(4))
+    )
+    shutil.rmtree(other / "test (class 0)")
+    config = tiny_run(train__val_every=0, data__test_split=str(tiny_data / "splits" / "test.txt"))
+    best = str(train(config, progress=False) / "best.pt")
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", best, "--data.root", str(other)]) == 0
+    said = capsys.readouterr().out
+    assert f"trained on {tiny_data}, tested on {other}\n" in said
+    assert "1 of its classes are named as training classes: Train (Class 0)\n" in said
+    written = json.loads((config.out / "eval.json").read_text())
+    assert (written["trained_on"], written["tested_on"]) == (str(tiny_data), str(other))
+    assert written["classes"] == ["Train (Class 0)", "test (class 1)"], "the other set's list, not the training's"
+    assert main(["report", str(config.out)]) == 0
+    assert f"of {other}, trained on {tiny_data}" in (config.out / "report.html").read_text()
+    assert main(["eval", "--checkpoint", best]) == 0
+    assert "trained on" not in capsys.readouterr().out
 
 
 def test_train_eval_and_classify_follow_each_other(

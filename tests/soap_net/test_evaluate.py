@@ -69,7 +69,7 @@ def check(result: EvalResult, accuracies: list[float], confusion: np.ndarray) ->
 def test_shared_features_and_batched_tasks_equal_a_plain_loop_for_every_head(
     tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, head: str, limit: int
 ) -> None:
-    monkeypatch.setattr("soap_net.evaluate.EMBEDDED_LIMIT", limit)
+    monkeypatch.setattr("soap_net.tasks.EMBEDDED_LIMIT", limit)
     config = tiny_run(
         model__head=head, model__head_options={}, data__frames=4, eval__way=3, eval__shot=2, eval__queries=2
     )

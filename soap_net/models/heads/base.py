@@ -75,10 +75,14 @@ Embedded = tuple[Tensor, ...]
 
 
 class Compared(NamedTuple):
-    """Clips compared with the supports: ``logits`` (N, way), and how much each is like any class, ``familiar`` (N,)."""
+    """Clips compared with the supports: ``logits`` (N, way), and how much each is like any class, ``familiar`` (N,).
+
+    ``chosen`` is what `FewShotHead.choose` gives of the supports.
+    """
 
     logits: Tensor
     familiar: Tensor
+    chosen: Tensor = torch.zeros(0)
 
 
 class FewShotHead(nn.Module, ABC):

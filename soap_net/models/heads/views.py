@@ -121,7 +121,7 @@ class ViewsHead(FewShotHead):
         weighed = self._chances(fit, scores) + fit.posterior.log()[:, :, None, None]
         views = fit.posterior.sum(dim=1) @ fit.mixtures
         familiar = torch.einsum("v,vqc->qc", views, self._standard(fit, scores)).amax(dim=-1)
-        return Compared(weighed.flatten(0, 1).logsumexp(dim=0), familiar)
+        return Compared(weighed.flatten(0, 1).logsumexp(dim=0), familiar, fit.posterior.sum(dim=1))
 
 
 class _Fit(NamedTuple):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from soap_net.experiments.drawing import plot_accuracies
-from soap_net.experiments.results import Estimate, Result, Results, Row, estimate, student_t
+from soap_net.experiments.results import Estimate, Result, Results, Row, estimate
+from soap_net.intervals import Drawn, Interval
 
 
 def test_estimate_of_one_seed_is_the_usual_interval_over_tasks() -> None:
@@ -32,11 +34,6 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.92 <= hits / 200 <= 0.995
 
 
-@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706), (2, 4.303), (5, 2.571), (30, 2.042), (1e9, 1.96)])
-def test_student_t_agrees_with_the_tables(freedom: float, expected: float) -> None:
-    assert student_t(freedom) == pytest.approx(expected, abs=2e-3)
-
-
 def test_difference_pairs_the_seeds_both_have() -> None:
     def one(correct: list[int]) -> Result:
         return {"tests": {"test": {"correct": correct, "answers": 5}}}
@@ -44,6 +41,39 @@ def test_difference_pairs_the_seeds_both_have() -> None:
     results = Results({("a", 0): one([5, 4]), ("b", 0): one([4, 3]), ("a", 1): one([0, 0])})
     assert results.difference(("a", "test"), ("b", "test")) == Estimate(20.0, 0.0, 1, 2)
     assert results.difference(("a", "test"), ("c", "test")) is None
+
+
+def test_intervals_over_clips_stand_beside_those_over_tasks_where_results_tell_their_tasks() -> None:
+    rng = np.random.default_rng(0)
+    classes = np.array([rng.permutation(8)[:3] for _ in range(200)])
+    clips = np.zeros((200, 3, 1), dtype=np.int64)
+    drawn = Drawn(classes, clips, clips, (6,) * 8)
+
+    def run(level: float, told: bool = True) -> Result:
+        hard = np.linspace(-0.2, 0.2, 8)[classes]
+        right = (rng.random((200, 3)) < level + hard)[:, :, None].astype(int)
+        more = {"drawn": json.loads(json.dumps(drawn.to_dict())), "right": right.tolist()} if told else {}
+        return {"tests": {"test": {"correct": right.sum(axis=(1, 2)).tolist(), "answers": 3, **more}}}
+
+    results = Results({("a", 0): run(0.7), ("b", 0): run(0.5), ("old", 0): run(0.5, told=False)})
+    one, gain = results.accuracy("a"), results.difference(("a", "test"), ("b", "test"))
+    assert one is not None
+    assert one.half is not None
+    assert gain is not None
+    assert one.beyond is not None
+    assert one.beyond.over == "new classes and clips"
+    assert half(one.beyond) > 2 * one.half, "the classes differ, which tasks alone don't show"
+    assert str(one).endswith(f" ({one.beyond.low:.1f} to {one.beyond.high:.1f})")
+    assert half(gain.beyond) < half(one.beyond), "paired: both have the same classes"
+    old, unpaired = results.accuracy("old"), results.difference(("a", "test"), ("old", "test"))
+    assert [found.beyond for found in (old, unpaired) if found] == [None, None]
+
+
+def half(found: Interval | None) -> float:
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    return (found.high - found.low) / 2
 
 
 def test_a_single_task_has_no_interval(tmp_path: Path) -> None:
