@@ -307,8 +307,9 @@ def episode(device: torch.device, turns: int, backbone: str, crop: int) -> dict[
         "milliseconds": {name: 1e3 * spent for name, spent in parts.items()},
         "whole": 1e3 * statistics.median(whole[2:]),
         "bound by": (
-            f"reading is {reading / (reading + computing):.0%} of both: a device that only computes takes "
-            f"{reading / computing:.2g} processes to be kept busy"
+            f"reading is {reading / (reading + computing):.0%} of both, the backbone "
+            f"{parts['backbone'] / (reading + computing):.0%}; {reading / computing:.2g} reading processes keep the "
+            "device busy"
         ),
     }
 
@@ -363,6 +364,8 @@ def as_markdown(record: dict[str, Any]) -> str:
                 low, high = row["quartiles"]
                 speed = f"{row['times as fast']:.2f} | {low:.2f} to {high:.2f}"
                 lines.append(f"| {name} | {row['milliseconds']:.1f} | {speed} |")
+    if note := record.get("step", {}).get("note"):
+        lines += ["", note]
     for name, why in record.get("video", {}).get("not timed", {}).items():
         lines += ["", f"{name} was not timed: {why}"]
     if found := record.get("episode"):

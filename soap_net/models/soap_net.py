@@ -179,7 +179,7 @@ class SOAPNet(nn.Module, Pretrained):
         return features[:-1] - features[-1:]
 
     def _normalized(self, frames: Tensor) -> Tensor:
-        return (frames.to(self.mean.dtype) / 255 - self.mean) / self.std
+        return frames.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
 
     def _embed(self, images: Tensor) -> Tensor:
         chunks = -(-len(images) // self.chunk_frames) if self.chunk_frames else 1

@@ -31,6 +31,7 @@ from soap_net.errors import UserError, WriteError
 from soap_net.evaluate import evaluate
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
+from soap_net.runs import Progress
 from soap_net.train import NonFiniteLoss, Step, Training, TrainingStopped, learning_rate
 from soap_net.versions import versions
 
@@ -595,21 +596,22 @@ def test_what_ends_a_run_before_its_first_step_leaves_no_checkpoint(
     assert not (config.out / "last.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["_note_validation", "_refuse_failures", "save_if_due", "validate_if_due"])
+@pytest.mark.parametrize("name", ["_note_validation", "refuse_failures", "save_if_due", "validate_if_due"])
 def test_an_error_between_steps_costs_none(
     thorough: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     whole = run(thorough("whole"))
     config = thorough("ended")
-    work = getattr(Training, name)
+    owner: Any = Progress if hasattr(Progress, name) else Training
+    work = getattr(owner, name)
 
-    def fail_at_8(self: Training, *args: Any) -> Any:
-        if self.state.episode == 8:
+    def fail_at_8(self: Any, *args: Any) -> Any:
+        if getattr(self, "state", self).episode == 8:
             raise Broken
         return work(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Training, name, fail_at_8)
+        patched.setattr(owner, name, fail_at_8)
         with pytest.raises(Broken):
             train.train(config, progress=False)
     assert checkpoint.load(config.out / "last.pt")["progress"]["episode"] == 8

@@ -94,11 +94,10 @@ class TupleAttention(nn.Module):
         not once per tuple it is in: T maps where there are L tuples.
         """
         cardinality = self.tuples.shape[1]
-        slots = linear.weight.unflatten(1, (cardinality, frames.shape[-1])).transpose(0, 1).flatten(0, 1)
-        mapped = F.linear(frames, slots).unflatten(-1, (cardinality, -1))
-        summed = mapped[:, self.tuples[:, 0], 0] + linear.bias
+        slots = linear.weight.unflatten(1, (cardinality, frames.shape[-1])).unbind(1)
+        summed = F.linear(frames, slots[0])[:, self.tuples[:, 0]] + linear.bias
         for slot in range(1, cardinality):
-            summed = summed + mapped[:, self.tuples[:, slot], slot]
+            summed = summed + F.linear(frames, slots[slot])[:, self.tuples[:, slot]]
         return summed
 
 
