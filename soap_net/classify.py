@@ -381,7 +381,7 @@ def _without_paths(config: Config) -> Config:
     backbone = f"{kind}{colon}{Path(source).name if Path(source).is_absolute() else source}"
     return replace(
         config,
-        data=replace(data, root=Path(data.root.name), train_split=None, val_split=None, test_split=None),
+        data=replace(data, root=Path(data.name), roots=(), train_split=None, val_split=None, test_split=None),
         model=replace(model, backbone=backbone, weights=model.weights and Path(model.weights).name),
         out=Path(config.out.name),
     )

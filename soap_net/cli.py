@@ -255,8 +255,9 @@ def _data_check(args: list[str]) -> int:
     from soap_net.data.check import check_data
 
     splits = {split: data.split_file(split) for split in options.split}
-    findings = options.findings or Path("runs/check") / f"{data.root.resolve().name}.jsonl"
-    report = check_data(data.root, splits, findings=findings, workers=data.workers)
+    sets = "-".join(place.resolve().name for place in data.roots or (data.root,))
+    findings = options.findings or Path("runs/check") / f"{sets}.jsonl"
+    report = check_data(data.place, splits, findings=findings, workers=data.workers)
     if options.json:
         print_json(report.as_dict())
     else:
@@ -316,20 +317,31 @@ def _leading_path(args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _experiment(args: list[str]) -> int:
-    from soap_net.experiments.command import EXPERIMENTS, PRESETS, QUICK_SEEDS, SEEDS, build, default_seeds
+    from soap_net.experiments.command import (
+        EXPERIMENTS,
+        PRESETS,
+        QUICK_SEEDS,
+        SEEDS,
+        SIZES,
+        build,
+        default_seeds,
+        presets_of,
+    )
 
     own = Options("experiment", "Put one of the paper's claims to the test: a table, a CSV file and a plot.", SETTINGS)
     own.add_argument("name", help="; ".join(f"{name}: {claim}" for name, (_, claim) in EXPERIMENTS.items()))
-    own.add_argument("--preset", default="quick", help=f"{' or '.join(PRESETS)} (default: quick)")
+    shown = f"{' or '.join(PRESETS)}; of real {', '.join(SIZES)} (default: the first)"
+    own.add_argument("--preset", "--size", metavar="PRESET", help=shown)
     own.add_argument("--out", type=Path, help="folder; one left unfinished goes on (default: runs/experiments/NAME)")
     fewer = "; at preset quick " + ", ".join(f"{seeds} of {name}" for name, seeds in QUICK_SEEDS.items())
     own.add_argument("--seeds", type=int, help=f"trainings of each setting (default: {SEEDS}{fewer})")
     own.add_argument("--jobs", type=int, default=0, help="trainings at a time (default: one per GPU or core)")
     options, settings = own.parse_known(args)
-    seeds = default_seeds(options.name, options.preset) if options.seeds is None else options.seeds
+    preset = options.preset or presets_of(options.name)[0]
+    seeds = default_seeds(options.name, preset) if options.seeds is None else options.seeds
     if seeds < 1 or options.jobs < 0:
         raise UserError(f"--seeds is {seeds} and --jobs {options.jobs}: they must be at least 1")
-    experiment = build(options.name, options.preset, settings)
+    experiment = build(options.name, preset, settings)
 
     import torch
 

@@ -29,6 +29,8 @@ class DataConfig:
 
     root: Annotated[Path, "a folder"] = Path("data")
     """Folder of the data set."""
+    roots: tuple[Annotated[Path, "a folder"], ...] = ()
+    """Folders of several data sets, in place of root: an episode is drawn from one of them."""
     train_split: Annotated[Path, "a file"] | None = None
     """Split file of the training classes; by default found under root."""
     val_split: Annotated[Path, "a file"] | None = None
@@ -51,6 +53,16 @@ class DataConfig:
     """Order in which the frames are handed over; all but forward are there to study what a model makes of time."""
     workers: Annotated[int, AtLeast(0)] = 2
     """Processes that decode clips; 0 decodes in the main process."""
+
+    @property
+    def place(self) -> Path | tuple[Path, ...]:
+        """Where the clips are: `roots`, or `root` without any."""
+        return self.roots or self.root
+
+    @property
+    def name(self) -> str:
+        """The name of the data set's folder, or of all sets' folders."""
+        return "+".join(place.name for place in self.roots or (self.root,))
 
     def split_file(self, split: str) -> Path | None:
         """The file set for `split` ("train", "val" or "test"), or None to look under `root`."""
@@ -223,7 +235,8 @@ class Config:
         """Returns the same with the paths of `data` absolute, so that they mean the same from any working directory."""
         names = ("root", "train_split", "val_split", "test_split")
         paths = {name: path.absolute() for name in names if (path := getattr(self.data, name)) is not None}
-        return replace(self, data=replace(self.data, **paths))
+        roots = tuple(root.absolute() for root in self.data.roots)
+        return replace(self, data=replace(self.data, roots=roots, **paths))
 
     def check(self) -> Config:
         """Returns self if every value is possible, else raises `UserError` naming the first that is not."""

@@ -240,7 +240,7 @@ def evaluate_run(
         target = out if out is not None and out.suffix == ".json" else RunFolder(out or folder).result
         with ranks.together():
             model, trained = _model(checkpoint, config, ranks.device)
-            clips = load_split(data.root, split, data.split_file(split), data.split_files)
+            clips = load_split(data.place, split, data.split_file(split), data.split_files)
             if ranks.first:
                 _refuse_unwritable(target)
         if ranks.size > 1:
@@ -251,9 +251,9 @@ def evaluate_run(
         result = evaluate(
             model, clips, data, config.eval, ranks=ranks, amp=config.train.amp, progress=progress, stop=stop
         )
-        result.tested_on = str(data.root.absolute())
+        result.tested_on = _where(data)
         if trained is not None:
-            result.trained_on = str(trained.root)
+            result.trained_on = _where(trained)
             result.shared_classes = _shared_classes(trained, result) if ranks.first else []
         if ranks.first:
             try:
@@ -276,11 +276,15 @@ def _model(checkpoint: Path | None, config: Config, device: torch.device) -> tup
     return model, trained.data
 
 
+def _where(data: DataConfig) -> str:
+    return ", ".join(str(root.absolute()) for root in data.roots or (data.root,))
+
+
 def _shared_classes(trained: DataConfig, result: EvalResult) -> list[str]:
     if result.trained_on == result.tested_on:
         return []
     try:
-        known = load_split(trained.root, "train", trained.train_split, trained.split_files).classes
+        known = load_split(trained.place, "train", trained.train_split, trained.split_files).classes
     except UserError:  # it isn't here any more
         return []
     names = {name.casefold() for name in known}

@@ -108,7 +108,7 @@ def _task(sampler: EpisodeSampler, episode: Episode, found: dict[_Place, Tensor 
     sides = _places(sampler, episode, found, failures)
     support, query = ([found[place] for place in side] for side in sides)
     names = [[sampler.clips.clips[a][b].name for a, b in side] for side in sides]
-    labels = torch.arange(sampler.way)
+    labels = torch.arange(len(episode.classes))
     return EpisodeClips(
         index=episode.index,
         support=torch.stack(support),  # type: ignore[arg-type]  # no errors are left

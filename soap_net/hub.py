@@ -149,8 +149,8 @@ class Pretrained(
             UserError: no config, or a result that is none.
         """
         config = self._portable()
-        name = f"SOAP-Net on {config.data.root.name}"
-        found = [_accuracy(result, config.data.root.name) for result in results]
+        name = f"SOAP-Net on {config.data.name}"
+        found = [_accuracy(result, config.data.name) for result in results]
         data: Any = self._hub_mixin_info.model_card_data.to_dict()
         if found:
             data |= {"model_name": name, "eval_results": [_listed(one) for one in found]}
@@ -161,7 +161,7 @@ class Pretrained(
             paper_url=PAPER,
             model=config.model,
             frames=config.data.frames,
-            data_set=config.data.root.name,
+            data_set=config.data.name,
             results=found,
             settings=dump(config),
             **more,
@@ -199,7 +199,7 @@ class Pretrained(
         lists = dict.fromkeys(("train_split", "val_split", "test_split"))
         return replace(
             self.config,
-            data=replace(data, root=Path(data.root.name), workers=DataConfig.workers, **lists),  # type: ignore[arg-type]
+            data=replace(data, root=Path(data.name), roots=(), workers=DataConfig.workers, **lists),  # type: ignore[arg-type]
             model=replace(model, weights=weights, soap=replace(model.soap, backend="auto")),
             out=Config.out,
             device=Config.device,

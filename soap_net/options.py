@@ -61,15 +61,24 @@ def _undotted_settings() -> set[str]:
 
 
 def _joined(args: Sequence[str], undotted: set[str]) -> list[str]:
-    """The arguments with each setting's value joined to its key, lest it be taken for a positional one."""
+    """The arguments with each setting's value joined to its key, lest it be taken for a positional one.
+
+    A list's items may be arguments of their own, one after another.
+    """
+    from soap_net.config import Config
+    from soap_net.settings import as_list, is_list, kinds
+
+    lists = {f"--{key}" for key, kind in kinds(Config).items() if is_list(kind)}
     found: list[str] = []
+    values: list[str] = []  # of the last argument, where that is a setting
     for arg in args:
-        key = found[-1] if found else ""
+        key = found[-1].partition("=")[0] if values else found[-1] if found else ""
         setting = key in undotted or (key.startswith("--") and "." in key and "=" not in key)
-        if setting and not arg.startswith("--"):
-            found[-1] += f"={arg}"
+        if arg.startswith("--") or not setting or (values and key not in lists):
+            found, values = [*found, arg], []
         else:
-            found.append(arg)
+            values.append(arg)
+            found[-1] = f"{key}={as_list(values) if key in lists else arg}"
     return found
 
 

@@ -215,7 +215,7 @@ def _priors(run: _Run, count: int) -> list[_Shown]:
     # All backends compute the same; the one it was trained with may need a GPU.
     model, config = load_model(folder.last if folder.last.is_file() else folder.best, backend="auto")
     split = run.config["eval"]["split"]
-    clips = load_split(config.data.root, split, config.data.split_file(split), config.data.split_files)
+    clips = load_split(config.data.place, split, config.data.split_file(split), config.data.split_files)
     load = clip_loader(config.data, train=False)
     shown = []
     for row in np.unique(np.linspace(0, len(clips.classes) - 1, count).round().astype(int)):

@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-FREE_TO_CHANGE = ("data.root", "data.workers", "out", "device", "train.max_failed_share", "train.wandb")
+FREE_TO_CHANGE = ("data.root", "data.roots", "data.workers", "out", "device", "train.max_failed_share", "train.wandb")
 """Settings that may change between a run and its continuation, as they change no result."""
 COMPUTES = ("soap_net", "torch")
 """Of `versions`, those that a run goes on with only where they are the same, unless `--resume` says so."""

@@ -13,13 +13,14 @@ import ast
 import contextlib
 import inspect
 import itertools
+import json
 import math
 import os
 import re
 import reprlib
 import sys
 import textwrap
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -80,6 +81,16 @@ _hints: Callable[[Any], dict[str, Any]] = cache(_fields)
 def is_free(kind: Any) -> bool:
     """Whether an annotation's setting is one mapping whose keys are free, as a head's options."""
     return get_origin(get_args(kind)[0] if get_origin(kind) is Annotated else kind) is dict
+
+
+def is_list(kind: Any) -> bool:
+    """Whether an annotation's setting is a list."""
+    return get_origin(kind) is tuple
+
+
+def as_list(texts: Sequence[str]) -> str:
+    """A list's value from arguments of the command line: its items, or the whole list as YAML."""
+    return texts[0] if len(texts) == 1 and re.match(r"\s*\[|null$", texts[0]) else json.dumps([*texts])
 
 
 def _is_group(key: str, known: Iterable[str]) -> bool:
@@ -375,9 +386,13 @@ def parse_options(
 
 
 def _named(args: Sequence[str], known: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Options with their texts: settings, groups of them, ``config``, and a free one's own, as a head's options."""
-    remaining = iter(args)
-    for arg in remaining:
+    """Options with their texts: settings, groups of them, ``config``, and a free one's own, as a head's options.
+
+    A list's items may be arguments of their own, one after another.
+    """
+    remaining = deque(args)
+    while remaining:
+        arg = remaining.popleft()
         if not arg.startswith("--"):
             raise UserError(f"unrecognized arguments: {shown(arg)}")
         name, equals, text = arg[2:].partition("=")
@@ -385,10 +400,12 @@ def _named(args: Sequence[str], known: Mapping[str, Any]) -> Iterator[tuple[str,
         if not free and name not in known and not _is_group(name, known) and name != "config":
             meant = _meant(name, [*known, "config", "help", "print_config"], "--")
             raise UserError(f"unknown option --{shown(name)[1:-1]}{meant}")
-        given = text if equals else next(remaining, "--")
-        if not equals and given.startswith("--"):
+        given, several = [text] if equals else [], is_list(known.get(name))
+        while remaining and not equals and not remaining[0].startswith("--") and (several or not given):
+            given.append(remaining.popleft())
+        if not given:
             raise UserError(f"argument --{name}: expected one argument")
-        yield name, given
+        yield name, as_list(given) if several and not equals else given[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- help

@@ -63,6 +63,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] | None = None,
     memory: ClipMemory | None = None,
+    start: Callable[[SOAPNet], object] | None = None,
 ) -> Path:
     """Trains as `config` says and returns the run folder.
 
@@ -78,6 +79,7 @@ def train(
         callbacks: told of steps, validations, saves and the end, after those that the config asks for.
         stop: asked after each episode whether to save and end; by default, Ctrl-C and SIGTERM ask for that.
         memory: keeps decoded clips from run to run; by default none are kept.
+        start: called with the new net, in every process, to give it other weights to start from.
 
     Raises:
         UserError: impossible settings, bad data, a run folder that holds another run, too many clips that can't be
@@ -101,6 +103,8 @@ def train(
         stop = stop or (lambda: signals.requested)
         with ranks.together():
             training = Training(config, ranks, progress=progress, stop=stop, memory=memory, callbacks=told)
+            if start is not None:
+                start(training.model)
         with training.opened(resume):
             try:
                 with contextlib.suppress(EndTraining):
@@ -151,9 +155,11 @@ class Training:
         self.shows = progress and ranks.first
         self._stop, self._memory, self._callbacks = stop, memory, callbacks
         self._told: list[Callback] = []  # of the callbacks those that have begun
-        self._clips = load_split(data.root, "train", data.train_split, data.split_files)
-        self._sampler = EpisodeSampler(self._clips, episode.way, episode.shot, episode.queries, episode.seed)
-        self.val_clips = load_split(data.root, "val", data.val_split, data.split_files) if cfg.val_every else None
+        self._clips = load_split(data.place, "train", data.train_split, data.split_files)
+        self._sampler = EpisodeSampler(
+            self._clips, episode.way, episode.shot, episode.queries, episode.seed, fewer=bool(data.roots)
+        )
+        self.val_clips = load_split(data.place, "val", data.val_split, data.split_files) if cfg.val_every else None
         self._val_config = replace(
             config.eval, tasks=cfg.val_tasks, way=episode.way, shot=episode.shot, seed=episode.seed, split="val"
         )
@@ -329,7 +335,7 @@ class Training:
         torch.manual_seed(_dropout_seed(episode.seed, index))
         scoring = self.model.head if self._embedded else self.model
         with autocast(self.ranks.device, self.config.train.amp):
-            logits = scoring(task.support, task.support_labels, task.query, episode.way)
+            logits = scoring(task.support, task.support_labels, task.query, len(task.class_ids))
         # Summed over the queries: the field's convention, which its learning rates assume.
         loss = F.cross_entropy(logits.float(), task.query_labels, reduction="sum")
         self.scaler.scale(loss / batch_size).backward()

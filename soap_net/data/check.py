@@ -79,7 +79,7 @@ class SplitReport:
 class DataReport:
     """All splits that were read."""
 
-    root: Path
+    root: Path | tuple[Path, ...]
     splits: list[SplitReport]
 
     @property
@@ -98,7 +98,7 @@ class DataReport:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "root": str(self.root),
+            "root": [*map(str, self.root)] if isinstance(self.root, tuple) else str(self.root),
             "sound": self.sound,
             "shared_classes": self.shared_classes(),
             "splits": [report.as_dict() for report in self.splits],
@@ -133,7 +133,7 @@ def _spread(values: Sequence[Any]) -> str:
 
 
 def check_data(
-    root: Path,
+    root: Path | tuple[Path, ...],
     splits: Mapping[str, Path | None],
     *,
     findings: Path | None = None,
@@ -143,7 +143,7 @@ def check_data(
     """Reads every frame, which training may ask for, of every clip of ``splits``, once.
 
     Args:
-        root: of the data set.
+        root: of the data set, or of each of several.
         splits: names to split files; None is the data set's own.
         findings: file for what each clip holds, or what is wrong with it: a JSON object a line, as they come. Clips
             that it says are sound are not read again until their file changes.
@@ -155,7 +155,7 @@ def check_data(
             broken clips are reported.
         WriteError: ``findings`` can't be written.
     """
-    report = DataReport(Path(root), [])
+    report = DataReport(root if isinstance(root, tuple) else Path(root), [])
     clip_sets: list[ClipSet] = []
     for split, split_file in splits.items():
         missing: list[str] = []

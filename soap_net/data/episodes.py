@@ -69,17 +69,23 @@ class Episode:
 class EpisodeSampler:
     """``sampler[index]`` is the episode of that index: a pure function of ``seed``, the split's name and ``index``.
 
-    Raises UserError where the split has fewer classes than ``way``, or a class fewer clips than
-    ``shot + queries``, naming the classes and their counts.
+    Of several data sets, each episode is of one, all of them equally often. With ``fewer`` an episode of a set that has
+    less than ``way`` classes is of all that it has.
+
+    Raises UserError where the split (or a set, without ``fewer``) has fewer classes than ``way``, or a class fewer
+    clips than ``shot + queries``, naming the classes and their counts.
     """
 
-    def __init__(self, clips: ClipSet, way: int, shot: int, queries: int, seed: int) -> None:
+    def __init__(self, clips: ClipSet, way: int, shot: int, queries: int, seed: int, *, fewer: bool = False) -> None:
         for name, value, least in (("way", way, 2), ("shot", shot, 1), ("queries", queries, 1), ("seed", seed, 0)):
             if value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
-        if way > len(clips.classes):
+        self._sets = clips.by_set
+        least = min(map(len, self._sets), default=0)
+        if least < (2 if fewer else way):
+            one = f" of {clips.classes[min(self._sets, key=len)[0]].partition('/')[0]}" if len(self._sets) > 1 else ""
             raise UserError(
-                f"{way}-way episodes need {way} classes, and the {clips.split} split has {len(clips.classes)}"
+                f"{way}-way episodes need {2 if fewer else way} classes, and the {clips.split} split{one} has {least}"
             )
         short = [
             f"{name!r} has {len(members)}"
@@ -117,7 +123,9 @@ class EpisodeSampler:
     def _draw(self, index: int, places: slice) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """An episode's classes, and of the order in which it takes the clips of each these places."""
         draws = np.random.PCG64(np.random.SeedSequence((*self._key, index)))
-        classes = _order(draws, len(self.clips.classes), slice(self.way))
+        every = slice(None)
+        own = self._sets[_order(draws, len(self._sets), every)[0] if len(self._sets) > 1 else 0]
+        classes = tuple(own[i] for i in _order(draws, len(own), slice(self.way)))
         return classes, tuple(_order(draws, len(self.clips.clips[c]), places) for c in classes)
 
     def generator(self, index: int, slot: int) -> np.random.Generator:
@@ -216,7 +224,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
             )
 
         support, query = episode.fill(load, exhausted)
-        labels = torch.arange(self.sampler.way)
+        labels = torch.arange(len(episode.classes))
         return EpisodeClips(
             index=episode.index,
             support=torch.stack([frames for _, frames in support]),

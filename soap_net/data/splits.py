@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -37,18 +37,31 @@ class ClipSet:
     """A split: ``clips[i]`` belong to ``classes[i]``; classes and clips in natural order of their names.
 
     ``form`` is that of its list (`SplitList`), None where the folders are the classes.
+
+    Of several data sets, one set's classes come after another's, and ``sets[i]`` is the number of class i's; empty for
+    one.
     """
 
     split: str
     classes: tuple[str, ...]
     clips: tuple[tuple[Clip, ...], ...]
     form: str | None = None
+    sets: tuple[int, ...] = ()
+
+    @property
+    def by_set(self) -> list[list[int]]:
+        """The numbers of each set's classes."""
+        sets = self.sets or (0,) * len(self.classes)
+        return [[i for i, one in enumerate(sets) if one == number] for number in sorted({*sets})]
 
 
 def load_split(
-    root: Path, split: str, split_file: Path | None = None, split_files: Mapping[str, Path | None] | None = None
+    root: Path | tuple[Path, ...],
+    split: str,
+    split_file: Path | None = None,
+    split_files: Mapping[str, Path | None] | None = None,
 ) -> ClipSet:
-    """The clips of one split of the data set in folder (or zip) ``root``.
+    """The clips of one split of the data set in folder (or zip) ``root``, or of the data sets in several.
 
     ``split_file`` None looks for ``{split}.txt``, ``{split}list*.txt``, ``{split}_few_shot.txt`` or a benchmark's own
     list in ``root/splits`` and ``root``; without any, the folders are the classes: ``root/{split}/<class>/<clip>`` or
@@ -58,7 +71,12 @@ def load_split(
     Raises UserError for a missing or empty data set, a malformed split file, or a benchmark's own lists that share
     classes between training and this split; and MissingClipsError, which names all the clips that a split file lists
     and ``root`` lacks.
+
+    Several sets are named as their folders, and their classes "set/class". ``split_file`` then holds lines
+    ``set/class/video``; None takes each set's own.
     """
+    if isinstance(root, tuple):
+        return _union(root, split, split_file)
     root = Path(root)
     if not root.exists():
         mend = "; say with --data.root where it is" if split in SPLITS else ""
@@ -87,6 +105,43 @@ def splits_of(root: Path, split_files: Mapping[str, Path | None]) -> list[str]:
     if root.is_file():
         names |= {part for folder in archive_at(root).folders for part in folder.split("/")[:-2]}
     return [split for split in SPLITS if split in names] or [*SPLITS]
+
+
+def _union(roots: tuple[Path, ...], split: str, split_file: Path | None) -> ClipSet:
+    places = [Path(root).absolute() for root in roots]
+    names = [place.stem if place.suffix == ".zip" else place.name for place in places]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"data.roots has several data sets of the name {doubled[0]!r}: their folders' names must differ"
+        )
+    if split_file is None:
+        found = [load_split(place, split) for place in places]
+    else:
+        parts = _by_set(read_split_file(split_file, split), names)
+        # A set without a line has no part in the split.
+        found = [
+            _listed(place, parts[name], split) if parts[name].lines else ClipSet(split, (), ())
+            for place, name in zip(places, names, strict=True)
+        ]
+    return ClipSet(
+        split,
+        tuple(f"{name}/{label}" for name, one in zip(names, found, strict=True) for label in one.classes),
+        tuple(clips for one in found for clips in one.clips),
+        sets=tuple(number for number, one in enumerate(found) for _ in one.classes),
+    )
+
+
+def _by_set(listed: SplitList, names: list[str]) -> dict[str, SplitList]:
+    """The lines of each set, less its name."""
+    lines: dict[str, list[SplitLine]] = {name: [] for name in names}
+    for line in listed.lines:
+        name, _, label = line.label.partition("/")
+        if name not in lines or not label:
+            raise UserError(
+                f"{listed.path}: {line.path!r} is not <set>/<class>/<video> with one of the sets {', '.join(names)}"
+            )
+        lines[name].append(SplitLine(label, line.path.partition("/")[2]))
+    return {name: replace(listed, lines=tuple(own)) for name, own in lines.items()}
 
 
 def _compared(root: Path, split: str, split_files: Mapping[str, Path | None]) -> list[SplitList]:

@@ -36,6 +36,7 @@ from soap_net.experiments.processes import Job, Stop, perform
 from soap_net.experiments.results import Estimate, Result, Results, Row
 from soap_net.files import read_json, remove_stale, write_text
 from soap_net.interrupts import Interrupted
+from soap_net.models import SOAPNet
 from soap_net.ranks import Ranks, pick_device
 from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference
 from soap_net.train import train
@@ -116,8 +117,8 @@ class Experiment(ABC):
         cells = {row.cell: row.changes for row in self.rows(results)}
         return seeded(cells.items(), seeds, tests=self.tests)
 
-    def prepare(self) -> None:
-        """Makes the embedded data sets that the runs need."""
+    def prepare(self, folder: Path) -> None:
+        """Makes what the runs need in common: the embedded data sets; `folder` is the experiment's."""
         if self.motion is not None:
             write_motion(self.config.data.root, MotionConfig())
 
@@ -137,32 +138,29 @@ class Experiment(ABC):
         tests = {}
         for name, changes in run.tests.items():
             cfg = changed(config, changes)
-            clips = load_split(cfg.data.root, cfg.eval.split, cfg.data.split_file(cfg.eval.split), cfg.data.split_files)
+            data, split = cfg.data, cfg.eval.split
+            clips = load_split(data.place, split, data.split_file(split), data.split_files)
             result = evaluate(
-                model, clips, cfg.data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
+                model, clips, data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
                 memory=memory,
             )  # fmt: skip
-            tests[name] = {
-                "accuracy": result.accuracy,
-                "ci95": result.ci95,
-                "tasks": result.tasks,
-                "answers": result.way * result.queries,
-                "correct": result.correct,
-                **told(result),
-            }
-        soap = model.soap
+            tests[name] = tested(result)
         return {
             "tests": tests,
             "train_seconds": trained - began,
             "test_seconds": time.perf_counter() - trained,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "soap_parameters": 0 if soap is None else sum(p.numel() for p in soap.parameters()),
+            **sizes(model),
         }
+
+    def pooled(self, results: Results) -> Results:
+        """What table and plot show, where that is not each run by itself."""
+        return results
 
     def write(self, folder: Path, results: Results, about: str) -> None:
         """Writes results.csv, table.md and plot.svg; `about` says how they came to be."""
-        rows = [row for row in self.rows(results) if results.seeds(row.cell)]
         results.write(folder / "results.csv")
+        results = self.pooled(results)
+        rows = [row for row in self.rows(results) if results.seeds(row.cell)]
         text = f"# {self.title}\n\n{self.table(rows, results)}\n\n{self.remarks(rows, results)}\n\n{about}"
         write_text(folder / "table.md", text)
         if rows:
@@ -217,6 +215,27 @@ class Experiment(ABC):
         plot_accuracies(path, rows, results, self.title, self.axis, self.chance, self.paper)
 
 
+def tested(result: EvalResult) -> Result:
+    """What a run's result.json holds of one test."""
+    return {
+        "accuracy": result.accuracy,
+        "ci95": result.ci95,
+        "tasks": result.tasks,
+        "answers": result.way * result.queries,
+        "correct": result.correct,
+        **told(result),
+    }
+
+
+def sizes(model: SOAPNet) -> Result:
+    """What a run's result.json holds of its net."""
+    soap = model.soap
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "soap_parameters": 0 if soap is None else sum(p.numel() for p in soap.parameters()),
+    }
+
+
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with other settings, given by dotted key.
 
@@ -248,7 +267,7 @@ def run_experiment(
         ExperimentStopped: Ctrl-C or SIGTERM.
     """
     _open_folder(experiment, folder)
-    experiment.prepare()
+    experiment.prepare(folder)
     about = _about(experiment, command)
     results = Results({})
     try:
@@ -306,7 +325,7 @@ def run_config(config: Config, run: Run, folder: Path) -> Config:
 def _open_folder(experiment: Experiment, folder: Path) -> None:
     """Makes the experiment's folder, or sees that what is in it is this experiment."""
     path = folder / "experiment.json"
-    free = {*FREE_TO_CHANGE} - {"data.root"}  # a table is of one data set
+    free = {*FREE_TO_CHANGE} - {"data.root", "data.roots"}  # a table is of one data set
     embedded = experiment.motion is not None  # such data are made anew wherever the folder is moved to
     asked = experiment.config if embedded else experiment.config.absolute()
     settings = {key: value for key, value in flatten(to_dict(asked)).items() if key not in free}

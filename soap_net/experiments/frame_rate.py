@@ -55,7 +55,7 @@ class FrameRate(Experiment):
         rates = [_Cell(soap, 1, rate) for rate in RATES for soap in (True, False)] if self.motion else []
         return intervals + rates
 
-    def prepare(self) -> None:
+    def prepare(self, folder: Path) -> None:
         if self.motion is None:
             return
         write_motion(self._root(None), self._motion_config(INTERVAL_RATE, 1.0))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -107,7 +108,7 @@ class SOAPNet(nn.Module, Pretrained):
 
         N is ``backbone.vectors(T)``. For a head that takes differences, those of each frame to the one before it (as
         SOAP gave them, or normalised) follow, less the features of a difference that is 0 everywhere: one vector less
-        where each is a frame's, and as many where they stand for several frames.
+        where each is a frame's, and as many where they stand for several frames; zeros for a head that ignores them.
 
         Raises:
             UserError: clips of a wrong shape or dtype, or that the backbone does not take.
@@ -116,10 +117,12 @@ class SOAPNet(nn.Module, Pretrained):
         x = self._normalized(clips) if self._normalizes else clips
         if self.soap is not None:
             x = self.soap(x)
-        if not self.head.takes_differences:
+        if not self.head.takes_differences or self.head.ignores_differences:
             if self.backbone.takes_clips:
-                return self.backbone(x)
-            return self._embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+                shown = self.backbone(x)
+            else:
+                shown = self._embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return F.pad(shown, (0, 0, 0, self.head.frames - shown.shape[1])) if self.head.takes_differences else shown
         changes = x.diff(dim=1)
         if self.backbone.takes_clips:
             changes = torch.cat([changes, changes[:, -1:]], dim=1)  # some take one number of frames only

@@ -209,3 +209,14 @@ def test_help_names_every_head_and_backbone() -> None:
     docs = field_docs(ModelConfig)
     assert all(re.search(rf"\b{name}\b", docs["head"]) for name in HEADS)
     assert all(re.search(rf"\b{name}\b", docs["backbone"]) for name in BACKBONES)
+
+
+@pytest.mark.parametrize("given", [["a", "b c"], ["[a, b c]"], ["a"]])
+def test_a_lists_items_may_be_arguments_of_their_own(given: list[str]) -> None:
+    config = parse(["--data.roots", *given, "--train.lr", "2"])
+    assert config.data.roots == (Path("a"), Path("b c"))[: 1 if given == ["a"] else 2]
+    assert config.data.place == config.data.roots
+    assert config.train.lr == 2
+    assert parse(["--model.soap.tuple_sizes", "1", "3"]).model.soap.tuple_sizes == (1, 3)
+    with pytest.raises(UserError, match="unrecognized arguments: 'b'"):
+        parse(["--data.root", "a", "b"])

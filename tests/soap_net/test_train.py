@@ -841,3 +841,21 @@ def test_two_processes_train_as_one(tiny_run: Callable[..., Config], tmp_path: P
         assert two.keys() == one.keys()
         if "loss" in one:
             assert math.isclose(two["loss"], one["loss"], rel_tol=1e-3)
+
+
+def test_training_on_several_sets_takes_as_many_ways_as_the_episodes_set_has(
+    tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few"
+    (few / "splits").mkdir(parents=True)
+    lines = (tiny_data / "splits/train.txt").read_text().split("\n")[:8]  # two of the three classes
+    (few / "splits/train.txt").write_text("\n".join(lines))
+    for folder in {line.partition("/")[0] for line in lines}:
+        (few / folder).symlink_to(tiny_data / folder)
+    both = [str(tiny_data), str(few)]
+    config = tiny_run(data__roots=both, episode__way=3, train__episodes=8, train__val_every=0, eval__way=3)
+    train.train(config, progress=False)
+    metrics = [entry for entry in train.RunFolder(config.out).read_metrics() if "loss" in entry]
+    assert metrics[-1]["episode"] == 8
+    sampler = EpisodeSampler(load_split(config.data.place, "train"), 3, 1, 1, config.episode.seed, fewer=True)
+    assert {len(sampler[index].classes) for index in range(8)} == {2, 3}

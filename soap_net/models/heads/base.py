@@ -96,6 +96,8 @@ class FewShotHead(nn.Module, ABC):
     """How many tasks evaluation may run side by side, which takes as many times the memory of one."""
     takes_differences: ClassVar[bool] = False
     """Whether the features of the differences of neighbouring frames follow those of a clip's T frames: 2 T - 1."""
+    ignores_differences: bool = False
+    """Whether it takes those, and no answer of its own hangs on them: zeros will do."""
     choices: tuple[str, ...] = ()
     """Names of what the head chooses among by looking at the supports, if it does."""
 

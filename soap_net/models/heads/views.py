@@ -55,6 +55,7 @@ class ViewsHead(FewShotHead):
             near = did_you_mean(str(by), ("auto", *MIXTURES))
             raise UserError(f"by is {by!r}{near} (known: auto, {', '.join(MIXTURES)})")
         self.choices = AUTO if by == "auto" else (by,)
+        self.ignores_differences = not any(MIXTURES[name][2] for name in self.choices)
 
     def embed(self, features: Tensor) -> Embedded:
         """One unit vector a view: ``(N, D)``, ``(N, T D)`` and ``(N, (T - 1) D)``; zeros where nothing moves."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +180,29 @@ def test_a_class_without_a_readable_clip_left_ends_in_one_line_that_names_it(fra
     with pytest.raises(UserError, match=f"episode 0: class '{label}' has no readable clip left") as caught:
         data[0]
     assert "\n" not in str(caught.value)
+
+
+def union(sizes: tuple[int, ...], *classes: int) -> ClipSet:
+    """Sets of so many classes, ``sizes`` being the clips of all their classes in turn."""
+    sets = tuple(number for number, count in enumerate(classes) for _ in range(count))
+    return replace(clip_set(sizes=sizes), sets=sets)
+
+
+def test_an_episode_of_several_sets_is_of_one_and_each_set_comes_equally_often() -> None:
+    clips = union((5,) * 12, 7, 3, 2)
+    sampler = EpisodeSampler(clips, 5, 1, 2, seed=0, fewer=True)
+    episodes = [sampler[index] for index in range(600)]
+    drawn = [{clips.sets[c] for c in episode.classes} for episode in episodes]
+    assert all(len(one) == 1 for one in drawn)
+    counts = Counter(one.pop() for one in drawn)
+    assert all(150 < counts[number] < 250 for number in range(3))
+    assert {len(e.classes) for e in episodes} == {5, 3, 2}
+    assert {c for e in episodes for c in e.classes} == set(range(12))
+
+
+def test_a_set_of_too_few_classes_is_named_unless_fewer_ways_will_do() -> None:
+    clips = replace(union((5,) * 8, 5, 3), classes=(*(f"many/{i}" for i in range(5)), *(f"few/{i}" for i in range(3))))
+    with pytest.raises(UserError, match="5-way episodes need 5 classes, and the train split of few has 3"):
+        EpisodeSampler(clips, 5, 1, 1, seed=0)
+    with pytest.raises(UserError, match="need 2 classes, and the train split of class 5 has 1"):
+        EpisodeSampler(union((5,) * 6, 5, 1), 5, 1, 1, seed=0, fewer=True)

@@ -290,3 +290,46 @@ def test_a_missing_split_file_and_several_are_refused(tmp_path: Path) -> None:
     touch(tmp_path / "splits/trainlist01.txt", tmp_path / "splits/trainlist02.txt")
     with pytest.raises(UserError, match=r"several split files for 'train' \(trainlist01.txt, trainlist02.txt\)"):
         load_split(tmp_path, "train")
+
+
+# ------------------------------------------------------------------------------------------------- several data sets
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path) -> tuple[Path, ...]:
+    """Set "one" of classes a, b and c, and set "two" of classes b and c; each with its own lists."""
+    for name, classes in (("one", "abc"), ("two", "bc")):
+        for label in classes:
+            for video in range(3):
+                (tmp_path / name / label / f"{name}{video}").mkdir(parents=True)
+        (tmp_path / name / "splits").mkdir()
+        lines = [f"{label}/{name}{video}" for label in classes for video in range(3)]
+        (tmp_path / name / "splits/train.txt").write_text("\n".join(lines))
+    return tmp_path / "one", tmp_path / "two"
+
+
+def test_classes_of_several_sets_stay_apart_where_their_names_are_the_same(two_sets: tuple[Path, ...]) -> None:
+    clips = load_split(two_sets, "train")
+    assert clips.classes == ("one/a", "one/b", "one/c", "two/b", "two/c")
+    assert clips.by_set == [[0, 1, 2], [3, 4]]
+    assert {clip.path.parent for clip in clips.clips[1]} == {two_sets[0] / "b"}
+    assert {clip.path.parent for clip in clips.clips[3]} == {two_sets[1] / "b"}
+    assert load_split(two_sets[0], "train").by_set == [[0, 1, 2]]
+
+
+def test_a_list_of_several_sets_names_each_clips_set(two_sets: tuple[Path, ...]) -> None:
+    listing = two_sets[0].parent / "fold.txt"
+    listing.write_text("two/b/two1\none/a/one0\none/a/one2\n")
+    clips = load_split(two_sets, "train", listing)
+    assert names(clips) == {"one/a": ["a/one0", "a/one2"], "two/b": ["b/two1"]}
+    listing.write_text("two/b/two1\n")
+    assert load_split(two_sets, "train", listing).by_set == [[0]], "a set may have no part in a split"
+    for line in ("three/a/one0", "one/one0"):
+        listing.write_text(line)
+        with pytest.raises(UserError, match=f"'{line}' is not <set>/<class>/<video> with one of the sets one, two"):
+            load_split(two_sets, "train", listing)
+
+
+def test_two_sets_of_one_name_are_refused(two_sets: tuple[Path, ...]) -> None:
+    with pytest.raises(UserError, match="several data sets of the name 'one'"):
+        load_split((two_sets[0], two_sets[1].parent / "elsewhere/one"), "train")

@@ -117,7 +117,7 @@ def test_an_experiment_is_of_one_data_set_from_any_folder(tmp_path: Path, monkey
     run(Toy(Config()), tmp_path / "toy")
     (tmp_path / "toy/experiment.json").write_text(json.dumps(asked))
     embedded = Toy(Config())
-    embedded.motion, embedded.prepare = Path("motion"), lambda: None  # type: ignore[method-assign]
+    embedded.motion, embedded.prepare = Path("motion"), lambda folder: None  # type: ignore[method-assign]
     run(embedded, tmp_path / "embedded")
     monkeypatch.chdir(tmp_path / "there")
     run(embedded, tmp_path / "embedded")

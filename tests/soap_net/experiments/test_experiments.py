@@ -14,7 +14,7 @@ from soap_net import checkpoint
 from soap_net.cli import main
 from soap_net.config import Config
 from soap_net.errors import UserError
-from soap_net.experiments.command import EXPERIMENTS, build, default_seeds
+from soap_net.experiments.command import EXPERIMENTS, build, default_seeds, presets_of
 from soap_net.experiments.experiment import Experiment, run_config, run_experiment
 from soap_net.experiments.overhead import added, kept_bytes, trace
 from soap_net.experiments.results import Results
@@ -163,6 +163,7 @@ def test_the_largest_grids_take_fewer_seeds_at_the_quick_preset_alone() -> None:
         "parts": 3, "heads": 2, "frame-rate": 2,
     }  # fmt: skip
     assert {default_seeds(name, "paper") for name in EXPERIMENTS} == {3}
+    assert [default_seeds("real", size) for size in presets_of("real")] == [1, 3, 3]
 
 
 def test_unknown_experiment_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +175,7 @@ def test_unknown_experiment_names_the_nearest(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_runs_of_possible_settings_in_both_presets(name: str) -> None:
-    for preset in ("quick", "paper"):
+    for preset in presets_of(name):
         experiment = build(name, preset, [])
         assert experiment.name == name, "which experiment.json holds, and old folders hold it too"
         runs = experiment.runs([0], Results({}))
@@ -183,9 +184,9 @@ def test_every_experiment_has_runs_of_possible_settings_in_both_presets(name: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "overhead"])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("overhead", "real")])
 def test_every_experiment_runs_whole_on_another_data_set(name: str, tiny: list[str], tmp_path: Path) -> None:
-    # `overhead` is run above, with smaller backbones.
+    # `overhead` is run above, with smaller backbones, and `real` in a file of its own.
     experiment, results = run(name, tiny, tmp_path)
     rows = experiment.rows(results)
     shown = [row for row in rows if results.seeds(row.cell)]

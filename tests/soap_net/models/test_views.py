@@ -163,3 +163,22 @@ def test_an_unknown_view_is_refused_by_name(options: dict[str, object], text: st
 def test_a_single_frame_shows_no_change() -> None:
     with pytest.raises(UserError, match="at least 2 frames"):
         build_head("views", D, 1)
+
+
+@pytest.mark.parametrize("by", ["motion", "appearance"])
+def test_differences_that_a_mixture_ignores_are_not_embedded_and_change_no_score(by: str) -> None:
+    backbone = build_backbone("tiny")
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (6, T, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 1, 1])
+    seen: list[int] = []
+    backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    head = build_head("views", backbone.dim, 2 * T - 1, by=by)
+    net = SOAPNet(None, backbone, head, (0.5,) * 3, (0.2,) * 3).eval()
+    found = net(pixels[:4], labels, pixels[4:], 2)
+    assert seen == [6 * T]
+    head.ignores_differences = False
+    assert torch.equal(net(pixels[:4], labels, pixels[4:], 2), found)
+    assert seen[1] == 6 * T + 6 * (T - 1) + 1
+    found.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
