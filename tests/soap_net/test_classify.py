@@ -140,7 +140,7 @@ def test_added_and_dropped_clips_give_what_learning_the_rest_gives(untrained: Cl
     grown = untrained.classify([clips["c0"][0]])[0].probabilities
     untrained.learn({"c0": clips["c0"], "c1": [clips["c1"][0], clips["c1"][2]], "c2": clips["c2"]})
     learnt = untrained.classify([clips["c0"][0]])[0].probabilities
-    assert grown == pytest.approx(learnt, rel=1e-5)
+    assert grown == pytest.approx(learnt, rel=1e-4)  # features differ in rounding by what is read beside them
     untrained.drop("c0")
     with pytest.raises(UserError, match="at least 2 classes"):
         untrained.drop("c1")
