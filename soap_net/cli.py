@@ -283,6 +283,8 @@ def _data_pack(args: list[str]) -> int:
     from soap_net.data.splits import splits_of
 
     data = _data_config(root, settings)
+    if data.roots:
+        raise UserError("data.roots can't be set here: pack one data set at a time, and give the packs as data.roots")
     how = Packing(options.short, options.quality, options.png, options.fps)
     splits = {split: data.split_file(split) for split in options.split or splits_of(data.root, data.split_files)}
     reports = pack_data(data.root, Path(out or ""), splits, how, workers=data.workers)

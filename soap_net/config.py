@@ -76,14 +76,20 @@ class DataConfig:
     def instead_of(self, other: DataConfig) -> DataConfig:
         """Itself; where its root is another than `other`'s, without lists of that one's folder: those here are taken.
 
-        A list that lies at the same place below this root stands for one of `other`'s.
+        A list that lies at the same place below this root stands for one of `other`'s; those of several sets stand for
+        none, and a root of its own takes the place of `other`'s roots.
         """
         here, there, lists = self.root.absolute(), other.root.absolute(), self.split_files
+        roots = () if here != there and self.roots == other.roots else self.roots
         for split, path in self.split_files.items():
-            if here != there and path is not None and path == other.split_file(split) and path.is_relative_to(there):
+            if path is None or path != other.split_file(split):
+                continue
+            if roots != other.roots:
+                lists[split] = None
+            elif here != there and path.is_relative_to(there):
                 own = here / path.relative_to(there)
                 lists[split] = own if own.is_file() else None
-        return replace(self, train_split=lists["train"], val_split=lists["val"], test_split=lists["test"])
+        return replace(self, roots=roots, train_split=lists["train"], val_split=lists["val"], test_split=lists["test"])
 
 
 @dataclass

@@ -78,6 +78,7 @@ def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixt
         (["eval", "--chekpoint=a"], "unknown option --chekpoint=a; did you mean --checkpoint?"),
         (["experiment", "prats"], "unknown experiment 'prats'; did you mean 'parts'?"),
         (["experiment", "parts", "--episode.seed", "7"], "episode.seed is set by the experiment, 0 for its first"),
+        (["data", "pack", "a", "b.zip", "--data.roots", "c", "d"], "data.roots can't be set here"),
         (["demo", "--data.root", "clips"], "--data.root can't be set here: the demo sets it itself"),
     ],
 )

@@ -3,12 +3,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from soap_net.config import (
     Config,
+    DataConfig,
     EvalConfig,
     ModelConfig,
     SoapConfig,
@@ -220,3 +222,22 @@ def test_a_lists_items_may_be_arguments_of_their_own(given: list[str]) -> None:
     assert parse(["--model.soap.tuple_sizes", "1", "3"]).model.soap.tuple_sizes == (1, 3)
     with pytest.raises(UserError, match="unrecognized arguments: 'b'"):
         parse(["--data.root", "a", "b"])
+
+
+def test_another_place_of_the_clips_brings_its_own_lists(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.txt").touch()
+    a, b, elsewhere = tmp_path / "a", tmp_path / "b", tmp_path / "list.txt"
+    one = DataConfig(root=a, test_split=a / "test.txt", val_split=a / "val.txt", train_split=elsewhere)
+    moved = replace(one, root=b).instead_of(one)
+    assert moved.split_files == {"train": elsewhere, "val": None, "test": b / "test.txt"}
+    assert one.instead_of(one) == one
+    several = DataConfig(roots=(a, b), test_split=elsewhere)
+    assert several.instead_of(several) == several
+    alone = replace(several, root=b).instead_of(several)
+    assert (alone.place, alone.test_split) == (b, None)
+    others = replace(one, roots=(a, b)).instead_of(one)
+    assert (others.place, {*others.split_files.values()}) == ((a, b), {None})
+    given = replace(several, root=b, test_split=b / "mine.txt").instead_of(several)
+    assert given.test_split == b / "mine.txt"
