@@ -148,9 +148,7 @@ class Training:
         """Builds all of it, and so finds all that can be wrong with data set or model; touches no file yet."""
         cfg, data, episode = config.train, config.data, config.episode
         if cfg.tasks_per_batch % ranks.size:
-            raise UserError(
-                f"train.tasks_per_batch is {cfg.tasks_per_batch}: it must be a multiple of the {ranks.size} processes"
-            )
+            raise UserError(f"train.tasks_per_batch is {cfg.tasks_per_batch}: no multiple of {ranks.size} processes")
         self.config, self.ranks, self.run = config, ranks, RunFolder(config.out)
         self.shows = progress and ranks.first
         self._stop, self._memory, self._callbacks = stop, memory, callbacks
@@ -163,16 +161,12 @@ class Training:
         self._val_config = replace(
             config.eval, tasks=cfg.val_tasks, way=episode.way, shot=episode.shot, seed=episode.seed, split="val"
         )
-        if self.val_clips:
-            val = self._val_config
+        if (val := self._val_config) and self.val_clips:
             EpisodeSampler(self.val_clips, val.way, val.shot, val.queries, val.seed)
 
         torch.manual_seed(episode.seed)
         self.model = build_model(config.model, data.frames).to(ranks.device).train()
-        try:
-            self.model.freeze(cfg.freeze)
-        except UserError as error:
-            raise UserError(f"train.freeze: {error}") from error
+        self.model.freeze(cfg.freeze)
         self.optimizer = build_optimizer(cfg, self.model)
         self.average = build_average(cfg, self.model)
         self._embedded = can_embed_once(self.model, config, self._sampler)

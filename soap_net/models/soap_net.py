@@ -152,7 +152,7 @@ class SOAPNet(nn.Module, Pretrained):
                 weights[name].requires_grad_(False)
             else:
                 near = did_you_mean(name, [*modules, *weights])
-                raise UserError(f"the net has no module or weight {name!r}{near}")
+                raise UserError(f"can't freeze {name!r}: the net has no module or weight of that name{near}")
 
     @property
     def features_stand_still(self) -> bool:
