@@ -161,7 +161,8 @@ class Training:
         self._val_config = replace(
             config.eval, tasks=cfg.val_tasks, way=episode.way, shot=episode.shot, seed=episode.seed, split="val"
         )
-        if (val := self._val_config) and self.val_clips:
+        if self.val_clips:
+            val = self._val_config
             EpisodeSampler(self.val_clips, val.way, val.shot, val.queries, val.seed)
 
         torch.manual_seed(episode.seed)
