@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -77,7 +78,23 @@ def load_split(
     """
     if isinstance(root, tuple):
         return _union(root, split, split_file)
-    root = Path(root)
+    with _uncollected():
+        return _load(Path(root), split, split_file, split_files or {})
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without collecting garbage, which would go over hundreds of thousands of new clips again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _load(root: Path, split: str, split_file: Path | None, split_files: Mapping[str, Path | None]) -> ClipSet:
     if not root.exists():
         mend = "; say with --data.root where it is" if split in SPLITS else ""
         raise UserError(f"{root}: no such data set folder{mend}")
@@ -89,7 +106,7 @@ def load_split(
             raise UserError(f"{root}: there is no split file for {split!r} beside {', '.join(beside)}")
         return _from_tree(root, split)
     listed = read_split_file(source, split)
-    for other in _compared(root, split, split_files or {}):
+    for other in _compared(root, split, split_files):
         refuse_shared(listed, other)
     return _listed(root, listed, split)
 
@@ -184,6 +201,13 @@ class _Place(NamedTuple):
     member: str = ""
 
 
+class _Near(NamedTuple):
+    """Where clips may be that a list names in one folder: folders, and the paths of the clips in those there are."""
+
+    folders: list[str]
+    listings: list[dict[str, str]]
+
+
 class _Places:
     """Finds the clips that split lines name; lists every folder, and opens every zip, at most once."""
 
@@ -192,6 +216,7 @@ class _Places:
         self.split = split
         self.bases = _bases(root, split)
         self._listed: dict[str, list[dict[str, str]]] = {}  # of each base that has the folder, its clips' paths
+        self._near: dict[tuple[str, str], _Near] = {}
         self._folders: dict[Path, dict[str, Path]] = {}
         self._members: dict[str, _Place] | None = None
 
@@ -199,24 +224,28 @@ class _Places:
         return next(filter(None, (self._find(line.label, path) for path in (line.path, *line.others))), None)
 
     def _find(self, label: str, path: str) -> _Place | None:
-        parts = [part for part in path.split("/") if part not in ("", ".")]
-        if not parts or ".." in parts:
-            return None
-        video = parts.pop()
+        folder, _, video = path.rpartition("/")
+        if video in ("", ".", ".."):
+            folder, _, video = "/".join(part for part in path.split("/") if part not in ("", ".")).rpartition("/")
+        if (near := self._near.get((label, folder))) is None:
+            near = self._near[label, folder] = self._look_near(label, folder)
         stem = _stem(video)
-        # As written, below the class alone, and alone, for data sets that keep all files in one folder.
-        folders = dict.fromkeys(("/".join(parts), parts[-1] if parts else "", label, ""))
-        for folder in folders:
-            for listed in self._listed.get(folder) or self._listing(folder):
-                found = listed.get(_key(video)) or listed.get(_key(stem))
-                if found is not None:
-                    return _Place(f"{label}/{stem}", found)
+        for listed in near.listings:
+            if (found := listed.get(_key(video)) or listed.get(_key(stem))) is not None:
+                return _Place(f"{label}/{stem}", found)
         members = self._zipped()
-        for folder in folders if members else ():
-            member = members.get(_key(f"{folder}/{stem}"))
-            if member is not None:
+        for named in near.folders if members else ():
+            if (member := members.get(_key(f"{named}/{stem}"))) is not None:
                 return member._replace(name=f"{label}/{stem}")
         return None
+
+    def _look_near(self, label: str, folder: str) -> _Near:
+        """As written, below the class alone, and alone, for data sets that keep all files in one folder."""
+        parts = [part for part in folder.split("/") if part not in ("", ".")]
+        if ".." in parts:
+            return _Near([], [])
+        folders = [*dict.fromkeys(("/".join(parts), parts[-1] if parts else "", label, ""))]
+        return _Near(folders, [listed for named in folders for listed in self._listing(named)])
 
     def looked_in(self) -> str:
         zips = [str(path) for path in _zips(self.root, self.split)]
