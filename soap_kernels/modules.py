@@ -221,7 +221,7 @@ class SOAP(nn.Module):
         self.parts = tuple(p for p in PARTS if p in chosen)
         self.variant, self.backend, self.precision = variant, backend, precision
         self.normalize, self.out_dtype, self.out_channels_last = normalize, out_dtype, out_channels_last
-        self.centred = centred
+        self.centred, self.start = centred, start
         if variant == "release":
             convs = compat.release_convs(frames, channels, hidden_channels, self.tuple_sizes, self.parts)
             for name, conv in convs.items():
