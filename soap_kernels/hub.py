@@ -85,6 +85,7 @@ class HubSOAP(
             "parts": list(self.parts),
             "variant": self.variant,
             "centred": self.centred,
+            "start": self.start,
             "precision": self.precision,
             "normalize": self.normalize and [list(map(float, numbers)) for numbers in self.normalize],
             "out_dtype": self.out_dtype and str(self.out_dtype),
@@ -157,7 +158,7 @@ def _settings(path: Path) -> dict[str, Any]:
     dtypes: dict[Any, Any] = {None: None, **{str(dtype): dtype for dtype in op.FLOATS}}
     kinds: dict[str, Any] = {
         **dict.fromkeys(("frames", "channels", "hidden_channels"), whole),
-        **dict.fromkeys(("variant", "precision"), text),
+        **dict.fromkeys(("variant", "precision", "start"), text),
         "tuple_sizes": listed(whole),
         "parts": listed(text),
         "normalize": lambda value: value is None or (listed(listed(number))(value) and len(value) == 2),

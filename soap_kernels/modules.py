@@ -14,6 +14,10 @@ from soap_kernels.frames import as_float, as_output, check_tensor, compute_dtype
 from soap_kernels.held import Held
 from soap_kernels.weights import PARTS, CWEMWeights, HMEMWeights, ThreeDEMWeights, Weights, count_maps, sum_at_rest
 
+STARTS = ("random", "differences")
+# In standard deviations of the frames: a sharp edge that moved saturates the sigmoid, noise doesn't.
+DIFFERENCE_GAIN = 2.0
+
 
 def _check_backend(backend: str) -> None:
     known = (*backends.names(), "equations")
@@ -92,12 +96,20 @@ class CWEM(_Part):
 
 
 class HMEM(_Part):
-    """Hybrid Motion Enhancement Module (Eqns 10-14): differences of frame tuples of several sizes, sigmoid."""
+    """Hybrid Motion Enhancement Module (Eqns 10-14): differences of frame tuples of several sizes, sigmoid.
+
+    ``start`` is as in :class:`SOAP`.
+    """
 
     part = "hmem"
 
     def __init__(
-        self, frames: int = 8, channels: int = 3, tuple_sizes: Iterable[int] = (1, 2, 3), backend: str = "auto"
+        self,
+        frames: int = 8,
+        channels: int = 3,
+        tuple_sizes: Iterable[int] = (1, 2, 3),
+        backend: str = "auto",
+        start: str = "random",
     ) -> None:
         super().__init__(backend)
         _positive("channels", channels)
@@ -107,6 +119,32 @@ class HMEM(_Part):
         self.motion = nn.ModuleList(Held(p, p, 3, 3) for p in planes)
         self.project = nn.ModuleList(Held(channels, p, 1, 1) for p in planes)
         self.restore = Held(frames, count_maps(frames, self.tuple_sizes))
+        if start not in STARTS:
+            raise ValueError(f"start is {start!r}, expected one of {', '.join(STARTS)}")
+        if start == "differences":
+            self._start_from_differences()
+
+    @torch.no_grad()
+    def _start_from_differences(self) -> None:
+        """Sets the weights so that before the sigmoid frame t holds +, - or 0 times the change over half a clip at t.
+
+        Of the smallest tuples each first frame is compared with the next frame as it is, and Z adds up neighbouring
+        differences: ``(x[i] - x[i+1]) + .. = x[i] - x[i+lag]``. Other tuples start unread, not unable to learn.
+        """
+        w = self.weights().hmem
+        assert w is not None
+        motion, project, restore = w.motion[0], w.project[0], w.restore
+        frames, channels = restore.shape[0], project.shape[0]
+        for tensor in (motion, w.motion_bias[0], project, w.project_bias[0], restore, w.restore_bias):
+            tensor.zero_()
+        motion[:channels, :channels, 1, 1] = torch.eye(channels, device=motion.device)
+        for channel in range(channels):
+            project[channel, :channels] = DIFFERENCE_GAIN / channels * (1.0, -1.0, 0.0)[channel % 3]
+        maps = frames - self.tuple_sizes[0]
+        lag = min(max(frames // 2, 1), maps)
+        for t in range(frames):
+            first = min(max(t - lag // 2, 0), maps - lag)
+            restore[t, first : first + lag] = 1.0
 
     def weights(self) -> Weights:
         def tensors(convs: nn.ModuleList, name: str) -> list[Tensor]:
@@ -137,6 +175,8 @@ class SOAP(nn.Module):
         out_channels_last: ``y.flatten(0, 1)`` comes out channels_last.
         centred: each prior less one half, which it is at rest: a fresh SOAP then hardly changes what a model that was
             trained without it sees. Of the paper's variant alone.
+        start: HMEM's initial weights: ``"random"``, PyTorch's own, or ``"differences"``, from which it starts as the
+            change over half a clip, so that little motion between frames is learned soon. The form is the same.
 
     Raises:
         ValueError: an impossible setting; the text names it.
@@ -156,6 +196,7 @@ class SOAP(nn.Module):
         out_dtype: torch.dtype | None = None,
         out_channels_last: bool = False,
         centred: bool = False,
+        start: str = "random",
     ) -> None:
         super().__init__()
         chosen = (parts,) if isinstance(parts, str) else tuple(parts)
@@ -165,6 +206,8 @@ class SOAP(nn.Module):
             raise ValueError(f"variant is {variant!r}, expected 'paper' or 'release'")
         if centred and variant == "release":
             raise ValueError("centred is for variant 'paper': 'release' multiplies frames by about 5.5, centred by 4")
+        if start != "random" and (variant == "release" or "hmem" not in chosen):
+            raise ValueError(f"start is {start!r}, which needs variant 'paper' and HMEM among the parts")
         if precision not in backends.PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(backends.PRECISIONS)}")
         _check_backend(backend)
@@ -178,7 +221,7 @@ class SOAP(nn.Module):
         self.parts = tuple(p for p in PARTS if p in chosen)
         self.variant, self.backend, self.precision = variant, backend, precision
         self.normalize, self.out_dtype, self.out_channels_last = normalize, out_dtype, out_channels_last
-        self.centred = centred
+        self.centred, self.start = centred, start
         if variant == "release":
             convs = compat.release_convs(frames, channels, hidden_channels, self.tuple_sizes, self.parts)
             for name, conv in convs.items():
@@ -190,7 +233,7 @@ class SOAP(nn.Module):
         if "cwem" in self.parts:
             self.cwem = CWEM(channels, hidden_channels, backend)
         if "hmem" in self.parts:
-            self.hmem = HMEM(frames, channels, self.tuple_sizes, backend)
+            self.hmem = HMEM(frames, channels, self.tuple_sizes, backend, start)
 
     def weights(self) -> Weights:
         """The paper's weights; the release's, of other shapes, are given by :func:`compat.release_weights`."""

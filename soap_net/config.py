@@ -112,6 +112,8 @@ class SoapConfig:
     """The paper's equations, or what the authors' published code computes."""
     centred: bool = False
     """Each prior less one half, its value at rest: for a backbone that was trained without SOAP."""
+    start: Literal["random", "differences"] = "random"
+    """HMEM's initial weights: PyTorch's own, or those that compare frames half a clip apart, for little motion."""
 
 
 @dataclass

@@ -280,6 +280,7 @@ def build_model(config: ModelConfig, frames: int) -> SOAPNet:
                 parts=config.soap.parts,
                 variant=config.soap.variant,
                 centred=config.soap.centred,
+                start=config.soap.start,
                 backend=config.soap.backend,
                 precision=config.soap.precision,
                 normalize=(backbone.mean, backbone.std),

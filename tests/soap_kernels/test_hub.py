@@ -23,7 +23,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"frames": 4, "channels": 2, "tuple_sizes": (1, 3), "hidden_channels": 5, "parts": ["hmem", "cwem"]},
     {"normalize": ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)), "out_dtype": torch.float16, "out_channels_last": True},
     {"variant": "release", "precision": "strict"},
-    {"centred": True},
+    {"centred": True, "start": "differences"},
     {"tuple_sizes": (size for size in (2, 1)), "parts": (part for part in ("3dem", "hmem"))},
 ]
 

@@ -214,3 +214,39 @@ def test_meta_tensors_pass_through_every_path() -> None:
         module = SOAP(**settings).to("meta")
         assert module(x).shape == x.shape
         assert module.priors(x)["hmem"].is_meta
+
+
+@pytest.mark.parametrize(("frames", "sizes"), [(8, (1, 2, 3)), (8, (2, 3)), (2, (1,))])
+def test_a_start_from_differences_is_the_change_over_half_a_clip_with_either_sign(
+    frames: int, sizes: tuple[int, ...]
+) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(2, frames, 3, 5, 6)
+    prior = SOAP(frames, tuple_sizes=sizes, backend="equations", start="differences").priors(x)["hmem"]
+    grey, lag = x.mean(2), frames // 2
+    for t in range(frames):
+        first = min(max(t - lag // 2, 0), frames - sizes[0] - lag)
+        change = 2 * (grey[:, first] - grey[:, first + lag])
+        expected = torch.stack([change, -change, torch.zeros_like(change)], 1).sigmoid()
+        torch.testing.assert_close(prior[:, t], expected)
+
+
+def test_from_differences_every_weight_learns_and_the_names_stay() -> None:
+    torch.manual_seed(3)
+    module = SOAP(start="differences")
+    assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == STATE
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (module(x := torch.randn(2, 8, 3, 5, 6)) - x).square().sum().backward()
+        optimizer.step()
+    idle = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not idle
+
+
+def test_a_start_that_cannot_be_is_named() -> None:
+    for settings in ({"start": "zero"}, {"start": "differences", "parts": ("cwem",)}):
+        with pytest.raises(ValueError, match="start is"):
+            SOAP(**settings)
+    with pytest.raises(ValueError, match="needs variant 'paper'"):
+        SOAP(start="differences", variant="release")
