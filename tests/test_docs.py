@@ -49,7 +49,7 @@ SUBSTITUTES = {
     '"--data.resize=24", "--data.crop=24", "--data.workers=0", "--episode.queries=1", "--train.val_every=0"',
 }
 #: The data set, under each name that a page has for it.
-DATA = ("DATA", "data/hmdb51", "data/kinetics", "data/ssv2", "data/ucf101", "path/to/data")
+DATA = ("DATA", "OTHER", "data/hmdb51", "data/kinetics", "data/ssv2", "data/ucf101", "path/to/data")
 
 SMALL = "--data.resize 32 --data.crop 32 --data.workers 0 --device cpu"
 SIZES = "--data.frames 4 --data.resize 24 --data.crop 24 --data.workers 0 --device cpu"
