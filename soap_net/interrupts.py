@@ -10,7 +10,6 @@ or with it (`live_with_main`), and those that have work to save ask an event tha
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import signal
@@ -54,7 +53,9 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        atexit._run_exitfuncs()  # or multiprocessing tells of semaphores that nobody gave back
+        _kill_children()
+        if (multiprocessing := sys.modules.get("multiprocessing.util")) is not None:
+            multiprocessing._exit_function()  # else it tells of semaphores that nobody gave back
         os._exit(code)
     sys.exit(code)
 

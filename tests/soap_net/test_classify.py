@@ -160,8 +160,8 @@ def test_a_classifier_of_other_weights_is_refused(untrained: Classifier, tiny_da
 def test_the_weights_of_a_classifier_may_move_and_its_file_may_keep_quiet_where_they_lie(
     untrained: Classifier, tiny_data: Path, tmp_path: Path
 ) -> None:
-    first = tmp_path / "first.safetensors"
-    save_file(untrained.model.backbone.net.state_dict(), first)
+    first, net = tmp_path / "first.safetensors", untrained.model.backbone.net
+    save_file({name: weight.contiguous() for name, weight in net.state_dict().items()}, first)
     config = replace(untrained.config, model=replace(untrained.config.model, weights=str(first)))
     classifier = Classifier.from_config(config, "cpu")
     classifier.learn(support(tiny_data, {0: 2, 1: 2}))
@@ -179,8 +179,8 @@ def test_the_weights_of_a_classifier_may_move_and_its_file_may_keep_quiet_where_
             [Clip(tiny_data / "test (class 0)" / "v3")]
         )
     with torch.no_grad():
-        next(untrained.model.backbone.parameters()).add_(1)
-    save_file(untrained.model.backbone.net.state_dict(), moved)
+        next(net.parameters()).add_(1)
+    save_file({name: weight.contiguous() for name, weight in net.state_dict().items()}, moved)
     with pytest.raises(UserError, match="made with other weights"):
         Classifier.load(tmp_path / "my.classifier", "cpu", weights=str(moved))
 
