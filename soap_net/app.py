@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,15 +126,6 @@ def _paths(files: Any, recorded: str | None) -> list[Path]:
     return [Path(file) for file in [*dict.fromkeys(chosen), *([recorded] if recorded else [])]]
 
 
-@contextlib.contextmanager
-def _mistakes_shown(home: Path) -> Iterator[None]:
-    """Shows what the user can mend, without the places of this machine's files."""
-    try:
-        yield
-    except (UserError, Interrupted) as error:
-        raise gr.Error(_shown(str(error), home), duration=None, print_exception=False) from None
-
-
 def _shown(text: str, home: Path) -> str:
     return html.escape(re.sub(rf"{re.escape(str(home))}(/[^/]+){{2,3}}?/(?=[^/]+$|[^/]+: )", "", text))
 
@@ -165,39 +156,58 @@ class _Handlers:
             gr.DownloadButton(value=saved, interactive=saved is not None),
         )
 
-    def put(self, session: Session, name: str, files: Any, recorded: str | None) -> tuple[Any, ...]:
-        with _mistakes_shown(self.home):
+    def put(self, session: Session, name: str, files: Any, recorded: str | None) -> Any:
+        def work() -> tuple[Any, ...]:
             self._warn(session.put(name, _paths(files, recorded)))
-        return (*self.state(session), None, None)
+            return (*self.state(session), None, None)
 
-    def learn(self, session: Session, progress: gr.Progress) -> tuple[Any, ...]:
-        with _mistakes_shown(self.home):
+        return self._tried(work)
+
+    def learn(self, session: Session, progress: gr.Progress) -> Any:
+        def work() -> tuple[Any, ...]:
             total = sum(map(len, session.waiting.values()))
             self._warn(session.learn(_counter(progress, total)))
-        return self.state(session)
+            return self.state(session)
 
-    def forget(self, session: Session, name: str | None) -> tuple[Any, ...]:
-        with _mistakes_shown(self.home):
+        return self._tried(work)
+
+    def forget(self, session: Session, name: str | None) -> Any:
+        def work() -> tuple[Any, ...]:
             if not name:
                 raise UserError("choose what to forget first")
             session.forget(name)
-        return self.state(session)
+            return self.state(session)
 
-    def restore(self, session: Session, file: str) -> tuple[Any, ...]:
-        with _mistakes_shown(self.home):
+        return self._tried(work)
+
+    def restore(self, session: Session, file: str) -> Any:
+        def work() -> tuple[Any, ...]:
             session.restore(Path(file))
-        return self.state(session)
+            return self.state(session)
 
-    def classify(
-        self, session: Session, file: str | None, recorded: str | None, progress: gr.Progress
-    ) -> tuple[str, dict[str, float], str]:
-        with _mistakes_shown(self.home):
+        return self._tried(work)
+
+    def classify(self, session: Session, file: str | None, recorded: str | None, progress: gr.Progress) -> Any:
+        def work() -> tuple[Any, ...]:
             paths = _paths(file, recorded)
             if not paths:
                 raise UserError("choose or record a clip first")
             clip = Clip(paths[0])
             prediction = session.classify(clip, _counter(progress, 1))
             return answer(prediction), prediction.probabilities, looked_at(session.classifier, clip)
+
+        return self._tried(work, instead=("", {}, ""))  # an old answer beneath another clip would be taken for its own
+
+    def _tried(self, work: Callable[[], tuple[Any, ...]], instead: Any = None) -> Any:
+        """What `work` shows; or tells what the user can mend, without the places of this machine's files.
+
+        An error of Gradio's own would cover the page's parts, and take the clicks that are meant for them.
+        """
+        try:
+            return work()
+        except (UserError, Interrupted) as error:
+            gr.Warning(_shown(str(error), self.home), duration=None, title="Not done")
+            return instead or gr.skip()
 
     def _warn(self, errors: Sequence[str]) -> None:
         for error in errors:

@@ -152,7 +152,7 @@ class WeightsAndBiases(Callback):
         try:
             import wandb
         except ImportError as error:
-            raise UserError("train.wandb needs a package: pip install 'soap-net[wandb]'") from error
+            raise UserError("train.wandb needs a package: pip install 'wandb>=0.31'") from error
         folder = training.run.path
         try:
             self._run = wandb.init(

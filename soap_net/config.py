@@ -204,7 +204,7 @@ class TrainConfig:
     max_failed_share: Annotated[float, AtLeast(0, most=1)] = 0.05
     """Training stops when more than this share of the clips read (once they are 500) could not be decoded."""
     wandb: str | None = None
-    """Project of Weights & Biases to log to (an extra: pip install 'soap-net[wandb]')."""
+    """Project of Weights & Biases to log to (pip install 'wandb>=0.31')."""
 
 
 @dataclass

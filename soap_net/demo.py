@@ -179,17 +179,16 @@ def result(run: RunFolder) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
-    """Accuracies and times of both nets, for the terminal."""
+    """Accuracies and times of training of both nets, which share the machine meanwhile, for the terminal."""
     task = config.eval
     lines = [
         f"{task.way}-way {task.shot}-shot on patterns never seen in training; chance is {100 / task.way:.0f} %",
         "",
-        f"{'':14}{'accuracy':>18}{'training':>18}{'evaluation':>18}",
+        f"{'':14}{'accuracy':>18}{'training':>18}",
     ]
     for name, one in results.items():
         interval = "of one task" if one["ci95"] is None else f"± {one['ci95']:.1f} %"
         accuracy = f"{one['accuracy']:.1f} {interval}"
         training = f"{1000 * one['training_episode_seconds']:.0f} ms/episode"
-        evaluation = f"{1000 / one['episodes_per_second']:.1f} ms/episode"
-        lines.append(f"{NETS[name]:14}{accuracy:>18}{training:>18}{evaluation:>18}")
+        lines.append(f"{NETS[name]:14}{accuracy:>18}{training:>18}")
     return "\n".join(lines)

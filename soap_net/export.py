@@ -44,7 +44,8 @@ def export(classifier: Classifier, path: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx would ask for it late)
     except ImportError as error:
-        raise UserError(f"{error.name} is missing, which export needs: pip install 'soap-net[export]'") from error
+        needs = "pip install 'onnx>=1.18' 'onnxscript>=0.6' 'onnxruntime>=1.22'"
+        raise UserError(f"{error.name} is missing, which export needs: {needs}") from error
     net = FramesToClasses(classifier, calibration).eval()
     data = classifier.data
     shape = (data.frames, 3, data.crop, data.crop)

@@ -68,8 +68,8 @@ def classify(args: list[str]) -> int:
     """Classifies clips and prints or writes the answers; returns the exit code, 2 where a clip could not be read."""
     own = Options("classify", "Tell your own classes apart: by a classifier file, or by a few clips of each.", CLIPS)
     own.add_argument("--support", type=Path, help="folder with one folder of clips per class")
-    own.add_argument("--query", type=Path, nargs="+", default=[], help="clips, or folders of clips, to classify")
-    own.add_argument("clips", type=Path, nargs="*", metavar="CLIP", help="the same")
+    own.add_argument("--query", type=Path, nargs="+", default=[], help="the same, after other options")
+    own.add_argument("clips", type=Path, nargs="*", metavar="CLIP", help="clips, or folders of clips, to classify")
     own.add_argument("--top", type=int, default=3, help="classes to print per clip (default: 3)")
     form = own.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print all probabilities as JSON")
@@ -93,6 +93,8 @@ def classify(args: list[str]) -> int:
     classifier = _classifier(options, settings, "classify")
     if support:
         _warn(classifier.add(support, progress=True))
+    expected = classifier.calibration.expected
+    if support or expected is None or not expected.above_chance:  # whoever reads the answers has to know
         print(told(classifier), file=sys.stderr)
     if options.window is not None:
         from soap_net.timeline import as_csv, as_lines, as_rows
@@ -117,6 +119,9 @@ def _write(options: Namespace, rows: object, table: str, lines: Sequence[str]) -
         text = "".join(f"{line}\n" for line in lines)
     if options.out:
         write_text(options.out, text)
+        for line in lines:
+            if line.startswith("error: "):
+                print(line, file=sys.stderr)
     else:
         print(text, end="")
 
@@ -177,7 +182,7 @@ def app(args: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise UserError("the page needs Gradio; install it with: pip install 'soap-net[app]'") from error
+        raise UserError("the page needs Gradio: pip install 'gradio>=6.0'") from error
     serve(_classifier(options, settings, "app"), options.host, options.port)
     return 0
 
@@ -270,6 +275,12 @@ def told(classifier: Classifier) -> str:
         weights = sorted(classifier.chosen.items(), key=lambda item: -item[1])
         lines.append("looks at " + ", ".join(f"{name} ({100 * weight:.0f} %)" for name, weight in weights))
     lines.append(f"expect {calibration.expected}")
+    if alike := classifier.one_recording:
+        more = f" (and {len(alike) - 1} pairs more)" if len(alike) > 1 else ""
+        lines.append(
+            f"that is too much where clips are of one recording, as {' and '.join(alike[0])} seem to be{more}: give it "
+            "separate recordings"
+        )
     if not calibration.expected.above_chance:
         lines.append("these clips do not show that the classes can be told apart: take its answers for guesses")
     if math.isinf(calibration.threshold) and classifier.accept < 1:

@@ -7,7 +7,7 @@ The file is safetensors: `features` (S, N, D) float32 and `labels` (S,) int64, a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,18 @@ class Supports:
         """How many supports each class has."""
         return {name: int((self.labels == label).sum()) for label, name in enumerate(self.classes)}
 
+    def alike(self, share: float) -> list[tuple[int, int]]:
+        """Pairs of rows of one class whose features differ by less than that share of their size, in order."""
+        pairs: list[tuple[int, int]] = []
+        for label in range(len(self.classes)):
+            rows = (self.labels == label).nonzero()[:, 0]
+            features = self.features[rows].flatten(1)
+            sizes = features.norm(dim=1)
+            apart = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+            near = (apart < share * torch.maximum(sizes[:, None], sizes)).triu(1).nonzero()
+            pairs += [(int(rows[first]), int(rows[second])) for first, second in near.tolist()]
+        return pairs
+
     def joined(self, more: Supports) -> Supports:
         """These and `more`; classes of the same name become one, and a clip known by name is replaced."""
         kept = [row for row, clip in enumerate(self.clips) if clip not in more.clips]
@@ -70,7 +82,10 @@ class Supports:
         gone = [
             clip == name or self.classes[label] == name for clip, label in zip(self.clips, self.labels, strict=True)
         ]
-        kept = [row for row, drop in enumerate(gone) if not drop]
+        return self.of_rows([row for row, drop in enumerate(gone) if not drop])
+
+    def of_rows(self, kept: Sequence[int]) -> Supports:
+        """Those alone, and their classes."""
         left = sorted({int(self.labels[row]) for row in kept})
         places = torch.tensor([left.index(int(self.labels[row])) for row in kept], dtype=torch.int64)
         return Supports(

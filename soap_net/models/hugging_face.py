@@ -51,7 +51,7 @@ def hugging_face(name: str, source: str) -> Built:
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"backbone {name} needs transformers: pip install 'soap-net[videomae]'") from error
+        raise UserError(f"backbone {name} needs transformers: pip install 'transformers>=5.0'") from error
     if not Path(source).is_dir() and source.count("/") != 1:
         raise UserError(f"backbone {name}: no such folder, and no name of the form owner/model")
     config = _asked(source, transformers.AutoConfig.from_pretrained, trust_remote_code=False)

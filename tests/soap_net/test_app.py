@@ -152,8 +152,8 @@ def test_work_is_stopped_and_changes_nothing(start: Classifier, zips: dict[str, 
         session.learn(stopping)
     assert told == [8]
     assert session.rows() == [["c0", 0, 6], ["c1", 0, 6]]
-    session.learn(ignore)
-    assert session.classifier.counts() == {"c0": 6, "c1": 6}
+    assert len(session.learn(ignore)) == 6  # the copies
+    assert session.classifier.counts() == {"c0": 3, "c1": 3}
 
 
 def test_clips_that_come_while_others_are_learnt_still_wait(
@@ -199,8 +199,10 @@ def test_stopped_work_goes_before_the_next(start: Classifier, zips: dict[str, li
     for thread in (first, second):
         thread.join(60)
     assert isinstance(ends[0], Interrupted)
-    assert ends[1:] == [[]]
-    assert session.classifier.counts() == {"c0": 9, "c1": 9}
+    [copies] = ends[1:]
+    assert isinstance(copies, list)
+    assert len(copies) == 12
+    assert session.classifier.counts() == {"c0": 3, "c1": 3}
 
 
 def test_what_is_no_clip_by_its_name_is_refused(start: Classifier, tmp_path: Path) -> None:
@@ -357,9 +359,7 @@ def test_without_gradio_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "soap_net.app")
     assert main(["app"]) == 2
-    assert capsys.readouterr().err == (
-        "soap-net: the page needs Gradio; install it with: pip install 'soap-net[app]'\n"
-    )
+    assert capsys.readouterr().err == ("soap-net: the page needs Gradio: pip install 'gradio>=6.0'\n")
 
 
 # In a browser

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -231,3 +232,16 @@ def test_a_file_that_accepts_no_share_is_refused_and_changes_nothing(
         with pytest.raises(UserError, match="does not say with which settings"):
             take(path)
     assert untrained.accept == 0.9
+
+
+def test_copies_of_a_clip_count_once_and_are_told(untrained: Classifier, tiny_data: Path, tmp_path: Path) -> None:
+    clips = support(tiny_data, {0: 3, 1: 3})
+    untrained.learn(clips)
+    alone = untrained.classify([clips["c0"][0]])
+    copy = Clip(shutil.copytree(clips["c0"][1].path, tmp_path / "copy"))
+    told = untrained.learn({"c0": [*clips["c0"], copy], "c1": clips["c1"]})
+    assert told == ["c0/copy: a copy of c0/v1"]
+    assert untrained.counts() == {"c0": 3, "c1": 3}
+    assert untrained.classify([clips["c0"][0]])[0].probabilities == pytest.approx(alone[0].probabilities, rel=1e-4)
+    assert untrained.add({"c1": [copy]}) == []  # of another class it is a mistake that the numbers show
+    assert untrained.add({"c0": [copy]}) == ["c0/copy: a copy of c0/v1"]

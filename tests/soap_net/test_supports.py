@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from pathlib import Path
 
@@ -91,3 +92,21 @@ def test_a_missing_file_and_a_foreign_one_are_named(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(UserError, match="not a classifier"):
         load_supports(tmp_path / "text")
+
+
+def test_alike_are_those_of_one_class_within_a_share_of_their_size() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(7, 3, 4)
+    features[4] = 1.2 * features[1]
+    features[6] = features[0]
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 1])
+    found = Supports(features, labels, ("a", "b"), tuple("abcdefg")).alike(0.5)
+    flat = features.flatten(1).tolist()
+    expected = [
+        (i, j)
+        for i in range(7)
+        for j in range(i + 1, 7)
+        if labels[i] == labels[j]
+        and math.dist(flat[i], flat[j]) < 0.5 * max(math.hypot(*flat[i]), math.hypot(*flat[j]))
+    ]
+    assert sorted(found) == expected == [(1, 4)]

@@ -154,4 +154,4 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
 
 def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install 'soap-net[videomae]'" in one_line("hf:owner/model")
+    assert "pip install 'transformers>=5.0'" in one_line("hf:owner/model")
