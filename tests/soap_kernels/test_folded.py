@@ -86,8 +86,10 @@ def test_torch_export_and_jit_trace_take_it_for_any_batch_and_size(centred: bool
 @pytest.mark.slow
 @pytest.mark.parametrize("centred", [False, True], ids=["paper", "centred"])
 def test_onnxruntime_computes_the_same_for_any_batch(centred: bool) -> None:
-    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    pytest.importorskip("onnxscript", reason="onnx and its like are not installed: pip install '.[export]'")
+    onnxruntime = pytest.importorskip(
+        "onnxruntime", reason="onnx and its like are not installed: pip install '.[export]'"
+    )
     torch.manual_seed(4)
     soap = SOAP(normalize=NORMALIZE, backend="equations", centred=centred)
     batch = {0: torch.export.Dim("batch")}

@@ -394,21 +394,25 @@ def test_loads_the_state_of_a_model_that_holds_a_model(depth: int) -> None:
 
 @pytest.mark.slow
 def test_enhances_a_timm_model(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
+    import timm
+
     torch.manual_seed(0)
     check_real_model(timm.create_model("resnet18", num_classes=5), torch.randn(8, 3, 64, 64), "x", "NCHW", tmp_path)
 
 
 @pytest.mark.slow
 def test_enhances_a_torchvision_video_model(tmp_path: Path) -> None:
-    video = pytest.importorskip("torchvision.models.video")
+    from torchvision.models import video
+
     torch.manual_seed(0)
     check_real_model(video.r3d_18(num_classes=5), torch.randn(1, 3, 8, 64, 64), "x", "BCTHW", tmp_path)
 
 
 @pytest.mark.slow
 def test_enhances_a_hugging_face_video_model(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="the extra `videomae` is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install '.[videomae]'"
+    )
     torch.manual_seed(0)
     config = transformers.VideoMAEConfig(
         image_size=32, num_frames=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96

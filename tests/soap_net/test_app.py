@@ -29,7 +29,7 @@ from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
 from soap_net.session import Session
 
-pytest.importorskip("gradio", reason="the extra `app` is not installed")
+pytest.importorskip("gradio", reason="Gradio is not installed: pip install '.[app]'")
 from soap_net import app
 from soap_net.app import answer, confused, expectation, looked_at, serving
 
@@ -368,7 +368,9 @@ def test_without_gradio_one_line_says_what_to_install(
 @contextmanager
 def browser_page(hosts: set[str] | None = None) -> Iterator[Any]:
     """A page of a headless Chromium with a made-up webcam; `hosts` is told whom it asked for anything."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright, which drives the browser, is not installed: pip install playwright"
+    )
     found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
     if not found:
         pytest.skip("there is no Chromium on this machine")

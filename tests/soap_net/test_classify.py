@@ -132,7 +132,13 @@ def test_a_saved_classifier_answers_to_the_bit(untrained: Classifier, tiny_data:
     assert (loaded.calibration, loaded.chosen) == (untrained.calibration, untrained.chosen)
 
 
-def test_added_and_dropped_clips_give_what_learning_the_rest_gives(untrained: Classifier, tiny_data: Path) -> None:
+def test_added_and_dropped_clips_give_what_learning_the_rest_gives(
+    tiny_run: Callable[..., Config], tiny_data: Path
+) -> None:
+    # In channels-last, how a clip's features round hangs on how many are computed beside it.
+    untrained = Classifier.from_config(
+        tiny_run(model__head="views", model__head_options={}, model__channels_last=False)
+    )
     clips = support(tiny_data, {0: 3, 1: 3, 2: 2})
     untrained.learn({"c0": clips["c0"][:1], "c1": clips["c1"], "old": clips["c2"]})
     untrained.add({"c0": clips["c0"][1:], "c2": clips["c2"]})
@@ -141,7 +147,7 @@ def test_added_and_dropped_clips_give_what_learning_the_rest_gives(untrained: Cl
     grown = untrained.classify([clips["c0"][0]])[0].probabilities
     untrained.learn({"c0": clips["c0"], "c1": [clips["c1"][0], clips["c1"][2]], "c2": clips["c2"]})
     learnt = untrained.classify([clips["c0"][0]])[0].probabilities
-    assert grown == pytest.approx(learnt, rel=1e-4)  # features differ in rounding by what is read beside them
+    assert grown == pytest.approx(learnt, rel=1e-5)
     untrained.drop("c0")
     with pytest.raises(UserError, match="at least 2 classes"):
         untrained.drop("c1")

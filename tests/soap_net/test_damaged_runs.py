@@ -245,13 +245,20 @@ def saved(tiny_run: Callable[..., Config]) -> Saved:
 
 
 def damage_checkpoints(saved: Saved, seed: int, count: int, kinds: list[Damage], strict: bool) -> None:
-    """`count` damaged last.pt, each read in one of three ways, whose best.pt and config.yaml are whole."""
+    """`count` damaged last.pt, each read in one of three ways, whose best.pt and config.yaml are whole.
+
+    One whose bytes were damaged is refused, unless the damage lies between the members and spoils none of them.
+    """
     draw = random.Random(seed)
     readers = [saved.weights, saved.rebuilt, saved.resumed]
     for number in range(count):
         saved.restore()
-        saved.run.last.write_bytes(draw.choice(kinds)(draw, saved.last))
+        damaged = draw.choice(kinds)(draw, saved.last)
+        saved.run.last.write_bytes(damaged)
+        refused = saved.refused
         saved.outcome(readers[number % 3], strict)
+        if kinds is BYTES and saved.refused == refused:
+            assert members_of(damaged) == members_of(saved.last)
 
 
 def damage_configs(saved: Saved, seed: int, count: int) -> None:
@@ -287,9 +294,6 @@ def test_a_damaged_config_gives_the_run_or_one_line(saved: Saved) -> None:
 def test_hundreds_of_damaged_checkpoints(saved: Saved) -> None:
     damage_checkpoints(saved, seed=103, count=240, kinds=BYTES, strict=True)
     damage_checkpoints(saved, seed=104, count=90, kinds=ARCHIVES, strict=True)
-    assert (
-        saved.refused > 0.85 * 330
-    )  # the others' damage lies in the gaps between members, and in nothing that is read
     damage_checkpoints(saved, seed=105, count=300, kinds=CONTENTS, strict=False)
 
 

@@ -25,8 +25,8 @@ from soap_net.errors import UserError
 from soap_net.export import export
 from soap_net.models.heads import HEADS, ViewsHead
 
-pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
-onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+pytest.importorskip("onnxscript", reason="onnx and its like are not installed: pip install '.[export]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnx and its like are not installed: pip install '.[export]'")
 ISL10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "isl10"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "export.md"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from soap_net.errors import UserError
 from soap_net.models import build_backbone
 
-transformers = pytest.importorskip("transformers", reason="the extra `videomae` is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[videomae]'")
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {

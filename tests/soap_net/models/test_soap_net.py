@@ -241,7 +241,9 @@ def test_a_3d_backbone_refuses_chunks_of_frames() -> None:
 
 def tiny_videomae(folder: Path, classifies: bool) -> str:
     """A random VideoMAE that takes `clips`, in ``folder``: a vector of two frames, or with a classifier of a clip."""
-    transformers = pytest.importorskip("transformers", reason="the extra `videomae` is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install '.[videomae]'"
+    )
     torch.manual_seed(0)
     config = transformers.VideoMAEConfig(
         hidden_size=24,
