@@ -347,10 +347,11 @@ def _experiment(args: list[str]) -> int:
 
     import torch
 
+    from soap_net.data.loading import cores
     from soap_net.experiments.experiment import run_experiment
 
     folder = options.out or Path("runs/experiments") / options.name
-    jobs = options.jobs or torch.cuda.device_count() or os.cpu_count() or 1
+    jobs = options.jobs or torch.cuda.device_count() or cores()
     run_experiment(experiment, folder, seeds=range(seeds), jobs=jobs, command=["soap-net", "experiment", *args])
     print((folder / "table.md").read_text(encoding="utf-8"))
     return 0

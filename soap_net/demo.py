@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from soap_net.config import Config, flatten, to_dict
+from soap_net.data.loading import cores
 from soap_net.data.memory import ClipMemory
 from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, write_motion
 from soap_net.errors import UserError
@@ -110,8 +110,7 @@ def _write_videos(root: Path, motion: MotionConfig, progress: bool) -> None:
 
 
 def _train_and_evaluate(nets: Mapping[str, Config], progress: bool) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(4, max(1, cores // len(nets)))  # so small a net gains nothing from more
+    threads = min(4, max(1, cores() // len(nets)))  # so small a net gains nothing from more
     with ExitStack() as stack:
         bars = {
             name: stack.enter_context(

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from soap_net.data.loading import cores
 from soap_net.errors import UserError
 
 try:
@@ -331,7 +332,7 @@ def _write_clips(folder: Path, clips: _Clips, config: MotionConfig, encoder: _En
 
     # Threads: most of the time goes into NumPy and FFmpeg, which let others run. Each clip has its own seed, so that
     # their number changes nothing.
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(cores())
     try:
         work = pool.map(write, clips)
         for _ in tqdm(work, "writing clips", len(clips), unit="clip", leave=False, disable=not progress):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from soap_net.config import Config
+from soap_net.data.loading import cores
 from soap_net.data.memory import ClipMemory
 from soap_net.errors import UserError
 from soap_net.interrupts import (
@@ -75,7 +75,7 @@ def perform(
             for job in jobs:
                 yield job, _do(job, lambda: signals.requested, memory)
         else:
-            threads = threads or max(1, (os.cpu_count() or 1) // at_once)
+            threads = threads or max(1, cores() // at_once)
             stop = multiprocessing.get_context("spawn").Event()
             with deaf_while_starting():
                 workers = [_Worker(slot, threads, stop) for slot in range(min(at_once, len(jobs)))]

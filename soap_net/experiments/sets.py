@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import zipfile
 import zlib
@@ -15,7 +14,7 @@ from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 from soap_net.data.clips import Clip
-from soap_net.data.loading import PerClip, load
+from soap_net.data.loading import PerClip, cores, load
 from soap_net.data.splits import SPLITS, ClipSet, MissingClipsError, load_split
 from soap_net.data.transforms import ClipLoader, FrameSampling
 from soap_net.errors import ClipError, UserError
@@ -44,7 +43,7 @@ def pack(root: Path, path: Path) -> None:
     if path.exists():
         return
     clips = _whole(root)
-    reading = load(PerClip(clips, _small), os.cpu_count() or 1)
+    reading = load(PerClip(clips, _small), cores())
     with replacing(path) as file, zipfile.ZipFile(file, "w") as pack, closing(reading):
         for clip, frames in zip(clips, tqdm(reading, f"packing {root.name}", len(clips), unit="clip"), strict=True):
             if isinstance(frames, ClipError):
