@@ -126,8 +126,9 @@ class Real(Experiment):
 
     @cached_property
     def cells(self) -> dict[str, _Cell]:
-        """All of them, by name."""
-        cells = [_Cell(*each) for each in product(self.heads, (False, True), ARMS, range(FOLDS))]
+        """All of them, by name; those of the endpoint, the backbone frozen, come first."""
+        order = product((False, True), self.heads, ARMS, range(FOLDS))
+        cells = [_Cell(head, tuned, arm, fold) for tuned, head, arm, fold in order]
         return {cell.name: cell for cell in cells}
 
     def runs(self, seeds: Sequence[int], results: Results) -> list[Run]:
