@@ -28,8 +28,21 @@ FRAMES, SIDE, QUALITY = 16, 112, 90
 
 
 def packed(root: Path, folder: Path) -> Path:
-    """The zip in `folder` that `pack` makes of a data set; a zip stands for itself, as it may be one."""
-    return root.absolute() if root.suffix == ".zip" else folder / f"{root.absolute().name}.zip"
+    """The zip in `folder` that `pack` makes of a data set; one that tells no splits apart stands for itself."""
+    root = root.absolute()
+    return (
+        root
+        if root.suffix == ".zip" and not _divided(root)
+        else folder / f"{root.stem if root.suffix == '.zip' else root.name}.zip"
+    )
+
+
+def _divided(root: Path) -> bool:
+    """Whether the training split lacks clips of the others."""
+    try:
+        return len(_whole(root)) > sum(map(len, load_split(root, "train").clips))
+    except UserError:
+        return True
 
 
 def pack(root: Path, path: Path) -> None:

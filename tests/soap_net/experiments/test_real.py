@@ -12,6 +12,7 @@ from PIL import Image
 
 from soap_net.config import from_dict
 from soap_net.data.memory import ClipMemory
+from soap_net.data.pack import pack_data
 from soap_net.data.splits import load_split
 from soap_net.errors import UserError
 from soap_net.experiments import real
@@ -19,7 +20,7 @@ from soap_net.experiments.command import build
 from soap_net.experiments.experiment import Experiment, run_config, run_experiment
 from soap_net.experiments.real import ARMS, ENDPOINT, SHUFFLED
 from soap_net.experiments.results import Results
-from soap_net.experiments.sets import FOLDS, FRAMES, SIDE, by_set, deal, fold_list, pack, write_folds
+from soap_net.experiments.sets import FOLDS, FRAMES, SIDE, by_set, deal, fold_list, pack, packed, write_folds
 from soap_net.models import build_model
 
 
@@ -90,6 +91,22 @@ def test_a_pack_holds_all_clips_in_small_and_leaves_out_what_cannot_be_read(
     pack(tmp_path / "gone", tmp_path / "one.zip")  # there already
     with pytest.raises(UserError, match="no such data set folder"):
         pack(tmp_path / "gone", tmp_path / "three.zip")
+
+
+def test_a_zip_that_tells_splits_apart_is_packed_with_the_clips_of_all(sets: list[Path], tmp_path: Path) -> None:
+    for split, labels in (("train", (0, 1)), ("test", (2, 3))):
+        lines = [f"class {label}/v{video}\n" for label in labels for video in range(6)]
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    source = tmp_path / "few.v2.zip"
+    pack_data(sets[1], source, {split: tmp_path / f"{split}.txt" for split in ("train", "test")}, progress=False)
+    assert len(load_split(source, "train").classes) == 2
+    whole = packed(source, tmp_path / "clips")
+    assert whole == tmp_path / "clips/few.v2.zip"
+    whole.parent.mkdir()
+    pack(source, whole)
+    assert [len(members) for members in load_split(whole, "train").clips] == [6] * 4
+    assert packed(whole, tmp_path / "again") == whole
+    assert packed(sets[1], tmp_path) == tmp_path / "few.zip"
 
 
 def test_folds_train_on_what_they_do_not_test(sets: list[Path], tmp_path: Path) -> None:
