@@ -13,9 +13,8 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 # A slow test may take minutes, but not this many seconds; the quick ones' limit is in pyproject.toml.
 SLOW := --timeout 1200 --durations 10
-# Tests that fork, or compare with another process bit for bit, have one without others' threads.
-APART := tests/soap_net/test_kills.py \
-	tests/soap_net/test_train.py::test_on_a_disk_that_is_full_a_run_ends_in_one_line_and_goes_on_once_there_is_room
+# Tests that compare with another process bit for bit have one without others' threads.
+APART := tests/soap_net/test_train.py::test_on_a_disk_that_is_full_a_run_ends_in_one_line_and_goes_on_once_there_is_room
 
 .PHONY: help install demo test test-slow test-gpu-proof test-lowest test-newest test-pythons lint benchmark benchmark-check docs \
 	wheel clean

@@ -6,12 +6,12 @@ import contextlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -33,9 +33,16 @@ MEMORY = ClipMemory(2**24)
 Folder = dict[str, Any]
 
 
+FRESH = multiprocessing.get_context("forkserver")
+"""Children are copies of a process in which nothing was computed: threads of autograd and OpenMP survive no fork."""
+FRESH.set_forkserver_preload(["soap_net.train"])
+
+
 @pytest.fixture
-def small(tiny_run: Callable[..., Config], tmp_path: Path) -> Iterator[Callable[[str], Config]]:
-    """Runs with everything that has a state, in half a second; with one thread, as OpenMP has no other after a fork."""
+def small(
+    tiny_run: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Config]]:
+    """Runs with everything that has a state, in half a second, with one thread here as in children."""
 
     def make(name: str) -> Config:
         return tiny_run(
@@ -43,29 +50,11 @@ def small(tiny_run: Callable[..., Config], tmp_path: Path) -> Iterator[Callable[
             train__milestones=[2], out=str(tmp_path / name),
         )  # fmt: skip
 
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # where children find this file
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield make
     torch.set_num_threads(threads)
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Begins `work` in a copy of this process, whose number it returns."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
-def ended(child: int) -> int:
-    """How a child ended: its exit code, or less the number of the signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @contextlib.contextmanager
@@ -88,25 +77,37 @@ def before_writes(act: Callable[[int], None]) -> Iterator[None]:
         sys.setprofile(None)
 
 
-def kill_at(config: Config, number: int, resume: bool = False) -> int:
-    """Trains in a child that is killed before its write of that number; returns how it ended."""
+def train_until(config: Config, number: int | None, resume: bool) -> None:
+    """Trains in this process, which kills itself before its write of that number."""
 
     def kill(count: int) -> None:
         if count == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def work() -> None:
-        with before_writes(kill):
-            train(config, resume=resume, progress=False, memory=MEMORY)
-
-    return ended(in_child(work))
+    torch.set_num_threads(1)
+    with before_writes(kill):
+        train(config, resume=resume, progress=False)
 
 
-def kill_after(config: Config, seconds: float) -> int:
-    child = in_child(lambda: train(config, progress=False, memory=MEMORY))
+def kill_at(config: Config, number: int, resume: bool = False) -> int | None:
+    """Trains in a child that is killed before its write of that number; returns how it ended."""
+    child = FRESH.Process(target=train_until, args=(config, number, resume))
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def kill_after(config: Config, seconds: float) -> int | None:
+    """Trains in a child that is killed so long after it began; returns how it ended."""
+    child = FRESH.Process(target=train_until, args=(config, None, False))
+    child.start()
+    deadline = time.perf_counter() + 60
+    while not config.out.exists() and child.is_alive() and time.perf_counter() < deadline:
+        time.sleep(0.001)
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    return ended(child)
+    child.kill()
+    child.join()
+    return child.exitcode
 
 
 def content(config: Config) -> Folder:
@@ -136,7 +137,7 @@ def assert_goes_on(config: Config, whole: Folder) -> None:
 
 def count_writes(config: Config) -> int:
     """How many writes a whole run takes."""
-    counts = []
+    counts: list[int] = []
     with before_writes(counts.append):
         train(config, progress=False, memory=MEMORY)
     return len(counts)
