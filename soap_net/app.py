@@ -74,10 +74,11 @@ def confused(classifier: Classifier) -> str:
 
 
 def expectation(classifier: Classifier) -> str:
-    """How often it will be right, in words."""
+    """How often it will be right, in words; the command line's option is a choice on the page."""
     if not classifier.classes:
         return "Nothing is learnt yet: add a few clips of each of two classes or more, and learn them."
-    return "\n\n".join(line[0].upper() + line[1:] + "." for line in told(classifier).splitlines())
+    text = told(classifier).replace("--by ", "")
+    return "\n\n".join(line[0].upper() + line[1:] + "." for line in text.splitlines())
 
 
 def looked_at(classifier: Classifier, clip: Clip) -> str:
@@ -142,8 +143,9 @@ class _Handlers:
         return (session, *self.state(session))
 
     def state(self, session: Session) -> tuple[Any, ...]:
-        """Table, names to forget, expectation, confusion, and the classifier to download."""
+        """Table, names to forget, what is looked at, expectation, confusion, and the classifier to download."""
         classifier = session.classifier
+        by, views = session.views()
         saved = None
         if classifier.classes:
             saved = session.folder / "my.classifier"
@@ -151,6 +153,7 @@ class _Handlers:
         return (
             session.rows(),
             gr.Dropdown(choices=session.names(), value=None),
+            gr.Radio(choices=views, value=by or None, visible=len(views) > 1),
             expectation(classifier),
             confused(classifier),
             gr.DownloadButton(value=saved, interactive=saved is not None),
@@ -176,6 +179,13 @@ class _Handlers:
             if not name:
                 raise UserError("choose what to forget first")
             session.forget(name)
+            return self.state(session)
+
+        return self._tried(work)
+
+    def look(self, session: Session, by: str) -> Any:
+        def work() -> tuple[Any, ...]:
+            session.look_at(by)
             return self.state(session)
 
         return self._tried(work)
@@ -253,6 +263,7 @@ def build_page(start: Classifier, home: Path) -> gr.Blocks:
                     load = gr.UploadButton("Load a classifier", elem_id="load")
             with gr.Column():
                 gr.Markdown("## 2. What to expect")
+                views = gr.Radio(label="Look at", choices=[], elem_id="views")
                 expected = gr.Markdown(elem_id="expected")
                 confusion = gr.HTML()
             with gr.Column():
@@ -262,7 +273,7 @@ def build_page(start: Classifier, home: Path) -> gr.Blocks:
                 outcome = gr.Markdown(elem_id="answer")
                 chances = gr.Label(label="Probabilities", show_heading=False, num_top_classes=5)
                 looked = gr.HTML()
-        shown = [table, unwanted, expected, confusion, save]
+        shown = [table, unwanted, views, expected, confusion, save]
 
         def learning(session: Session, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
             return do.learn(session, progress)
@@ -282,6 +293,7 @@ def build_page(start: Classifier, home: Path) -> gr.Blocks:
         ]
         stop.click(lambda session: session.stop.set(), session, None, cancels=works, queue=False, **private)
         forget.click(do.forget, [session, unwanted], shown, **private)
+        views.input(do.look, [session, views], shown, **private)
         load.upload(do.restore, [session, load], shown, **private)
     return page
 

@@ -19,18 +19,18 @@ from tqdm import tqdm
 
 from soap_net.calibration import ACCEPT, Calibration, calibrate
 from soap_net.checkpoint import load_model
-from soap_net.config import Config, DataConfig, from_dict, load_config, to_dict
+from soap_net.config import Config, DataConfig, ModelConfig, from_dict, load_config, to_dict
 from soap_net.data.clips import Clip
-from soap_net.data.images import is_image, natural
-from soap_net.data.splits import load_split
-from soap_net.data.videos import VIDEO_SUFFIXES
+from soap_net.data.find import clips_by_class, find_clips
 from soap_net.errors import UserError
 from soap_net.evaluate import CLIPS_PER_CALL, clip_features, refuse_non_finite
 from soap_net.models import build_model
-from soap_net.models.heads import Classes, Compared, Embedded, group_by_class
+from soap_net.models.heads import Classes, Compared, Embedded, build_head, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import digest, pick_device
 from soap_net.supports import Supports, load_supports
+
+__all__ = ["Classifier", "Prediction", "clips_by_class", "find_clips"]
 
 Progress = bool | Callable[[int], object]
 """Whether to show a bar; or what is told how many clips more were read, and may raise to end the work."""
@@ -40,7 +40,7 @@ Progress = bool | Callable[[int], object]
 COPY, ONE_RECORDING = 1e-3, 0.5
 
 # What of the settings, beside the weights, makes the features of a clip and what is made of them.
-SAME_MODEL = ("backbone", "head", "head_options", "soap")
+SAME_MODEL = ("backbone", "head", "soap")
 SAME_DATA = ("frames", "interval", "resize", "crop", "order")
 
 
@@ -245,20 +245,52 @@ class Classifier:
             kept = kept.without(unicodedata.normalize("NFC", name))
         return kept
 
+    def look_at(self, by: str) -> None:
+        """Has the head views look at something else: "auto" or a mixture, see `ViewsHead`. No clip is read again.
+
+        Raises:
+            UserError: another head, no such mixture, or one of differences where clips are read without.
+        """
+        old, (model, config) = self.model.head, self._looking_at(by)
+        if old.ignores_differences and not model.head.ignores_differences:
+            raise UserError(f"{by} looks at differences, and clips are read without here: begin with --by {by}")
+        model.head.ignores_differences = old.ignores_differences  # clips are read as before, to look otherwise again
+        self.model, self.config = model, config
+        if self.supports is not None:
+            self._take(self.supports)
+
+    def _looking_at(self, by: str) -> tuple[SOAPNet, Config]:
+        model, head = self.config.model, self.model.head
+        if model.head != "views":
+            raise UserError(f"what to look at is for the head views to choose, not for {model.head}")
+        options = {**model.head_options, "by": by}
+        net = self.model.with_head(build_head("views", head.dim, head.frames, **options))
+        return net, replace(self.config, model=replace(model, head_options=options))
+
     def restore(self, path: Path) -> None:
         """Takes on what `save` wrote, in place of any classes learnt; the model stays, and is to be the file's own.
+
+        What the head views looks at becomes the file's, see `look_at`.
 
         Raises:
             UserError: not a classifier, or made with another model or another way to read clips.
         """
         supports, about = load_supports(path)
         its, accept = _settings(path, about)
-        its, mine = _without_paths(its), _without_paths(self.config)
-        same = all(getattr(its.model, key) == getattr(mine.model, key) for key in SAME_MODEL)
-        same = same and all(getattr(its.data, key) == getattr(mine.data, key) for key in SAME_DATA)
-        if not same or about.get("weights") != digest(self.model.state_dict()):
-            raise UserError(f"{path}: was made with other weights or settings than those in use")
-        self._take(supports, accept)
+        before = self.model, self.config
+        try:
+            if its.model.head == self.config.model.head == "views":
+                self.model, self.config = self._looking_at(str(its.model.head_options.get("by", "auto")))
+            its, mine = _without_paths(its), _without_paths(self.config)
+            same = all(getattr(its.model, key) == getattr(mine.model, key) for key in SAME_MODEL)
+            same = same and _other_options(its.model) == _other_options(mine.model)
+            same = same and all(getattr(its.data, key) == getattr(mine.data, key) for key in SAME_DATA)
+            if not same or about.get("weights") != digest(self.model.state_dict()):
+                raise UserError(f"{path}: was made with other weights or settings than those in use")
+            self._take(supports, accept)
+        except UserError:
+            self.model, self.config = before
+            raise
 
     def save(self, path: Path, *, paths: bool = True) -> None:
         """Writes all that was learnt, and what it was learnt with, as safetensors, whole or not at all.
@@ -390,6 +422,11 @@ def _settings(path: Path, about: Mapping[str, Any]) -> tuple[Config, float]:
     return from_dict(config, str(path)), accept
 
 
+def _other_options(model: ModelConfig) -> dict[str, Any]:
+    """Those of the head but for what `Classifier.look_at` sets."""
+    return {key: value for key, value in model.head_options.items() if (model.head, key) != ("views", "by")}
+
+
 def _without_paths(config: Config) -> Config:
     """The same with names in place of paths."""
     model, data = config.model, config.data
@@ -410,44 +447,3 @@ def _distinct(names: Iterator[str]) -> list[str]:
         free = (name if number == 1 else f"{name} ({number})" for number in itertools.count(1))
         found[next(one for one in free if one not in found)] = None
     return [*found]
-
-
-def clips_by_class(folder: Path) -> dict[str, list[Clip]]:
-    """The clips of ``folder/<class>/<clip>``: videos, folders of frames, zips of frames.
-
-    Raises:
-        UserError: no such folder, or nothing of that form in it.
-    """
-    try:
-        found = load_split(folder, "support")
-    except UserError as error:
-        raise UserError(f"the clips to learn from lie in <folder>/<class>/<clip>: {error}") from error
-    return {name: list(clips) for name, clips in zip(found.classes, found.clips, strict=True)}
-
-
-def find_clips(path: Path) -> list[Clip]:
-    """The clip at `path` (a video, a zip or a folder of frames), or all clips in the folder at `path` and below.
-
-    Raises:
-        UserError: nothing there, or no clip in it.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such clip or folder")
-    if path.is_file():
-        return [Clip(path)]
-    clips = _clips_below(path)
-    if not clips:
-        raise UserError(f"{path}: no clips in this folder (videos, zips, or folders of frames)")
-    return clips
-
-
-def _clips_below(folder: Path) -> list[Clip]:
-    children = sorted((c for c in folder.iterdir() if not c.name.startswith(".")), key=lambda c: natural(c.name))
-    clips = []
-    for child in children:
-        if child.is_dir():
-            clips += _clips_below(child)
-        elif child.suffix.lower() in VIDEO_SUFFIXES | {".zip"}:
-            clips.append(Clip(child))
-    # Images are frames only where nothing else is: beside videos they are posters and thumbnails.
-    return clips or ([Clip(folder)] if any(is_image(child.name) for child in children) else [])

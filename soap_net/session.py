@@ -21,6 +21,8 @@ LONGEST_CLIP = 3600
 """Frames of a clip: two minutes at 30 a second."""
 MOST_CLIPS = 500
 """Clips that a session may have put in and not learnt."""
+VIEWS = ("auto", "appearance", "motion", "both")
+"""What a visitor may have the clips told apart by."""
 RECORDED = "sample"
 """What the page's browser part names each recording of a webcam."""
 
@@ -120,6 +122,20 @@ class Session:
             if not gone or (supports and name in (*supports.classes, *supports.clips)):
                 self.classifier.drop(name)
             self._remove(gone)
+
+    def views(self) -> tuple[str, list[str]]:
+        """What the head views looks at, and what it may look at instead; no others of another head."""
+        model = self.classifier.config.model
+        if model.head != "views":
+            return "", []
+        now = str(model.head_options.get("by", "auto"))
+        others = [name for name in VIEWS if name == now or not self.classifier.model.head.ignores_differences]
+        return now, others if now in others else [now, *others]
+
+    def look_at(self, by: str) -> None:
+        """Looks at something else in the clips, which are not read again; see `Classifier.look_at`."""
+        with self._working(lambda count: None):
+            self.classifier.look_at(by)
 
     def restore(self, file: Path) -> None:
         """Takes on what a classifier's file holds, in place of all that was learnt; see `Classifier.restore`."""

@@ -134,6 +134,18 @@ class SOAPNet(nn.Module, Pretrained):
         shown, changed, still = self._embed(images).split([count * frames, count * (frames - 1), 1])
         return torch.cat([shown.unflatten(0, x.shape[:2]), (changed - still).unflatten(0, changes.shape[:2])], dim=1)
 
+    def with_head(self, head: FewShotHead) -> SOAPNet:
+        """A net of the same SOAP and backbone, whose weights it shares, and another head.
+
+        Raises:
+            UserError: the head takes other features.
+        """
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        other = SOAPNet(
+            self.soap, self.backbone, head, mean, std, chunk_frames=self.chunk_frames, channels_last=self.channels_last
+        )
+        return other.to(self.mean.device).train(self.training)
+
     def freeze(self, names: Sequence[str]) -> None:
         """Takes ``soap``, ``backbone``, ``head``, or modules and weights by their dotted names out of training.
 

@@ -234,6 +234,48 @@ def test_a_saved_classifier_is_taken_on_by_its_own_model_alone(
         assert stranger.classes == ()
 
 
+@pytest.mark.parametrize("by", ["appearance", "motion", "both"])
+def test_what_a_page_looks_at_is_chosen_after_learning(
+    zips: dict[str, list[Path]], tmp_path: Path, tiny_run: Callable[..., Config], by: str
+) -> None:
+    """As if learnt that way from the start; other sessions on the same model go on as they did."""
+    config = tiny_run(model__head="views", model__head_options={})
+    start = Classifier.from_config(config, "cpu")
+    session, other = (learnt(start, zips, tmp_path) for _ in range(2))
+    assert session.views() == ("auto", ["auto", "appearance", "motion", "both"])
+    query = Clip(zips["c1"][2])
+    before = session.classify(query, ignore)
+    session.look_at(by)
+    options = {**config.model.head_options, "by": by}
+    oracle = Classifier.from_config(replace(config, model=replace(config.model, head_options=options)), "cpu")
+    oracle.learn({name: [Clip(file) for file in files] for name, files in zips.items()})
+    found, expected = session.classify(query, ignore), oracle.classify([query])[0]
+    assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-6)
+    assert session.classifier.calibration.expected == oracle.calibration.expected
+    assert other.classify(query, ignore) == before
+    session.classifier.save(tmp_path / "by.classifier")
+    other.restore(tmp_path / "by.classifier")
+    assert (other.views()[0], other.classify(query, ignore)) == (by, found)
+    session.look_at("auto")
+    assert session.classify(query, ignore) == before
+
+
+def test_what_cannot_be_looked_at_is_refused(
+    start: Classifier, tiny_run: Callable[..., Config], tmp_path: Path
+) -> None:
+    assert Session.begin(start, tmp_path).views() == ("", [])
+    with pytest.raises(UserError, match="the head views to choose, not for prototype"):
+        start.look_at("motion")
+    still = Classifier.from_config(tiny_run(model__head="views", model__head_options={"by": "motion"}), "cpu")
+    assert Session.begin(still, tmp_path).views() == ("motion", ["motion"])
+    still.look_at("appearance")
+    with pytest.raises(UserError, match="auto looks at differences, and clips are read without here"):
+        still.look_at("auto")
+    with pytest.raises(UserError, match="by is 'moton'"):
+        still.look_at("moton")
+    assert still.config.model.head_options == {"by": "appearance"}
+
+
 def test_what_to_expect_is_said_and_the_confused_are_counted(
     start: Classifier, zips: dict[str, list[Path]], tmp_path: Path
 ) -> None:
