@@ -243,7 +243,9 @@ def build_page(start: Classifier, home: Path) -> gr.Blocks:
         home: a folder for the sessions' files.
     """
     do = _Handlers(start, home)
-    with gr.Blocks(title="SOAP-Net: your own actions", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+    with gr.Blocks(
+        title="SOAP-Net: your own actions", analytics_enabled=False, fill_width=True, delete_cache=(KEPT, KEPT)
+    ) as page:
         session = gr.State(None, time_to_live=24 * KEPT, delete_callback=lambda gone: gone and gone.close())
         gr.Markdown("# Your own actions from a few clips")
         with gr.Row():

@@ -468,6 +468,13 @@ def test_from_an_empty_page_to_right_answers_on_real_clips(tmp_path: Path) -> No
         answered = try_clip(page, clips["BabyCrawling"][7])
         assert answered.startswith("BabyCrawling, ")
         page.locator("figure.strip img").wait_for()
+        looks = page.locator("#expected", has_text="Looks at")
+        looks.wait_for()
+        page.get_by_role("radio", name="motion").check()
+        looks.wait_for(state="detached")  # what was chosen by hand is not told as found out
+        page.get_by_role("radio", name="auto").check()
+        looks.wait_for()
+        assert page.locator("#expected").inner_text() == expected
 
         page.get_by_text("Forget, save, load").click()
         with page.expect_download() as download:
