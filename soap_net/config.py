@@ -124,11 +124,14 @@ class ModelConfig:
     """tiny, resnet18, resnet34, resnet50, vit_b_16, efficientnet_lite0, timm:<name>; of clips tiny3d, r3d_18, mc3_18,
     r3d_18_strided, r2plus1d_18, s3d, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b, hf:<folder or owner/model>."""
     weights: str | None = "imagenet"
-    """pretrained (what the net has by name), imagenet, kinetics, random (or null), or a .pth / .safetensors file."""
+    """pretrained (what the net has by name), imagenet, kinetics, random (or null), or a file: .safetensors, .pth, or
+    the checkpoint of a run or of timm's trainer."""
     head: str = "soap"
     """Few-shot head: soap, prototype, tsn, otam, trx, bimhm, hyrsm, or views, which needs no training."""
     head_options: dict[str, Any] = field(default_factory=dict)
     """The head's own options."""
+    drop_path: Annotated[float, AtLeast(0, most=0.99)] = 0.0
+    """Share of a timm net's blocks that training skips at random, from 0 for the first to this for the last."""
     soap: SoapConfig = field(default_factory=SoapConfig)
     chunk_frames: Annotated[int, AtLeast(0)] = 0
     """Frames per call of the backbone, to save memory; 0 takes all at once."""
@@ -181,6 +184,9 @@ class TrainConfig:
         default_factory=dict
     )
     """Factors of the learning rate by part or module, the longest name counting; 1 where none is given."""
+    layer_decay: Annotated[float, AtLeast(0, most=1)] = 1.0
+    """A further factor of the backbone's rates, once for its last block, twice for the one before, and so on to its
+    first layer (0.75, say, to fine-tune a transformer); 1 is off."""
     ema: Annotated[float, AtLeast(0, most=0.99999)] = 0.0
     """Decay, per optimizer step, of a moving average of the weights, which is then validated and saved as best; 0 is
     off."""

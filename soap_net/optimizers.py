@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from soap_net.config import TrainConfig
 from soap_net.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from soap_net.models.soap_net import SOAPNet
+
 # What each keeps of a parameter: tensors of its shape, but for the steps counted.
 _STATE = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 
 
-def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: TrainConfig, model: SOAPNet) -> torch.optim.Optimizer:
     """SGD or AdamW over the parameters that take gradients, in a group for each of the factors of their rates.
 
     Raises:
@@ -28,8 +32,10 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
             "`soap-net eval` takes a net as it is"
         )
     groups: dict[float, list[nn.Parameter]] = {}
+    depths = _depths(model) if cfg.layer_decay < 1 else {}
     for name, parameter in trained.items():
-        groups.setdefault(_scale(cfg, name), []).append(parameter)
+        factor = _scale(cfg, name) * cfg.layer_decay ** depths.get(name, 0)
+        groups.setdefault(factor, []).append(parameter)
     for part in cfg.lr_scale:
         if not any(_within(name, part) for name in trained):
             known = {name.rsplit(".", depth)[0] for name in trained for depth in range(name.count(".") + 1)}
@@ -58,6 +64,21 @@ def build_average(cfg: TrainConfig, model: nn.Module) -> AveragedModel | None:
 def _scale(cfg: TrainConfig, name: str) -> float:
     """The factor of a parameter's rate: that of the longest of the parts it is in."""
     return cfg.lr_scale[max(parts, key=len)] if (parts := [p for p in cfg.lr_scale if _within(name, p)]) else 1.0
+
+
+def _depths(model: SOAPNet) -> dict[str, int]:
+    """How many steps of `train.layer_decay` each of the backbone's weights lies before the head.
+
+    The last block is one step before it, each other block one more than the next, and what lies before the first block
+    one more than that. Weights behind a block count with it.
+    """
+    blocks = list(model.backbone.blocks())
+    block_of = {parameter: number for number, block in enumerate(blocks, 1) for parameter in block.parameters()}
+    depths, now = {}, 0
+    for name, parameter in model.backbone.named_parameters(prefix="backbone"):
+        now = block_of.get(parameter, now)
+        depths[name] = len(blocks) + 1 - now
+    return depths
 
 
 def _within(name: str, part: str) -> bool:

@@ -84,6 +84,9 @@ RULES = (
     Rule(r"soap-net train --config \S+ --print_config|soap-net train --help"),
     Rule(r"soap-net train --resume .*", slow=True),
     Rule(r"soap-net train --config (ssv2_cmn|kinetics)_.*", TRAIN, slow=True),
+    Rule(
+        r"soap-net train .*timm:resnet50 .*", f"{SIZES} {TASKS} {VALIDATED} --model.weights random", slow=True
+    ),  # its own net takes what the page sets
     Rule(r"soap-net train .*", TRAIN),
     Rule(
         r"soap-net (eval|classify|report) .*\b(runs|shared)/(small|ssv2_cmn).*|soap-net classify \.\.\. --json",
@@ -187,6 +190,9 @@ def world(motion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(motion)
     shutil.copy(motion / "splits" / "test.txt", tmp_path / "testlist03.txt")
+    (tmp_path / "lists").mkdir()
+    for split in ("train", "val", "test"):
+        shutil.copy(motion / "splits" / f"{split}.txt", tmp_path / "lists" / f"{split}list03.txt")
     clips = sorted(motion.glob("videos/*/*.mp4"))
     for clip in clips[:12]:  # of two or more classes
         support = tmp_path / "my_classes" / clip.parent.name

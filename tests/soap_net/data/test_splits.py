@@ -333,3 +333,59 @@ def test_a_list_of_several_sets_names_each_clips_set(two_sets: tuple[Path, ...])
 def test_two_sets_of_one_name_are_refused(two_sets: tuple[Path, ...]) -> None:
     with pytest.raises(UserError, match="several data sets of the name 'one'"):
         load_split((two_sets[0], two_sets[1].parent / "elsewhere/one"), "train")
+
+
+def test_kinetics_clips_may_be_named_by_their_video_alone(tmp_path: Path) -> None:
+    listing = tmp_path / "trainlist03.txt"
+    listing.write_text("air drumming/-VtLx-mcPds_000012_000022\nair drumming/-eGnPDG5Pxs_000053_000063\n")
+    touch(tmp_path / "air_drumming/-VtLx-mcPds/00000001.jpg", tmp_path / "air_drumming/-eGnPDG5Px/00000001.jpg")
+    with pytest.raises(MissingClipsError) as missing:
+        load_split(tmp_path, "train", listing)
+    assert missing.value.missing == ("air drumming/-eGnPDG5Pxs_000053_000063",), "eleven characters name a video"
+    assert names(missing.value.found) == {"air drumming": ["air drumming/-VtLx-mcPds"]}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_folders_of_classes_may_have_underscores_where_a_list_has_blanks(tmp_path: Path, zipped: bool) -> None:
+    listing = tmp_path / "trainlist03.txt"
+    listing.write_text("air drumming/-VtLx-mcPds_000012_000022\nbrush_hair/April 09\n")
+    frames = ["air_drumming/-VtLx-mcPds_000012_000022/00000001.jpg", "brush_hair/April 09/00000001.jpg"]
+    root = tmp_path / "kinetics"
+    if zipped:
+        root = tmp_path / "kinetics.zip"
+        with zipfile.ZipFile(root, "w") as file:
+            for name in frames:
+                file.writestr(f"kinetics_256q5/{name}", b"")
+    else:
+        touch(*(root / name for name in frames))
+    found = load_split(root, "train", listing)
+    assert names(found) == {
+        "air drumming": ["air drumming/-VtLx-mcPds_000012_000022"],
+        "brush_hair": ["brush_hair/April 09"],
+    }
+
+
+def test_lists_of_two_splits_alone_leave_no_folders_to_the_third(tmp_path: Path) -> None:
+    root, lists = tmp_path / "hmdb51", {}
+    for split in ("train", "test"):
+        touch(root / f"{split} class" / "a.mp4")
+        lists[split] = tmp_path / f"{split}list03.txt"
+        lists[split].write_text(f"{split} class/a\n")
+    mend = (
+        r"no split file for 'val' beside trainlist03.txt, testlist03.txt; name it with --data.val_split, or --train.v"
+    )
+    with pytest.raises(UserError, match=mend):
+        load_split(root, "val", None, lists)
+    with pytest.raises(
+        UserError, match=r"no split file for 'train' beside testlist03.txt; name it with --data.train_s"
+    ):
+        load_split(root, "train", None, {"test": lists["test"]})
+    assert load_split(root, "train", lists["train"], lists).classes == ("train class",)
+    touch(root / "val" / "val class" / "a.mp4")
+    assert load_split(root, "val", None, lists).classes == ("val class",), "a folder of its own needs no list"
+
+
+def test_several_lists_of_a_split_are_refused_with_the_option_that_chooses(tmp_path: Path) -> None:
+    touch(tmp_path / "splits" / "trainlist01.txt", tmp_path / "splits" / "trainlist02.txt")
+    with pytest.raises(UserError, match=r"\(trainlist01.txt, trainlist02.txt\); take one with --data.train_split"):
+        load_split(tmp_path, "train")

@@ -1,3 +1,4 @@
+import argparse
 import sys
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import DropPath
+from timm.utils import CheckpointSaver
 from torch import nn
 
 from soap_net.errors import UserError
@@ -266,6 +269,56 @@ def test_local_weights_load_without_their_classifier(tmp_path: Path, suffix: str
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(backbone(images), source(images))
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_checkpoint_of_timm_s_trainer_loads_its_average_where_it_has_one(tmp_path: Path, averaged: bool) -> None:
+    trained, average = (timm.create_model("resnet10t", num_classes=7).eval() for _ in range(2))
+    saver = CheckpointSaver(
+        trained,
+        torch.optim.SGD(trained.parameters(), lr=0.1),
+        args=argparse.Namespace(model="resnet10t", lr=0.05, resume=""),
+        model_ema=average if averaged else None,
+        checkpoint_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, metric=50.0)
+    backbone = build_backbone("timm:resnet10t", str(tmp_path / "model_best.pth.tar")).eval()
+    net = average if averaged else trained
+    net.reset_classifier(0)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images), net(images))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_checkpoint_of_soap_net_brings_its_backbone_alone(tmp_path: Path, suffix: str) -> None:
+    source = build_backbone("tiny")
+    weights = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    weights |= {"head.scale": torch.ones(()), "soap.cwem.expand.weight": torch.ones(2, 3, 1, 1)}
+    path = tmp_path / f"best{suffix}"
+    if suffix == ".pt":
+        torch.save({"format": 1, "config": {"train": {"lr": 0.1}}, "model": weights}, path)
+    else:
+        save_file(weights, path)
+    loaded = build_backbone("tiny", str(path))
+    torch.testing.assert_close(loaded.state_dict(), source.state_dict(), rtol=0, atol=0)
+    with pytest.raises(UserError, match="do not fit backbone resnet18: 100 missing"):
+        build_backbone("resnet18", str(path))
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_vit", "mobilenetv3_small_050"])
+def test_drop_path_has_timm_s_own_rates(name: str) -> None:
+    net, theirs = build_backbone(f"timm:{name}", drop_path=0.3).net, timm.create_model(name, drop_path_rate=0.3)
+    rates = [[m.drop_prob for m in one.modules() if isinstance(m, DropPath)] for one in (net, theirs)]
+    assert rates[0] == rates[1]
+    assert max(rates[0]) > 0
+    assert not any(isinstance(m, DropPath) for m in build_backbone(f"timm:{name}").net.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tiny", "timm:densenet121"])
+def test_drop_path_is_refused_where_a_net_has_none(name: str) -> None:
+    with pytest.raises(UserError, match=r"model\.drop_path is 0\.1: .* has none"):
+        build_backbone(name, drop_path=0.1)
 
 
 def test_weights_that_do_not_fit_or_cannot_be_read_are_one_line(tmp_path: Path) -> None:
