@@ -17,7 +17,6 @@ from soap_net.models.heads.base import Classes, Embedded, FewShotHead, Positions
 
 MOST_FRAMES = 2**20
 """Frames in all tuples of a clip: those of the pairs of 1,000 frames."""
-TASKS_AT_ONCE = FewShotHead.tasks_at_once
 
 
 class Attending(NamedTuple):
@@ -134,7 +133,7 @@ class TupleAttention(nn.Module):
         way, queries, pairs, shot, _ = scores.shape
         training, most = torch.is_grad_enabled(), len(members)
         # Tasks of an evaluation run side by side and share it. Of scores and of attention there are three at a time.
-        memory = self.memory if training else self.memory // TASKS_AT_ONCE
+        memory = self.memory if training else self.memory // FewShotHead.tasks_at_once
         rows = max(1, memory // (3 * way * shot * (most + pairs) * scores.element_size()))
         clips, tuples = max(1, rows // most), min(rows, most)
         summed = []
@@ -204,8 +203,6 @@ class TRXHead(FewShotHead):
     Raises:
         UserError: no cardinality, one given twice, or a tuple longer than the clip.
     """
-
-    tasks_at_once = TASKS_AT_ONCE
 
     def __init__(
         self,
