@@ -317,6 +317,7 @@ class Tasks:
         """What the head compares of ``(tasks, clips)`` rows."""
         rows = rows.to(self.ranks.device)
         if self.embeds:
-            return tuple(tensor[rows] for tensor in self.kept)
+            # Several times as fast as `tensor[rows]`.
+            return tuple(tensor.index_select(0, rows.flatten()).unflatten(0, rows.shape) for tensor in self.kept)
         embedded = self.model.head.embed(self.kept[0][rows.flatten()])
         return tuple(tensor.unflatten(0, rows.shape) for tensor in embedded)

@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -38,14 +39,75 @@ def plain_loop(head: TRXHead, support: Tensor, labels: Tensor, query: Tensor, wa
     return total / len(head.attentions)
 
 
-@pytest.mark.parametrize("cardinalities", [(2, 3), (1,), (4,), (3, 1, 2)])
-def test_head_equals_a_plain_loop_with_unequal_shots(cardinalities: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("frames", [4, 5])
+@pytest.mark.parametrize("cardinalities", [(2, 3), (1,), (2,), (4,), (3, 1, 2)])
+@pytest.mark.parametrize("labels", [[1, 0, 2, 1, 2], [2, 0, 1]], ids=["unequal shots", "one shot"])
+def test_head_and_its_gradients_equal_a_plain_loop_s(
+    cardinalities: tuple[int, ...], labels: list[int], frames: int
+) -> None:
+    torch.manual_seed(0)
+    head = TRXHead(6, frames, cardinalities, out_dim=5).double().eval()
+    for attention in head.attentions:  # LayerNorm begins as ones and zeros, which hide a wrong use of them
+        torch.nn.init.normal_(attention.norm.weight)
+        torch.nn.init.normal_(attention.norm.bias)
+    support = torch.randn(len(labels), frames, 6).double().requires_grad_()
+    query = torch.randn(3, frames, 6).double().requires_grad_()
+    got, expected = (f(support, torch.tensor(labels), query, 3) for f in (head, partial(plain_loop, head)))
+    torch.testing.assert_close(got, expected)
+    inputs, weight = [support, query, *head.parameters()], torch.randn(3, 3).double()
+    grads = [torch.autograd.grad((logits * weight).sum(), inputs) for logits in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("cardinalities", [(1,), (2, 3)])
+def test_keys_that_hardly_vary_are_normed_as_layer_norm_does(cardinalities: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     head = TRXHead(6, 4, cardinalities, out_dim=5).double().eval()
-    support, query = torch.randn(5, 4, 6).double(), torch.randn(3, 4, 6).double()
-    labels = torch.tensor([1, 0, 2, 1, 2])
-    expected = plain_loop(head, support, labels, query, 3)
-    torch.testing.assert_close(head(support, labels, query, 3), expected)
+    support, query = torch.randn(3, 4, 6).double(), torch.randn(2, 4, 6).double()
+    for attention in head.attentions:
+        torch.nn.init.normal_(attention.norm.bias)
+        # The same key, but for 1e-4, in every dimension: less variance than LayerNorm's epsilon, and none below.
+        with torch.no_grad():
+            attention.keys.weight.copy_(attention.keys.weight[:1] + 1e-4 * torch.randn_like(attention.keys.weight))
+            attention.keys.bias.fill_(100.0)
+    support[1] = query[1] = -head.positions.table.double()  # features of zero: keys that don't vary at all
+    support.requires_grad_()
+    query.requires_grad_()
+    labels = torch.tensor([0, 1, 1])
+    got, expected = head(support, labels, query, 2), plain_loop(head, support, labels, query, 2)
+    torch.testing.assert_close(got, expected)
+    inputs, weight = [support, query, *head.parameters()], torch.randn(2, 2).double()
+    grads = [torch.autograd.grad((logits * weight).sum(), inputs) for logits in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_clips_that_are_nearly_alike_keep_the_digits_of_their_distances() -> None:
+    torch.manual_seed(0)
+    head = TRXHead(64, 8, out_dim=48).eval()
+    head.positions.table.zero_()
+    alike = 10 + 0.01 * torch.randn(8, 8, 64)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    got = head(alike[:5], labels, alike[5:], 3)
+    torch.testing.assert_close(
+        got.double(), plain_loop(head.double(), alike[:5].double(), labels, alike[5:].double(), 3), rtol=1e-4, atol=0
+    )
+
+
+def test_no_tensor_holds_out_dim_numbers_for_each_tuple() -> None:
+    head = TRXHead(6, 8, out_dim=1000).eval()
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch(), torch.no_grad():
+        head(torch.randn(5, 8, 6), torch.arange(5), torch.randn(2, 8, 6), 5)
+    assert largest <= 5 * 18 * 1000  # of 5 clips, 18 pairs of a slot and a frame for 56 triples
 
 
 def test_chunks_that_bound_memory_change_neither_logits_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
