@@ -144,7 +144,7 @@ def beyond(right: Floats, drawn: Drawn, *, difference: bool = False) -> Interval
     over = drawn.over + (" and training seeds" if seeds > 1 else "")
     if difference:
         return Interval(100 * (mean - half), 100 * (mean + half), over)
-    odds, reach = math.log(mean / (1 - mean)), min(half / (mean * (1 - mean)), 700.0)
+    odds, reach = math.log(mean / (1 - mean)), min(half / (mean * (1 - mean)), 600.0)
     low, high = (100 / (1 + math.exp(-end)) for end in (odds - reach, odds + reach))
     return Interval(low, high, over)
 
@@ -256,7 +256,7 @@ def excess_kurtosis(values: Floats) -> float:
     return (count - 1) / ((count - 2) * (count - 3)) * ((count + 1) * plain + 6)
 
 
-def inverse_chi_square(freedom: float, count: int = 100) -> tuple[Floats, Floats]:
+def inverse_chi_square(freedom: float, count: int = 60) -> tuple[Floats, Floats]:
     """Values of ``freedom / chi^2`` and the weight of each, which add up to 1."""
     reach = 6 * math.sqrt(2 / freedom)
     logs = np.linspace(-36 / freedom - reach, reach, count)  # of chi^2 / freedom
