@@ -109,8 +109,11 @@ def beyond(right: Floats, drawn: Drawn, *, difference: bool = False) -> Interval
     units is the jackknife's: each in turn is left out. That counts what two of them do together twice, and the noise
     of drawing few tasks several times; what it should give of either is taken off, and the noise put in once. Units
     and seeds are crossed samples: variances over both are added, less that of their interaction, which both hold.
-    Student's t has Welch and Satterthwaite's degrees of freedom. An accuracy's interval is made on the scale of its
-    logit, where it is nearly symmetric.
+
+    Student's t, generalised: the jackknife's sum and the spread of the seeds are known but as well as their degrees of
+    freedom allow, so the mean's error is a mixture of normal ones over what the true variance may be (fiducial, as
+    Behrens and Fisher have it), of which none is below that of drawing tasks. With one sample and no noise it is t. An
+    accuracy's interval is made on the scale of its logit, where it is nearly symmetric.
 
     Args:
         right: ``(seeds, T, way, queries)``, 1 for each right answer and 0 for a wrong one; of a `difference` of two
@@ -122,20 +125,49 @@ def beyond(right: Floats, drawn: Drawn, *, difference: bool = False) -> Interval
         return Interval(None, None, "all answers are alike" if difference else "all answers are right, or all wrong")
     seeds, mean = len(right), float(right.mean())
     layout = _Layout.of(drawn, right.shape[3])
-    variance, noise = layout.spread(right.mean(axis=0))
+    spread = layout.spread(right.mean(axis=0))
+    ratios, weights = inverse_chi_square(spread.freedom)
+    sums = spread.total * ratios
+    possible = sums > spread.noise  # a smaller one would have been the noise's alone
+    if possible.any():
+        sums, weights = sums[possible], weights[possible]
+    variances = spread.variance(sums)
     if seeds > 1:
         by_seed = float(right.mean(axis=(1, 2, 3)).var(ddof=1)) / seeds
-        alone = sum(layout.spread(one)[0] for one in right) / seeds
-        shared = max(alone - variance, 0.0) / (seeds - 1)
-        variance = max(variance + by_seed - shared, variance, by_seed)
-        noise += by_seed**2 / (seeds - 1)
-    half = student_t(variance**2 / noise if noise else math.inf) * math.sqrt(variance)
+        alone = sum(float(one.variance(one.total)) for one in map(layout.spread, right)) / seeds
+        shared = max(alone - float(spread.variance(spread.total)), 0.0) / (seeds - 1)
+        ratios, chances = inverse_chi_square(seeds - 1)
+        of_seeds = by_seed * ratios[:, None]
+        variances = np.maximum(np.maximum(variances, of_seeds), variances + of_seeds - shared).ravel()
+        weights = (chances[:, None] * weights).ravel()
+    half = widest(variances, weights)
     over = drawn.over + (" and training seeds" if seeds > 1 else "")
     if difference:
         return Interval(100 * (mean - half), 100 * (mean + half), over)
-    odds, reach = math.log(mean / (1 - mean)), min(half / (mean * (1 - mean)), 700.0)
+    odds, reach = math.log(mean / (1 - mean)), min(half / (mean * (1 - mean)), 600.0)
     low, high = (100 / (1 + math.exp(-end)) for end in (odds - reach, odds + reach))
     return Interval(low, high, over)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """What leaving out each unit in turn tells of the variance of a mean."""
+
+    total: float
+    """The jackknife's sum of squares."""
+    noise: float
+    """What of it comes of drawing few tasks."""
+    pairwise: float
+    """What two units do together, which it counts twice."""
+    drawn: float
+    """The variance of drawing tasks, which it should count once."""
+    freedom: float
+    """Degrees of freedom of the sum."""
+
+    def variance(self, total: Floats | float) -> Floats:
+        """Of the mean, were this the jackknife's sum; pairs can't make up more than all of what is counted twice."""
+        units = np.maximum(np.asarray(total, dtype=np.float64) - self.noise, 0.0)
+        return np.maximum(units - self.pairwise, units / 2) + self.drawn
 
 
 @dataclass(frozen=True)
@@ -161,8 +193,8 @@ class _Layout:
         few = sum(drawn.sizes) <= MOST_ROWS
         return cls(asked, asked if few else np.repeat(drawn.classes, queries, axis=1).ravel(), others, drawn.sizes)
 
-    def spread(self, right: Floats) -> tuple[float, float]:
-        """Variance of the mean of ``(T, way, queries)``, and half the variance of that estimate of it."""
+    def spread(self, right: Floats) -> _Spread:
+        """Of the mean of ``(T, way, queries)``."""
         units, rows, scores = sum(self.strata), int(self.row.max()) + 1, right.ravel()
         by_task = right.mean(axis=(1, 2))
         drawn = float(by_task.var(ddof=1)) / len(right)
@@ -183,7 +215,7 @@ class _Layout:
         if rows == units:
             own_share = fall - self._mean_of_strata(fall, seen)
             pairwise = float(np.square(own_share + own_share.T).sum()) / 2 - float(doubt.sum())
-        variance, noise, start, scaled = 0.0, 0.0, 0, []
+        total, noise, normal, heavy, start = 0.0, 0.0, 0.0, 0.0, 0
         for size in self.strata:
             part = slice(start, start + size)
             start += size
@@ -191,16 +223,17 @@ class _Layout:
             scale = (size - 1) * len(self.strata)
             influence = fall[:, part].sum(axis=0)
             influence[met] += (own[part][met] - own[part][met].mean()) / scale
-            influence -= influence.mean()
-            raw = (size - 1) / size * float(np.square(influence).sum())
+            raw = (size - 1) / size * float(np.square(influence - influence.mean()).sum())
             doubts = float(doubt[:, part].sum()) + float((within / asked[part][met]).sum()) / scale**2
-            variance += raw - (size - 1) / size * doubts
-            noise += raw**2 / (size - 1)
-            scaled.append(influence / max(float(np.sqrt(np.square(influence).mean())), 1e-12))
-        # Where a few units weigh most, their variance is known less well than that of a normal sample.
-        noise *= 1 + max(float((np.concatenate(scaled) ** 4).mean()) - 3, 0.0) / 2
-        pairwise = max(pairwise, 0.0)
-        return max(variance - pairwise, pairwise) + drawn, noise
+            total += raw
+            noise += (size - 1) / size * doubts
+            normal += raw**2 / (size - 1)
+            heavy += raw**2 * excess_kurtosis(influence) / size
+        # A few units see too little of a heavy tail: their excess counts twice. Below 3 degrees t says next to nothing.
+        freedom = total**2 / normal if normal else 1.0
+        if heavy > 0:
+            freedom = max(total**2 / (normal + heavy), min(freedom, 3.0))
+        return _Spread(total, noise, max(pairwise, 0.0), drawn, freedom)
 
     def _mean_of_strata(self, values: Floats, known: NDArray[np.bool_]) -> Floats:
         """In each column the mean over a stratum's rows, where known; zero elsewhere."""
@@ -211,6 +244,39 @@ class _Layout:
             counts = known[part].sum(axis=0)
             found[part] = np.where(known[part], values[part].sum(axis=0) / np.maximum(counts, 1), 0.0)
         return found
+
+
+def excess_kurtosis(values: Floats) -> float:
+    """Of what they are a sample of, as k-statistics have it; zero where they are too few, or alike."""
+    count = len(values)
+    squares = np.square(values - values.mean())
+    if count < 4 or squares.mean() < 1e-24:
+        return 0.0
+    plain = float(np.square(squares).mean() / squares.mean() ** 2) - 3
+    return (count - 1) / ((count - 2) * (count - 3)) * ((count + 1) * plain + 6)
+
+
+def inverse_chi_square(freedom: float, count: int = 60) -> tuple[Floats, Floats]:
+    """Values of ``freedom / chi^2`` and the weight of each, which add up to 1."""
+    reach = 6 * math.sqrt(2 / freedom)
+    logs = np.linspace(-36 / freedom - reach, reach, count)  # of chi^2 / freedom
+    weights = np.exp(freedom / 2 * (logs - np.exp(logs) + 1))
+    return np.exp(-logs), weights / weights.sum()
+
+
+def widest(variances: Floats, weights: Floats, coverage: float = 0.95) -> float:
+    """How far from zero `coverage` of a mixture of normal errors lies, whose variances have these weights."""
+    grid = np.linspace(0.0, 9.0, 3001)
+    density = np.exp(-np.square(grid) / 2)
+    within = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    within /= within[-1]
+    deviations = np.sqrt(np.maximum(variances, 1e-300))
+    low, high = 0.0, 40.0 * float(deviations.max())
+    for _ in range(45):
+        middle = (low + high) / 2
+        enough = float(weights @ np.interp(middle / deviations, grid, within)) >= coverage * float(weights.sum())
+        low, high = (low, middle) if enough else (middle, high)
+    return high
 
 
 def student_t(freedom: float, coverage: float = 0.95) -> float:
