@@ -178,6 +178,7 @@ def commands(count: int) -> dict[str, Found]:
         net = ["--data.root", str(root), "--data.resize", "32", "--data.crop", "32", "--data.workers", "2",
                "--model.backbone", "resnet18", "--model.weights", "random", "--out", f"{folder}/run"]  # fmt: skip
         once = ["--train.episodes", "1", "--train.tasks_per_batch", "1", "--train.val_every", "0"]
+        few = ["--episode.queries", "1", "--eval.queries", "1", "--eval.tasks", "100"]
         found = {"check, stopped half way": run(check, (notes, count // 2)), "check, the rest": run(check)}
         lines = notes.read_bytes().splitlines()
         if len({json.loads(line)["path"] for line in lines}) != len(lines) or len(lines) != count:
@@ -185,8 +186,8 @@ def commands(count: int) -> dict[str, Found]:
         return found | {
             "check again, nothing to read": run(check),
             "pack the val split": run(["data", "pack", str(root), f"{folder}/val.zip", "--split", "val"]),
-            "train an episode": run(["train", *net, *once]),
-            "evaluate 100 tasks": run(["eval", *net, "--eval.tasks", "100"]),
+            "train an episode": run(["train", *net, *once, *few]),
+            "evaluate 100 tasks": run(["eval", *net, *few]),
         }
 
 
@@ -224,7 +225,7 @@ def main() -> int:
     if options.alone:
         print(json.dumps(ALONE[options.alone[0]](Path(options.alone[1]))))
         return 0
-    count = 4000 if options.smallest else options.clips
+    count = 800 if options.smallest else options.clips
     sizes = (count,) if options.smallest else (count // 10, count)
     rows = {
         "listing": partial(listing, count),
