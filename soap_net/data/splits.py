@@ -377,10 +377,15 @@ def _clips_in(folder: Path) -> dict[str, str]:
 
 
 def _clips_by_name(folder: Path) -> dict[str, str]:
-    """As `_clips_in`, but a name that is one file's whole and another's without suffix is that of the first."""
+    """As `_clips_in`; where a file's whole name is another clip's without suffix, it is that file's."""
     clips = _clips_in(folder)
-    stems = ((name, _stem(name)) for name in clips if "." in name)
-    return clips | {name: clips[stem] for name, stem in stems if stem in clips and _key(Path(clips[stem]).name) == name}
+    whole: dict[str, str] = {}
+    for name in (name for name in clips if "." in name):
+        file = clips.get(stem := _stem(name))
+        if file is not None and stem != name and _key(Path(file).name) == name:
+            whole[_key(Path(clips[name]).name)] = clips[name]
+            whole[name] = file
+    return clips | whole if whole else clips
 
 
 def _stem(name: str) -> str:
