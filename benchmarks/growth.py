@@ -5,18 +5,18 @@
     python -m benchmarks.growth --smallest --out build  once, on few clips: that it all runs
 
 Each is done by a process of its own. Times are the clock's and, with those of its workers, the processor's; memory is
-the peak of its largest process, of listing and zip beyond what the program takes. Clips are links to a few tiny videos,
-so that what is timed is the work around reading.
+the peak of the command's own process, of listing and zip beyond what the program takes. Clips are links to a few tiny
+videos, so that what is timed is the work around reading.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -43,12 +43,17 @@ Found = dict[str, float]
 
 def spent(began: tuple[float, os.times_result]) -> Found:
     clock, before = began
-    now = os.times()
-    return {"seconds": time.perf_counter() - clock, "processor": now.user + now.system - before.user - before.system}
+    used = sum(os.times()[:4]) - sum(before[:4])  # of this process and those that it has waited for
+    return {"seconds": time.perf_counter() - clock, "processor": used}
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak(process: int | str = "self") -> float:
+    """MB; 0 of a process that has ended. Not ru_maxrss, which a process takes over from the one that starts it."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
 
 
 # ---------------------------------------------------------------------------------------------------- listing and zip
@@ -154,19 +159,18 @@ def write_set(root: Path, count: int) -> None:
 
 def run(arguments: list[str], stop_at: tuple[Path, int] | None = None) -> Found:
     """A command of ours, whole, or until a file has so many lines: then Ctrl-C."""
-    began = time.perf_counter()
+    began, most, stopped = (time.perf_counter(), os.times()), 0.0, False
     process = subprocess.Popen([sys.executable, "-m", "soap_net", *arguments], stdout=subprocess.DEVNULL)
-    if stop_at is not None:
-        path, lines = stop_at
-        while process.returncode is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
-            time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != (0 if stop_at is None else 130):
+    while process.poll() is None:
+        most = max(most, peak(process.pid))
+        if stop_at is not None and not stopped and stop_at[0].exists():
+            stopped = stop_at[0].read_bytes().count(b"\n") >= stop_at[1]
+            if stopped:
+                process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    if process.returncode != (130 if stopped else 0):
         raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
-    used = usage.ru_utime + usage.ru_stime
-    return {"seconds": time.perf_counter() - began, "processor": used, "MB": usage.ru_maxrss / 1024}
+    return {**spent(began), "MB": most}
 
 
 def commands(count: int) -> dict[str, Found]:
