@@ -182,7 +182,7 @@ def commands(count: int) -> dict[str, Found]:
         net = ["--data.root", str(root), "--data.resize", "32", "--data.crop", "32", "--data.workers", "2",
                "--model.backbone", "resnet18", "--model.weights", "random", "--out", f"{folder}/run"]  # fmt: skip
         once = ["--train.episodes", "1", "--train.tasks_per_batch", "1", "--train.val_every", "0"]
-        few = ["--episode.queries", "1", "--eval.queries", "1", "--eval.tasks", "100"]
+        few = ["--episode.queries", "1", "--eval.shot", "1", "--eval.queries", "1", "--eval.tasks", "100"]
         found = {"check, stopped half way": run(check, (notes, count // 2)), "check, the rest": run(check)}
         lines = notes.read_bytes().splitlines()
         if len({json.loads(line)["path"] for line in lines}) != len(lines) or len(lines) != count:
