@@ -181,7 +181,7 @@ _Place = tuple[str, str]  # of a clip: its file, from the root of the system, an
 
 
 def _place(clip: Clip) -> _Place:
-    return os.path.abspath(clip.path), clip.member
+    return os.path.abspath(clip.file), clip.member
 
 
 def _read(

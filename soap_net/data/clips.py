@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +30,7 @@ class ClipInfo:
     fps: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, slots=True)
 class Clip:
     """A video file, a folder of images, or images in a zip (those directly in its folder ``member``, or all of them).
 
@@ -39,15 +39,22 @@ class Clip:
     file (its images, its frame count) is kept per process until the file changes.
     """
 
-    path: Path
-    _: KW_ONLY
-    member: str = ""
-    name: str = ""
+    file: str  # a text, as data sets have hundreds of thousands of clips, and a Path takes microseconds to make
+    member: str
+    name: str
 
-    def __post_init__(self) -> None:
-        if not self.name:
-            shown = Path(self.path, self.member)
-            object.__setattr__(self, "name", f"{shown.parent.name}/{shown.stem}")
+    def __init__(self, path: str | os.PathLike[str], *, member: str = "", name: str = "") -> None:
+        if not name:
+            shown = Path(path, member)
+            name = f"{shown.parent.name}/{shown.stem}"
+        object.__setattr__(self, "file", os.fspath(path))
+        object.__setattr__(self, "member", member)
+        object.__setattr__(self, "name", name)
+
+    @property
+    def path(self) -> Path:
+        """The video file, folder or zip."""
+        return Path(self.file)
 
     def num_frames(self) -> int:
         """How many frames the clip has, at least 1. Raises ClipError."""
@@ -121,14 +128,14 @@ class Clip:
             raise ClipError(self._shown(), f"its frames differ in size: {found}")
 
     def _shown(self) -> Path:
-        return Path(self.path, self.member)
+        return Path(self.file, self.member)
 
     def _source(self) -> _Source:
         try:
-            stat = os.stat(self.path)
+            stat = os.stat(self.file)
         except OSError as error:
             raise ClipError(self._shown(), said(error)) from error
-        return _open_source(self.path, self.member, stat.st_mtime_ns, stat.st_size)
+        return _open_source(self.file, self.member, stat.st_mtime_ns, stat.st_size)
 
 
 class _Source(Protocol):
@@ -141,7 +148,8 @@ class _Source(Protocol):
 
 
 @lru_cache(maxsize=8192)
-def _open_source(path: Path, member: str, mtime_ns: int, size: int) -> _Source:
+def _open_source(file: str, member: str, mtime_ns: int, size: int) -> _Source:
+    path = Path(file)
     if path.is_dir():
         return Folder(path)
     if path.suffix.lower() == ".zip":

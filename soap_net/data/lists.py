@@ -8,10 +8,13 @@ benchmarks' own lists, made for ordinary classification, do not. These are under
 from __future__ import annotations
 
 import csv
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,9 +59,10 @@ def find_split_file(root: Path, split: str) -> Path | None:
         return inside
     home = root if root.is_dir() else root.parent
     for folder in (home / "splits", home):
+        listable = _listable(folder)
         usual = (f"{split}.txt", f"{split}list*.txt", f"{split}_few_shot.txt")
-        files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in usual)), None)
-        files = files or _lists_of_other_names(folder, split)
+        fitting = ([path for path in listable if fnmatch(path.name, pattern)] for pattern in usual)
+        files = next(filter(None, fitting), None) or _lists_of_other_names(listable, split)
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise UserError(
@@ -69,13 +73,21 @@ def find_split_file(root: Path, split: str) -> Path | None:
     return list_in_pack(root, split) if root.is_dir() else None
 
 
-def _lists_of_other_names(folder: Path, split: str) -> list[Path]:
+def _listable(folder: Path) -> list[Path]:
+    """What may be lists by their suffixes: all clips of a data set may lie beside them."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.lower().endswith((".txt", ".csv", ".json")))
+        return [folder / name for name in names]
+    return []
+
+
+def _lists_of_other_names(listable: Sequence[Path], split: str) -> list[Path]:
     """Lists of other names that speak of ``split``. Files that are no lists do so too: the form tells.
 
     Outside a folder ``splits`` only a benchmark's own form is sure to be a list.
     """
     found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.glob("*.*") if path.suffix.lower() in (".txt", ".csv", ".json")):
+    for path in listable:
         family = _HMDB51.fullmatch(path.name)
         key = f"of HMDB51, {family['number']}" if family else path.name  # a class's file stands for its fellows
         named = ("train", "test") if family else _splits_named(path.stem.lower())
@@ -83,7 +95,7 @@ def _lists_of_other_names(folder: Path, split: str) -> list[Path]:
             with suppress(UserError):
                 lines = _read_lines(path)
                 form = _form(path, lines)
-                if form.name or (folder.name == "splits" and form.parse(path, lines, "")):
+                if form.name or (path.parent.name == "splits" and form.parse(path, lines, "")):
                     found[key] = path
     return [*found.values()]
 
@@ -291,14 +303,17 @@ def _few_shot(path: Path, lines: _Lines, split: str) -> list[SplitLine]:
     ``train0//videos/<class>/<name>.avi`` (HyRSM), where the number before ``//`` is the class."""
     found, numbered = [], []
     for number, line in enumerate(lines, 1):
-        label, double, below = line.partition("//")
-        if not double:
-            label, below = line.rpartition("/")[0], line
-        if line and not (label and below.rpartition("/")[2]):
+        if not line:
+            continue
+        first, double, rest = line.partition("//")
+        below = rest if double else line
+        folder, _, video = below.rpartition("/")
+        label = sys.intern(first if double else folder)  # one text for the class, not one for each clip
+        if not (label and video):
             raise UserError(f"{path}:{number}: {line!r} is not <class>/<video>")
-        if line:
-            found.append(SplitLine(label, below))
-            numbered += found[-1:] if double else []
+        found.append(SplitLine(label, below))
+        if double:
+            numbered.append(found[-1])
     return _with_names(found, _names(numbered))
 
 

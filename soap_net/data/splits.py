@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -188,16 +189,16 @@ def _compared(root: Path, split: str, split_files: Mapping[str, Path | None]) ->
 
 def _listed(root: Path, listed: SplitList, split: str) -> ClipSet:
     places = _Places(root, split)
-    places_of: dict[str, dict[_Place, None]] = {}
+    clips: dict[str, dict[Clip, None]] = {}
     missing: list[str] = []
     for line in listed.lines:
-        found_at = places_of.setdefault(line.label, {})
-        place = places.find(line)
-        if place is None:
+        members = clips.setdefault(line.label, {})
+        clip = places.find(line)
+        if clip is None:
             missing.append(line.path)
         else:
-            found_at[place] = None
-    found = _clip_set(split, places_of, listed.form)
+            members[clip] = None
+    found = _clip_set(split, clips, listed.form)
     if missing:
         count = len(listed.lines)
         nothing = "" if len(missing) < count else f" (looked in {places.looked_in()})"
@@ -207,14 +208,6 @@ def _listed(root: Path, listed: SplitList, split: str) -> ClipSet:
             found,
         )
     return found
-
-
-class _Place(NamedTuple):
-    """Where a clip is: its name, its file, and the folder in that if it is a zip."""
-
-    name: str
-    path: str
-    member: str = ""
 
 
 class _Near(NamedTuple):
@@ -234,16 +227,16 @@ class _Places:
         self._listed: dict[str, list[dict[str, str]]] = {}  # of each base that has the folder, its clips' paths
         self._near: dict[tuple[str, str], _Near] = {}
         self._folders: dict[Path, dict[str, Path]] = {}
-        self._members: dict[str, _Place] | None = None
+        self._members: dict[str, Clip] | None = None
 
-    def find(self, line: SplitLine) -> _Place | None:
+    def find(self, line: SplitLine) -> Clip | None:
         for path in (line.path, *line.others):
-            if (place := self._find(line.label, path)) is not None:
-                return place
+            if (clip := self._find(line.label, path)) is not None:
+                return clip
         timed = _TIMED.fullmatch(_stem(line.path))
         return self._find(line.label, timed["name"]) if timed else None
 
-    def _find(self, label: str, path: str) -> _Place | None:
+    def _find(self, label: str, path: str) -> Clip | None:
         folder, _, video = path.rpartition("/")
         if video in ("", ".", ".."):
             folder, _, video = "/".join(part for part in path.split("/") if part not in ("", ".")).rpartition("/")
@@ -252,11 +245,11 @@ class _Places:
         stem = _stem(video)
         for listed in near.listings:
             if (found := listed.get(_key(video)) or listed.get(_key(stem))) is not None:
-                return _Place(f"{label}/{stem}", found)
+                return Clip(found, name=f"{label}/{stem}")
         members = self._zipped()
         for named in near.folders if members else ():
             if (member := members.get(_key(f"{named}/{stem}"))) is not None:
-                return member._replace(name=f"{label}/{stem}")
+                return Clip(member.file, member=member.member, name=f"{label}/{stem}")
         return None
 
     def _look_near(self, label: str, folder: str) -> _Near:
@@ -275,12 +268,7 @@ class _Places:
     def _listing(self, folder: str) -> list[dict[str, str]]:
         if folder not in self._listed:
             there = [place for base in self.bases if (place := self._resolve(base, folder)) is not None]
-            found = map(_clips_in, there)
-            self._listed[folder] = [
-                {key: path for key, (_, path) in clips.items()}
-                | {_key(path.rpartition(os.sep)[2]): path for _, path in clips.values()}
-                for clips in found
-            ]
+            self._listed[folder] = [_clips_by_name(place) for place in there]
         return self._listed[folder]
 
     def _resolve(self, base: Path, folder: str) -> Path | None:
@@ -295,7 +283,7 @@ class _Places:
             place = found
         return place
 
-    def _zipped(self) -> dict[str, _Place]:
+    def _zipped(self) -> dict[str, Clip]:
         if self._members is None:
             self._members = {}
             for path in _zips(self.root, self.split):
@@ -316,11 +304,11 @@ def _from_tree(root: Path, split: str) -> ClipSet:
         tree = {folder.name: _clips_in(folder) for folder in folders}
         if any(tree.values()):
             named = {
-                label: [_Place(f"{label}/{stem}", path) for stem, path in clips.values()]
+                label: [Clip(path, name=f"{label}/{name}") for name, path in clips.items()]
                 for label, clips in tree.items()
             }
             return _clip_set(split, named)
-    zipped: dict[str, list[_Place]] = {}
+    zipped: dict[str, list[Clip]] = {}
     for path in _zips(root, split):
         for parts, clip in _members(path, split):
             zipped.setdefault(parts[-2], []).append(clip)
@@ -329,15 +317,9 @@ def _from_tree(root: Path, split: str) -> ClipSet:
     return _clip_set(split, zipped)
 
 
-def _clip_set(split: str, clips: Mapping[str, Iterable[_Place]], form: str | None = None) -> ClipSet:
+def _clip_set(split: str, clips: Mapping[str, Iterable[Clip]], form: str | None = None) -> ClipSet:
     labels = in_natural_order(clips)
-    ordered = (
-        tuple(
-            Clip(Path(path), member=member, name=name)
-            for name, path, member in in_natural_order(clips[label], attrgetter("name"))
-        )
-        for label in labels
-    )
+    ordered = (tuple(in_natural_order(clips[label], attrgetter("name"))) for label in labels)
     return ClipSet(split, tuple(labels), tuple(ordered), form)
 
 
@@ -357,12 +339,12 @@ def _zips(root: Path, split: str) -> list[Path]:
     return own or [path for path in found if path.stem not in SPLITS]
 
 
-def _members(path: Path, split: str) -> Iterator[tuple[tuple[str, ...], _Place]]:
+def _members(path: Path, split: str) -> Iterator[tuple[tuple[str, ...], Clip]]:
     """The folders of images in a zip, less those of other splits, as (..., class, video)."""
     for folder in archive_at(path).folders:
         parts = (path.stem, *folder.split("/"))
         if folder and (split in parts[:-2] or not {*SPLITS} & {*parts[:-2]}):
-            yield parts, _Place("/".join(parts[-2:]), str(path), folder)
+            yield parts, Clip(path, member=folder, name="/".join(parts[-2:]))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -373,30 +355,47 @@ def _subfolders(folder: Path) -> list[Path]:
         )
 
 
-def _clips_in(folder: Path) -> dict[str, tuple[str, str]]:
-    """The names and paths of a class folder's clips; folders of frames win over zips, and zips over videos."""
-    found: list[tuple[int, str, str]] = []
+def _clips_in(folder: Path) -> dict[str, str]:
+    """The paths of a class folder's clips by name; folders of frames win over zips, and zips over videos."""
+    folders: dict[str, str] = {}
+    zips: dict[str, str] = {}
+    videos: dict[str, str] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if name.startswith("."):
                 continue
             if entry.is_dir():
-                found.append((0, name, entry.path))
+                kind = folders
             elif (stem := _stem(name)) != name:
-                found.append((1 if name[-4:].lower() == ".zip" else 2, stem, entry.path))
-    clips: dict[str, tuple[str, str]] = {}
-    for _, stem, path in sorted(found):
-        clips.setdefault(_key(stem), (stem, path))
-    return clips
+                kind, name = zips if name[-4:].lower() == ".zip" else videos, stem
+            else:
+                continue
+            if kind.setdefault(key := _key(name), path := entry.path) > path:
+                kind[key] = path
+    return {**videos, **zips, **folders} if zips or folders else videos
 
 
-_SUFFIXES = VIDEO_SUFFIXES | {".zip"}
+def _clips_by_name(folder: Path) -> dict[str, str]:
+    """As `_clips_in`; where a file's whole name is another clip's without suffix, it is that file's."""
+    clips = _clips_in(folder)
+    whole: dict[str, str] = {}
+    for name in (name for name in clips if "." in name):
+        file = clips.get(stem := _stem(name))
+        if file is not None and stem != name and _key(Path(file).name) == name:
+            whole[_key(Path(clips[name]).name)] = clips[name]
+            whole[name] = file
+    return clips | whole if whole else clips
 
 
 def _stem(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
-    return stem if stem and f".{suffix.lower()}" in _SUFFIXES else name
+    return stem if stem and _is_clips(suffix) else name
+
+
+@lru_cache(maxsize=64)
+def _is_clips(suffix: str) -> bool:
+    return suffix.lower() == "zip" or f".{suffix.lower()}" in VIDEO_SUFFIXES
 
 
 def _key(name: str) -> str:

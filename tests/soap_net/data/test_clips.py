@@ -12,6 +12,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,15 @@ def first_frame(clip: Clip) -> torch.Tensor:
     return clip.read([0])[0]
 
 
+def test_a_clip_is_the_same_by_text_or_path_and_never_changes() -> None:
+    one, other = Clip("set/jump/v.1.mp4"), Clip(Path("set/jump/v.1.mp4"))
+    assert (one, hash(one), one.path, one.name) == (other, hash(other), Path("set/jump/v.1.mp4"), "jump/v.1")
+    assert one != Clip("set/jump/v.1.mp4", member="a")
+    assert pickle.loads(pickle.dumps(one)) == one
+    with pytest.raises(FrozenInstanceError):
+        one.name = "another"  # type: ignore[misc]
+
+
 # What can be wrong with a file
 
 
@@ -523,6 +533,7 @@ def test_a_folder_with_a_truncated_an_empty_or_a_text_image_names_it(
 
 READ = """
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from soap_net.data.clips import Clip, ClipError
 for path in sys.argv[1:]:

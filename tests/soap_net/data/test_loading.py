@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,28 @@ def test_an_error_of_the_users_arrives_as_it_was_raised(workers: int, batch_size
     with pytest.raises(ClipError, match=r"^some\.mp4: no good$") as caught:
         list(load(Items(mishap=refuses), workers, batch_size=batch_size))
     assert caught.value.path == Path("some.mp4")
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_are_given_a_zips_index_and_do_not_read_it_again(method: str, tmp_path: Path) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for video, frames in enumerate((2, 1, 3)):
+            for frame in range(frames):
+                file.writestr(f"c/{video}/{frame}.jpg", b"no image")
+    clips = [Clip(path, member=f"c/{video}") for video in range(3)]
+    assert [clip.num_frames() for clip in clips] == [2, 1, 3]
+    stat = path.stat()
+    path.write_bytes(bytes(stat.st_size))  # whoever reads it again finds no index
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        assert list(load(PerClip(clips, Clip.num_frames), 2)) == [2, 1, 3]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_the_callers_own_handler_of_ended_children_stays() -> None:

@@ -211,6 +211,22 @@ def test_accented_names_are_found_composed_or_decomposed(tmp_path: Path) -> None
         assert len(load_split(root, "train").clips[0]) == 1
 
 
+def test_a_files_whole_name_comes_before_that_of_another_without_its_suffix(tmp_path: Path) -> None:
+    touch(tmp_path / "c/x.mp4", tmp_path / "c/x.mp4.zip", tmp_path / "c/y.mp4.avi")
+    for line, file in {"c/x.mp4": "x.mp4", "c/x": "x.mp4", "c/x.mp4.zip": "x.mp4.zip", "c/y.mp4": "y.mp4.avi"}.items():
+        (tmp_path / "train.txt").write_text(line)
+        assert [clip.path.name for clip in load_split(tmp_path, "train").clips[0]] == [file]
+
+
+def test_of_files_of_one_name_a_folder_comes_first_then_a_zip_then_the_first_video(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("c/1.webm", "c/1.avi", "c/2.avi", "c/2.zip", "c/3.zip", "c/3/0.jpg")))
+    for split_file in (None, tmp_path / "list.txt"):
+        if split_file is not None:
+            split_file.write_text("c/3\nc/2\nc/1.webm\nc/1\nc/2\n")
+        clips = load_split(tmp_path, "train", split_file)
+        assert [clip.path.name for clip in clips.clips[0]] == ["1.avi", "2.zip", "3"]
+
+
 def test_class_names_end_at_the_last_slash(tmp_path: Path) -> None:
     labels = ["Twisting (wringing) something", "don't", "a/b", "拍手", 'x "y" [z]', "100 %"]
     path = tmp_path / "s.txt"
