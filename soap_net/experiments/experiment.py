@@ -336,6 +336,8 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
         there = {key: default[key] for key in here if key in default} | there
         if not embedded:  # older versions left it as it was given
             there["data.root"] = str(Path(str(there.get("data.root"))).absolute())
+        if here["data.roots"]:  # in whose place data.root is not looked at, while its default is another in each folder
+            there["data.root"] = here["data.root"]
         if differ := difference(there, here, lambda key: False):
             raise UserError(f"{folder} holds another experiment: {differ}; choose another --out")
     elif folder.is_dir() and any(folder.iterdir()):

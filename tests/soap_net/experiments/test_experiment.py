@@ -155,6 +155,18 @@ def test_folder_of_another_config_is_refused_in_one_line(toy: Toy, tmp_path: Pat
         run(Toy(from_dict({"data": {"root": "others"}})), tmp_path)
 
 
+def test_with_several_data_sets_it_goes_on_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the one data set would be by default hangs on the folder, and is not looked at."""
+    places = {"data": {"roots": [str(tmp_path / "a"), str(tmp_path / "b")]}}
+    run(Toy(from_dict(places)), tmp_path / "out", seeds=1)
+    monkeypatch.chdir(tmp_path)
+    later = Toy(from_dict(places))
+    run(later, tmp_path / "out", seeds=2)
+    assert later.done == ["plain-seed1", "better-seed1"]
+    with pytest.raises(UserError, match=r"another experiment: data\.roots is"):
+        run(Toy(from_dict({"data": {"roots": [str(tmp_path / "a")]}})), tmp_path / "out")
+
+
 def test_folder_of_something_else_is_refused(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and holds no experiment"):
