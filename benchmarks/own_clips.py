@@ -102,10 +102,10 @@ def trusted(head: ViewsHead, embedded: Embedded, tasks: Tasks, way: int) -> str:
         assert calibration.expected is not None
         said.append(calibration.expected.accuracy)
         truth.append(100 * hit[-1].double().mean())
-    area = ranked(torch.cat(known), torch.cat(unknown)) if unknown else float("nan")
+    area = f"{ranked(torch.cat(known), torch.cat(unknown)):.3f}" if unknown else "-"  # no class is left over
     error = calibration_error(torch.cat(sure), torch.cat(hit))
     accepted = 100 * float(torch.cat(kept).double().mean())
-    return f"{error:.1f} | {np.mean(said):.1f} / {np.mean(truth):.1f} | {area:.3f} | {accepted:.1f}"
+    return f"{error:.1f} | {np.mean(said):.1f} / {np.mean(truth):.1f} | {area} | {accepted:.1f}"
 
 
 def calibration_error(sure: Tensor, hit: Tensor) -> float:

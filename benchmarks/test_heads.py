@@ -69,7 +69,7 @@ def trx(head: FewShotHead, shots: Tensor, query: Tensor) -> Tensor:
     total = query.new_zeros(())
     attentions = [head.attention] if hasattr(head, "attention") else head.attentions
     for attention in attentions:
-        chosen = torch.tensor(list(combinations(range(FRAMES), attention.tuples.shape[1])))
+        chosen = torch.tensor(list(combinations(range(FRAMES), attention.slots)))
         tuples, own = shots[:, chosen].flatten(2).flatten(0, 1), query[chosen].flatten(1)
         keys, own_keys = attention.norm(attention.keys(tuples)), attention.norm(attention.keys(own))
         weights = (own_keys @ keys.T / OUT_DIM**0.5).softmax(dim=1)

@@ -108,7 +108,7 @@ RULES = (
     Rule(r"python -m soap_kernels.selfcheck", not_run="test_selfcheck.py runs it"),
     Rule(r"python -m benchmarks.own_clips FOLDER", not_run="test_own_clips.py runs it on a small folder"),
     Rule(r"python -m benchmarks.fresh_soap FOLDER", not_run="test_fresh_soap.py runs it on a small folder"),
-    Rule(r"python -m benchmarks\.(intervals|pipeline|evaluation|frame_rate_why).*", not_run="minutes; run by hand"),
+    Rule(r"python -m benchmarks\.\w+.*", not_run="minutes; run by hand, some on small shapes by make benchmark-check"),
     Rule(r"(make|python -m benchmarks|pytest benchmarks) .*|python -m benchmarks", not_run="run by make, in .ci/run"),
     Rule(r"soap-net learn .* --drop wave .*", not_run="names a class of the reader's; test_own.py drops some"),
     Rule(

@@ -55,8 +55,7 @@ class TupleAttention(nn.Module):
         UserError: a tuple longer than the clip, or more of them than `MOST_FRAMES` allows.
     """
 
-    tuples: Tensor
-    members: Tensor
+    pairs: Tensor
 
     def __init__(self, dim: int, frames: int, cardinality: int, out_dim: int, memory_mib: int = 256) -> None:
         super().__init__()
@@ -72,13 +71,15 @@ class TupleAttention(nn.Module):
         self.values = nn.Linear(cardinality * dim, out_dim)
         self.norm = nn.LayerNorm(out_dim)
         self.memory = memory_mib * 2**20
-        chosen = torch.tensor(list(combinations(range(frames), cardinality)))
-        self.register_buffer("tuples", chosen, persistent=False)
         # As frames ascend, slot a holds one of `spread` frames, the first of them frame a.
-        self.spread = frames - cardinality + 1
+        self.slots, self.spread = cardinality, frames - cardinality + 1
+        chosen = torch.tensor(list(combinations(range(frames), cardinality)))
         pairs = chosen + torch.arange(cardinality) * (self.spread - 1)
-        members = torch.zeros(len(chosen), cardinality * self.spread, dtype=torch.bool).scatter_(1, pairs, True)
-        self.register_buffer("members", members, persistent=False)  # (L, F): which pairs make a tuple
+        self.register_buffer("pairs", pairs, persistent=False)  # (L, cardinality): the pairs of each tuple
+
+    def members(self, like: Tensor) -> Tensor:
+        """``(L, F)``: which pairs make a tuple, 1 or 0 in the dtype of ``like``."""
+        return like.new_zeros(len(self.pairs), self.slots * self.spread).scatter(1, self.pairs, 1.0)
 
     def embed(self, frames: Tensor) -> Embedded:
         """What a comparison takes of ``(N, T, dim)`` clips with positions added.
@@ -88,7 +89,7 @@ class TupleAttention(nn.Module):
             factor and a summand of its scores, both ``(N, L)``.
         """
         keys, values = (wide(self._per_pair(linear, frames)) for linear in (self.keys, self.values))
-        weight, bias, members = wide(self.norm.weight), wide(self.norm.bias), self.members.to(keys.dtype)
+        weight, bias, members = wide(self.norm.weight), wide(self.norm.bias), self.members(keys)
         with no_autocast(keys):
             keys = keys - keys.mean(dim=-1, keepdim=True)
             variance = ((members @ (keys @ keys.mT)) * members).sum(dim=-1) / keys.shape[-1]
@@ -109,7 +110,7 @@ class TupleAttention(nn.Module):
             scores = _by_class(query_keys, keys, classes.shots)
             # In each slot attention sums to one, so any origin of the slot's values does; one of their own keeps the
             # squares from being those of what all clips have in common.
-            slots = (self.tuples.shape[1], self.spread)
+            slots = (self.slots, self.spread)
             origin = values.detach().unflatten(1, slots)[:1, :, :1]
             values, query_values = ((v.unflatten(1, slots) - origin).flatten(1, 2) for v in (values, query_values))
             products = _by_class(query_values, values, classes.shots)
@@ -118,7 +119,7 @@ class TupleAttention(nn.Module):
             else:
                 of_class = values[classes.shots].flatten(1, 2)
                 squares = of_class @ of_class.mT
-            members = self.members.to(keys.dtype)
+            members = self.members(keys)
             attending = Attending(members, factor, summand, squares)
             whole = (attending, members, query_factor, scores, products)
             # A program for export has no loops: all goes at once there, however many queries will come.
@@ -152,7 +153,7 @@ class TupleAttention(nn.Module):
 
     def _per_pair(self, linear: nn.Linear, frames: Tensor) -> Tensor:
         """What each pair adds to ``linear`` of its tuples, ``(N, T, dim)`` to ``(N, F, out_dim)``; bias in slot 0."""
-        slots = linear.weight.unflatten(1, (self.tuples.shape[1], frames.shape[-1])).unbind(1)
+        slots = linear.weight.unflatten(1, (self.slots, frames.shape[-1])).unbind(1)
         return torch.cat(
             [
                 F.linear(frames[:, slot : slot + self.spread], weight, None if slot else linear.bias)

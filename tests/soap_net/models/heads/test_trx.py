@@ -19,7 +19,7 @@ def plain_loop(head: TRXHead, support: Tensor, labels: Tensor, query: Tensor, wa
     query = query + head.positions.table.double()
     total = torch.zeros(len(query), way, dtype=torch.float64)
     for attention in head.attentions:
-        cardinality, out_dim = attention.tuples.shape[1], attention.keys.out_features
+        cardinality, out_dim = attention.slots, attention.keys.out_features
         for q, clip in enumerate(query):
             for c in range(way):
                 tuples = [
