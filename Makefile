@@ -83,7 +83,7 @@ benchmark-check: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest benchmarks --benchmark-disable -q
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks --smallest --out build/benchmarks
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.pipeline --smallest --out build/benchmarks > /dev/null
-	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.growth --smallest --out build/benchmarks > /dev/null
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.growth --smallest --rows listing zip --out build/benchmarks > /dev/null
 	$(BIN)/python -m benchmarks.autotune_triton --help > /dev/null
 
 docs: $(INSTALLED)
