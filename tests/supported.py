@@ -5,6 +5,7 @@
     python tests/supported.py pythons          # every Python from 3.10 on: the oldest as lowest, the others as newest
     python tests/supported.py lowest --whole   # the whole quick suite instead of the slice
     python tests/supported.py lowest --only-install
+    python tests/supported.py lowest --only-test   # in the environment as it is
 
 Pythons are looked for on PATH and among pyenv's; those that the machine lacks are named and left out. Environments
 (``.venv-3.10-lowest`` and so on, 6 GB each) are kept and brought up to date when run again. Needs no package itself.
@@ -89,7 +90,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=["lowest", "newest", "pythons"])
     parser.add_argument("--whole", action="store_true", help="the whole quick suite")
-    parser.add_argument("--only-install", action="store_true", help="make the environments and run nothing")
+    half = parser.add_mutually_exclusive_group()
+    half.add_argument("--only-install", action="store_true", help="make the environments and run nothing")
+    half.add_argument("--only-test", action="store_true", help="take the environments as they are")
     options = parser.parse_args()
     pythons = find_pythons()
     if not pythons:
@@ -104,7 +107,8 @@ def main() -> int:
         lowest = minor == oldest and options.which != "newest"
         name = f"3.{minor}-{'lowest' if lowest else 'newest'}"
         print(f"==> Python {name}: {pythons[minor]}", flush=True)
-        inside = install(pythons[minor], ROOT / f".venv-{name}", lowest)
+        folder = ROOT / f".venv-{name}"
+        inside = folder / "bin" / "python" if options.only_test else install(pythons[minor], folder, lowest)
         if not options.only_install and test(inside, options.whole):
             failed.append(name)
     if failed:
