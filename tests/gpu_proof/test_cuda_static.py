@@ -49,7 +49,7 @@ def sass(cubin: Path) -> dict[str, list[str]]:
     """Instructions by kernel."""
     tool = cuobjdump()
     if tool is None:
-        pytest.skip("no cuobjdump here")
+        pytest.skip("needs cuobjdump, of the CUDA toolkit")
     text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     kernels: dict[str, list[str]] = {}
     name = ""

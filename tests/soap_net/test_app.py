@@ -453,7 +453,7 @@ def try_clip(page: Any, file: Path) -> str:
 @pytest.mark.slow
 def test_from_an_empty_page_to_right_answers_on_real_clips(tmp_path: Path) -> None:
     if not (DATA / "ucf101_9").is_dir():
-        pytest.skip("../shared/data/ucf101_9 is not there")
+        pytest.skip("needs the data set ucf101_9, which does not come with the project")
     clips = {name: sorted((DATA / "ucf101_9" / name).iterdir()) for name in ("Archery", "BabyCrawling", "Basketball")}
     hosts: set[str] = set()
     with serving(Classifier.from_config(device="cpu")) as address, browser_page(hosts) as page:

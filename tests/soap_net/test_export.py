@@ -146,7 +146,7 @@ def test_the_command_writes_the_file(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ISL10.is_dir(), reason="needs ../shared/data/isl10")
+@pytest.mark.skipif(not ISL10.is_dir(), reason="needs the data set isl10, which does not come with the project")
 def test_real_clips_are_told_alike_and_by_the_page_without_pytorch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

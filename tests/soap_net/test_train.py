@@ -798,7 +798,7 @@ def test_on_a_disk_that_is_full_a_run_ends_in_one_line_and_goes_on_once_there_is
     thorough: Callable[[str], Config], tmp_path: Path
 ) -> None:
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
-        pytest.skip("a disk of a given size takes a namespace of one's own")
+        pytest.skip("needs unshare and the right to make namespaces, for a disk of a given size")
     whole = run(thorough("whole"))
     config = thorough("disk/run")
     (tmp_path / "disk").mkdir()

@@ -142,7 +142,7 @@ def test_a_file_of_something_else_is_not_taken_for_findings(mixed: Path, tmp_pat
 @pytest.mark.parametrize(("name", "clips", "frames"), [("ssv2small", 50, (8, 8)), ("ut_interaction", 40, (52, 143))])
 def test_the_real_data_sets_are_sound(name: str, clips: int, frames: tuple[int, int]) -> None:
     if not (SHARED / name).is_dir():
-        pytest.skip(f"{name} is not here")
+        pytest.skip(f"needs the data set {name}, which does not come with the project")
     report = check_data(SHARED / name, {"test": None}, progress=False)
     assert report.sound
     told = report.splits[0].as_dict()

@@ -359,7 +359,7 @@ def test_zips_can_be_read_in_workers_after_the_parent_has_read_them(
     context: str, tmp_path: Path, make_picture: Picture, encode_image: Callable[..., bytes]
 ) -> None:
     if context not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {context} on this system")
+        pytest.skip(f"this system starts no processes by {context}")
     path = zip_of(
         tmp_path / "s.zip", {f"c/{v}/{n}.png": encode_image(make_picture(v)) for v in range(12) for n in "12"}
     )
@@ -643,6 +643,6 @@ def test_the_short_way_of_sorting_gives_the_natural_order(names: set[str]) -> No
 def test_real_videos_with_packed_frames_read_as_a_full_decode() -> None:
     root = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ut_interaction" / "videos"
     if not root.is_dir():
-        pytest.skip("../shared/data/ut_interaction is not here")
+        pytest.skip("needs the data set ut_interaction, which does not come with the project")
     for path in sorted(root.glob("*/*.avi"))[::30]:
         assert_reads_as_a_full_decode(path, singles=6)

@@ -99,7 +99,7 @@ def test_an_error_of_the_users_arrives_as_it_was_raised(workers: int, batch_size
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_are_given_a_zips_index_and_do_not_read_it_again(method: str, tmp_path: Path) -> None:
     if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {method} on this system")
+        pytest.skip(f"this system starts no processes by {method}")
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as file:
         for video, frames in enumerate((2, 1, 3)):

@@ -46,7 +46,7 @@ def touch(*paths: Path) -> None:
 def test_the_published_split_files_hold_the_known_classes_and_clips(name: str) -> None:
     folder = SHARED / "splits" / name
     if not folder.is_dir():
-        pytest.skip("../shared/data/splits is not here")
+        pytest.skip("needs the published split lists, which do not come with the project")
     seen: set[str] = set()
     for split, counts in zip(("train", "val", "test"), PUBLISHED[name], strict=True):
         if counts is None:
@@ -68,7 +68,7 @@ def test_the_published_split_files_hold_the_known_classes_and_clips(name: str) -
 def test_both_formats_of_published_splits_find_the_same_files(tmp_path: Path) -> None:
     trx, hyrsm = SHARED / "splits/TRX/hmdb_ARN/testlist03.txt", SHARED / "splits/HyRSM/hmdb51/test_few_shot.txt"
     if not trx.is_file():
-        pytest.skip("../shared/data/splits is not here")
+        pytest.skip("needs the published split lists, which do not come with the project")
     for line in read_split_file(hyrsm).lines:
         touch(tmp_path / line.path)
     one, two = load_split(tmp_path, "test", trx), load_split(tmp_path, "test", hyrsm)
@@ -80,7 +80,7 @@ def test_both_formats_of_published_splits_find_the_same_files(tmp_path: Path) ->
 @pytest.mark.parametrize(("root", "way"), [("ssv2small", 5), ("ut_interaction", 2)])
 def test_the_real_data_sets_load_by_their_splits(root: str, way: int) -> None:
     if not (SHARED / root).is_dir():
-        pytest.skip(f"{root} is not here")
+        pytest.skip(f"needs the data set {root}, which does not come with the project")
     for split in ("train", "val", "test"):
         clips = load_split(SHARED / root, split)
         assert len(clips.classes) == way

@@ -161,7 +161,7 @@ def test_a_long_video_is_not_decoded_to_be_counted(
 
 def test_real_clips_with_dropped_frames_have_those_of_a_full_decode() -> None:
     if not REAL.is_dir():
-        pytest.skip("../shared/data/ucf101_9 is not here")
+        pytest.skip("needs the data set ucf101_9, which does not come with the project")
     right = {"BaseballPitch_g08": 111, "BaseballPitch_g09": 67, "BaseballPitch_g10": 101, "Basketball_g12": 274}
     for name, frames in {**right, "Basketball_g13": 299, "Basketball_g16": 482}.items():
         path = next(REAL.rglob(f"v_{name}_c01.avi"))
