@@ -10,16 +10,23 @@ or with it (`live_with_main`), and those that have work to save ask an event tha
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # else not before it is wanted, as a signal may come in the middle of an import
+    from multiprocessing.context import BaseContext
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+CLEANING = 10.0
+"""Seconds in which a program that was stopped cleans up. What waits then for a lock that nobody gives back is left."""
 _heard: int = signal.SIGINT  # the last of them that came
 
 
@@ -85,8 +92,16 @@ def _end(number: int, frame: FrameType | None) -> None:
             _end_now(number)
         frame = frame.f_back
     sys.unraisablehook = _drop
+    # `Ended` may come between the taking of a lock and its guard. Not threading.Timer, which takes locks to start.
+    with contextlib.suppress(RuntimeError):  # no further thread can be had
+        _thread.start_new_thread(_end_later, (number,))
     _kill_children()  # all of them: they read for what ends here, or have been asked to save before
     raise Ended
+
+
+def _end_later(number: int) -> None:
+    time.sleep(CLEANING)
+    _end_now(number)
 
 
 def _end_now(number: int, frame: FrameType | None = None) -> NoReturn:
@@ -142,6 +157,23 @@ class StopSignals:
 
     def __exit__(self, *exception: object) -> None:
         _put_back(self._previous)
+
+
+class Flag:
+    """Starts false, becomes true, and is seen by all processes that it is handed to when they are started.
+
+    Unlike multiprocessing's Event it takes no lock, which a process that is killed at that moment would never give
+    back: any other that sets or asks would wait for it without end.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
 
 
 @contextlib.contextmanager

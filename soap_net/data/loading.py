@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import multiprocessing
@@ -9,7 +10,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeVar, overload
@@ -21,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from soap_net.data.clips import Clip
 from soap_net.data.zips import keep_archives, kept_archives
 from soap_net.errors import ClipError, UserError
-from soap_net.interrupts import deaf_while_starting, live_with_main
+from soap_net.interrupts import Flag, deaf_while_starting, live_with_main
 
 T = TypeVar("T")
 
@@ -97,6 +100,7 @@ def load(
         collate_fn=None if batch_size is None else list,
         num_workers=workers,
         worker_init_fn=live_with_main,
+        multiprocessing_context=_context() if workers else None,
         pin_memory=pin_memory,
     )
     crew = _Crew(batches)
@@ -213,6 +217,13 @@ class _Crew:
                 return
         self.stuck = True
         self.kill()
+
+
+def _context() -> BaseContext:
+    """multiprocessing's own, but that DataLoader's event for its workers is nothing that a killed one can hold."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Event = partial(Flag, context)  # type: ignore[method-assign,assignment]
+    return context
 
 
 def _started(batches: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:

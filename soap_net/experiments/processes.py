@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from soap_net.data.loading import cores
 from soap_net.data.memory import ClipMemory
 from soap_net.errors import UserError
 from soap_net.interrupts import (
+    Flag,
     Interrupted,
     StopSignals,
     deaf_while_starting,
@@ -76,7 +76,7 @@ def perform(
                 yield job, _do(job, lambda: signals.requested, memory)
         else:
             threads = threads or max(1, cores() // at_once)
-            stop = multiprocessing.get_context("spawn").Event()
+            stop = Flag(multiprocessing.get_context("spawn"))
             with deaf_while_starting():
                 workers = [_Worker(slot, threads, stop) for slot in range(min(at_once, len(jobs)))]
             try:
@@ -97,7 +97,7 @@ def _share_out(
     jobs: Sequence[Job],
     workers: Sequence[_Worker],
     signals: StopSignals,
-    stop: Event,
+    stop: Flag,
     waiting: Callable[[], None],
     let_end: bool,
 ) -> Generator[tuple[Job, Any], None, None]:
@@ -130,9 +130,9 @@ def _share_out(
 class _Worker:
     """A process that does one job after another."""
 
-    def __init__(self, slot: int, threads: int, stop: Event) -> None:
+    def __init__(self, slot: int, threads: int, stop: Flag) -> None:
         context = multiprocessing.get_context("spawn")
-        self.stop, self.started, self.busy = stop, context.Event(), False
+        self.stop, self.started, self.busy = stop, Flag(context), False
         self.pipe, inner = context.Pipe()
         self.process = context.Process(target=_serve, args=(inner, slot, threads, stop, self.started))
         self.process.start()
@@ -174,7 +174,7 @@ class _Worker:
         self.process.join()
 
 
-def _serve(pipe: Connection, slot: int, threads: int, stop: Event, started: Event) -> None:
+def _serve(pipe: Connection, slot: int, threads: int, stop: Flag, started: Flag) -> None:
     leave_signals_to_main()
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives a process that is ended

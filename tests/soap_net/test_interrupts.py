@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from soap_net.interrupts import ENDING, StopSignals, deaf_while_starting, leave_signals_to_main
+from soap_net.interrupts import ENDING, Flag, StopSignals, deaf_while_starting, leave_signals_to_main
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -89,6 +90,45 @@ def test_a_signal_ends_the_program_once_it_has_cleaned_up(number: int, code: int
 def test_where_nothing_can_be_raised_the_program_ends_on_the_spot(code: str) -> None:
     done = program("print('begun', end='')\n" + code)
     assert (done.returncode, done.stdout, done.stderr) == (130, "begun", "soap-net: stopped\n")
+
+
+def test_what_waits_for_a_lock_that_nobody_gives_back_is_left() -> None:
+    code = """
+import threading
+interrupts.CLEANING = 0.5
+lock = threading.Lock()
+try:
+    lock.acquire()
+    send()
+finally:
+    lock.acquire()
+"""
+    done = program(code)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "soap-net: stopped\n")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_flag_is_seen_by_processes_and_needs_none_of_them_alive(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    asked, told = Flag(context), Flag(context)
+    assert not asked.is_set()
+    child = context.Process(target=answer, args=(asked, told))
+    child.start()
+    asked.set()
+    limit = time.monotonic() + 60
+    while not told.is_set():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    child.kill()  # most likely while it asks
+    child.join()
+    asked.set()
+    assert asked.is_set()
+
+
+def answer(asked: Flag, told: Flag) -> None:
+    while True:
+        if asked.is_set():
+            told.set()
 
 
 def test_the_programs_processes_end_with_it() -> None:
