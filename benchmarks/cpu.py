@@ -143,6 +143,52 @@ def growth(repeats: int, smallest: bool) -> dict[str, list[dict[str, float]]]:
     return table
 
 
+def forms(clips: int, size: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Times of the centred form, and of the paper's once more, over the paper's: quartiles over pairs of calls.
+
+    The two of a pair follow one another, in either order in turns. What a form differs by from itself is the machine's.
+    """
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    frames = torch.randint(0, 256, (clips, 8, 3, size, size), dtype=torch.uint8)
+    table: dict[str, dict[str, list[float]]] = {}
+    for dtype, x, normalize in (("fp32", frames / 255, None), ("uint8", frames, imagenet)):
+        paper, again, centred = (SOAP(backend="cpp", normalize=normalize, centred=c) for c in (False, False, True))
+        grad = torch.ones_like(x, dtype=torch.float32)
+        for name, run in (("forward", _forward), ("forward + backward", _training)):
+            rivals = {"centred": partial(run, centred, x, grad), "itself": partial(run, again, x, grad)}
+            own = partial(run, paper, x, grad)
+            ratios: dict[str, list[float]] = {rival: [] for rival in rivals}
+            for turn in range(repeats):
+                for rival, call in rivals.items():
+                    ratios[rival].append(_ratio(call, own, first=turn % 2 == 0))
+            quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+            table[f"{dtype}, {name}"] = {
+                rival: torch.tensor(found, dtype=torch.float64).quantile(quartiles).tolist()
+                for rival, found in ratios.items()
+            }
+    return table
+
+
+def _forward(soap: SOAP, x: torch.Tensor, grad: torch.Tensor) -> None:
+    with torch.no_grad():
+        soap(x)
+
+
+def _training(soap: SOAP, x: torch.Tensor, grad: torch.Tensor) -> None:
+    torch.autograd.grad(soap(x), list(soap.parameters()), grad)
+
+
+def _ratio(call: Callable[[], object], other: Callable[[], object], first: bool) -> float:
+    """How many times as long one takes as the other, each after one of its own that is not timed."""
+    spent = {}
+    for run in (call, other) if first else (other, call):
+        run()
+        start = time.perf_counter()
+        run()
+        spent[run] = time.perf_counter() - start
+    return spent[call] / spent[other]
+
+
 MEMORY = """
 import gc, re, sys, torch
 sys.path.insert(0, {root!r})
@@ -268,6 +314,7 @@ def measure(quick: bool, repeats: int, threads: int, smallest: bool) -> dict[str
         del work, one, both
         record["memory"] = memory(5 * clips, size, threads)
         record["growth"] = growth(1 if smallest else max(3, repeats // 2), smallest)
+        record["forms"] = forms(clips, size, 1 if smallest else 20 * repeats)
         record["backbones"] = backbones(1 if smallest else max(3, repeats // 3), 2 * size if smallest else size)
     return record
 
@@ -302,6 +349,15 @@ def as_markdown(r: dict[str, Any]) -> str:
             f" {memory_of['forward']:.2%}; saved for backward beside x {memory_of['saved']:.4%}; backward's peak beyond"
             f" x, y and the gradient {memory_of['backward']:.2%}.",
         ]
+    if table_of_forms := r.get("forms"):
+        lines += [
+            "",
+            "| SOAP(centred=True) over SOAP: median ratio (quartiles) | centred | SOAP again |",
+            "|---|---|---|",
+        ]
+        for name, found in table_of_forms.items():
+            cells = (f"{median:.3f} ({low:.3f} to {high:.3f})" for low, median, high in found.values())
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     for name, rows in r.get("growth", {}).items():
         keys = [k for k in rows[0] if k not in ("clips", "frames", "channels", "size")]
         lines += [
