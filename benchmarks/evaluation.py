@@ -1,18 +1,19 @@
 """How many tasks a second an evaluation does, and what memory it takes.
 
-    python -m benchmarks.evaluation [--tasks 10000] [--repeats 3] [--clips 100000] [--check]
+    python -m benchmarks.evaluation                  all of it, into benchmarks/results/ (about 8 minutes)
+    python -m benchmarks.evaluation --repeats 0      memory alone
 
 Speed: tasks of a TRX head on ResNet-18 at 84 pixels, 5-way 1-shot, against a loop that runs backbone and head for each
 task; frames are decoded beforehand in both, and the two take turns. An evaluation runs the backbone, and what the head
 does for a clip by itself, once for each of its 96 clips, however many tasks there are: the field's number is 10,000,
 and with fewer the clips weigh more. So the head is timed without a backbone too. Memory: 10,000 tasks over many clips
-whose features are made up, against the bytes of the features. `--check` ends with 1 where the ratio is below 100 or the
-memory above 1.25 times the features.
+whose features are made up, against the bytes of the features. Times are the processor's.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import sys
 import time
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.cpu import RESULTS, machine, slug
 from soap_net import tasks
 from soap_net.config import Config, EvalConfig, from_dict
 from soap_net.data.clips import Clip
@@ -68,9 +70,9 @@ def from_frames(frames: Tensor) -> Any:
     return read
 
 
-def speed(count: int, repeats: int, clips: int) -> float:
-    """Prints tasks a second, ours and the loop's, and returns the median of their ratios."""
-    config, ratios, heads = settings("trx", "resnet18"), [], []
+def speed(count: int, repeats: int, clips: int) -> dict[str, Any]:
+    """Tasks a second of ours and of the loop, and their ratios, with the backbone and on features alone."""
+    config = settings("trx", "resnet18")
     model = build_model(config.model, config.data.frames).eval()
     frames = torch.randint(0, 256, (16, 8, 3, 84, 84), dtype=torch.uint8)
     features = torch.rand(10, 8, model.head.dim)
@@ -89,21 +91,22 @@ def speed(count: int, repeats: int, clips: int) -> float:
             evaluate(model, split, config.data, EvalConfig(tasks=count), progress=False)
         return count / (time.process_time() - began)
 
+    kinds: dict[str, tuple[Callable[[], Tensor], Callable[..., Generator[Any]]]] = {
+        "backbone and head": (lambda: model(frames[:5], labels, frames[5:10], 5), from_frames(frames)),
+        "the head, on features": (lambda: model.head(features[:5], labels, features[5:], 5), made_up),
+    }
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for _ in range(repeats):
-        loop = looped(lambda: model(frames[:5], labels, frames[5:10], 5))
-        ours = evaluated(from_frames(frames))
-        ratios.append(ours / loop)
-        print(f"{count} tasks on {CLASSES} x {clips} clips: {ours:.1f} tasks a CPU second, the loop {loop:.2f}")
-        loop = looped(lambda: model.head(features[:5], labels, features[5:], 5))
-        ours = evaluated(made_up)
-        heads.append(ours / loop)
-        print(f"the same on features: {ours:.1f} tasks a CPU second, the loop {loop:.2f}", flush=True)
-    print(f"on features {np.median(heads):.1f} x the loop")
-    return float(np.median(ratios))
+        for kind, (task, reading) in kinds.items():
+            found[kind].append((looped(task), evaluated(reading)))
+            print(
+                f"{kind}: the loop {found[kind][-1][0]:.2f}, ours {found[kind][-1][1]:.1f} tasks a second", flush=True
+            )
+    return {"tasks": count, "clips": CLASSES * clips, "turns": found}
 
 
-def memory(clips: int) -> float:
-    """Prints and returns what 10,000 tasks take beyond the net, in the size of the features."""
+def memory(clips: int) -> dict[str, float]:
+    """What 10,000 tasks take beyond the net, and their features, in bytes."""
     config = settings("otam", "resnet18")
     model = build_model(config.model, config.data.frames)
     features = clips * config.data.frames * model.head.dim * 4
@@ -112,17 +115,39 @@ def memory(clips: int) -> float:
     with mock.patch.object(tasks, "features_by_batch", made_up):
         evaluate(model, split, config.data, EvalConfig(tasks=10_000, shot=5), progress=False)
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(f"10,000 tasks over {clips} clips: {taken / 1e9:.2f} GB, features {features / 1e9:.2f} GB")
-    return taken / features
+    return {"clips": clips, "taken": taken, "features": features}
 
 
-def drawing(clips: int) -> None:
-    """Prints how long 10,000 tasks take to draw."""
+def drawing(clips: int) -> float:
+    """Seconds in which 10,000 tasks are drawn."""
     sampler = EpisodeSampler(clip_set(400, clips // 400), 5, 5, 1, 1)
     began = time.process_time()
     for index in range(10_000):
         sampler[index]
-    print(f"10,000 tasks drawn in {time.process_time() - began:.1f} CPU seconds")
+    return time.process_time() - began
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    m, memory_of = record["machine"], record["memory"]
+    lines = [
+        f"{m['processor']}, {m['threads']} threads; torch {m['torch']}; {m['date']}, commit {m['commit']}.",
+        "",
+        f"10,000 tasks, 5-way 5-shot, over {memory_of['clips']} clips: {memory_of['taken'] / 1e9:.2f} GB beyond the"
+        f" net, of which features {memory_of['features'] / 1e9:.2f} GB; drawn in {record['drawing']:.1f} s.",
+    ]
+    speed_of = record["speed"]
+    if turns := speed_of["turns"]:
+        lines += [
+            "",
+            f"| {speed_of['tasks']} tasks of TRX, ResNet-18, 5-way 1-shot, {speed_of['clips']} clips"
+            " | the loop, tasks a second | ours | times as many (all turns) |",
+            "|---|---|---|---|",
+        ]
+        for kind, pairs in turns.items():
+            loop, ours = np.median(pairs, axis=0)
+            ratios = sorted(one / other for other, one in pairs)
+            lines.append(f"| {kind} | {loop:.2f} | {ours:.0f} | {', '.join(f'{ratio:.0f}' for ratio in ratios)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -130,13 +155,23 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clips", type=int, default=100_000)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    used = memory(options.clips)  # first: the peak of a process never falls
-    drawing(options.clips)
-    ratio = speed(options.tasks, options.repeats, 4) if options.repeats else float("inf")
-    print(f"{ratio:.0f} x the loop, {used:.2f} x the features")
-    return int(options.check and (ratio < 100 or used > 1.25))
+    torch.set_num_threads(options.threads)
+    record = {
+        "machine": machine(),
+        "memory": memory(options.clips),  # first: the peak of a process never falls
+        "drawing": drawing(options.clips),
+        "speed": speed(options.tasks, options.repeats, 4) if options.repeats else {"turns": {}},
+    }
+    table = as_markdown(record)
+    print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"evaluation-{slug(record['machine']['processor'])}"
+    (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / f"{stem}.md").write_text(table)
+    return 0
 
 
 if __name__ == "__main__":
