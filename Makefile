@@ -85,7 +85,7 @@ benchmark-check: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.pipeline --smallest --out build/benchmarks > /dev/null
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.growth --smallest --rows listing zip --out build/benchmarks > /dev/null
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.evaluation --tasks 20 --repeats 1 --clips 4000 --out build/benchmarks > /dev/null
-	$(BIN)/python -m benchmarks.intervals --repeats 1 --tasks 100 --out build/benchmarks/intervals.md
+	$(BIN)/python -m benchmarks.intervals --only 0 --repeats 1 --tasks 100 --out build/benchmarks/intervals.md
 	$(BIN)/python -m benchmarks.autotune_triton --help > /dev/null
 
 docs: $(INSTALLED)
