@@ -56,7 +56,7 @@ def made_up(model: SOAPNet, clips: Sequence[Clip], *_: Any, **__: Any) -> Genera
     """In place of reading: features of noise."""
     for start in range(0, len(clips), tasks.CLIPS_PER_CALL):
         rows = list(range(start, min(start + tasks.CLIPS_PER_CALL, len(clips))))
-        yield rows, torch.rand(len(rows), model.head.frames, model.head.dim), {}
+        yield rows, torch.rand(len(rows), model.head.frames, model.head.dim), {}, {}
 
 
 def from_frames(frames: Tensor) -> Any:
@@ -65,7 +65,7 @@ def from_frames(frames: Tensor) -> Any:
     def read(model: SOAPNet, clips: Sequence[Clip], *_: Any, **__: Any) -> Generator[Any]:
         for start in range(0, len(clips), tasks.CLIPS_PER_CALL):
             rows = list(range(start, min(start + tasks.CLIPS_PER_CALL, len(clips))))
-            yield rows, model.features(frames[[row % len(frames) for row in rows]]), {}
+            yield rows, model.features(frames[[row % len(frames) for row in rows]]), {}, {}
 
     return read
 

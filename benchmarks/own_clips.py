@@ -139,7 +139,7 @@ def rows(folder: Path, config: Config) -> tuple[list[str], str]:
     flat = [clip for members in clips.clips for clip in members]
     model = build_model(config.model, config.data.frames).eval()
     with tqdm(total=len(flat), desc=folder.name, unit="clip", leave=False) as bar:
-        features, errors = clip_features(
+        features, errors, _ = clip_features(
             model, flat, config.data, torch.device("cpu"), progress=lambda count: bar.update(count)
         )
     if any(errors):

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,7 @@ class _Handlers:
                 raise UserError("choose or record a clip first")
             clip = Clip(paths[0])
             prediction = session.classify(clip, _counter(progress, 1))
+            self._warn(filter(None, [prediction.cut]))
             return answer(prediction), prediction.probabilities, looked_at(session.classifier, clip)
 
         return self._tried(work, instead=("", {}, ""))  # an old answer beneath another clip would be taken for its own
@@ -219,9 +220,9 @@ class _Handlers:
             gr.Warning(_shown(str(error), self.home), duration=None, title="Not done")
             return instead or gr.skip()
 
-    def _warn(self, errors: Sequence[str]) -> None:
-        for error in errors:
-            gr.Warning(f"{_shown(error, self.home)}; left out")
+    def _warn(self, remarks: Iterable[str]) -> None:
+        for remark in remarks:
+            gr.Warning(_shown(remark, self.home))
 
 
 def _counter(progress: gr.Progress, total: int) -> Told:

@@ -48,13 +48,15 @@ SAME_DATA = ("frames", "interval", "resize", "crop", "order")
 class Prediction:
     """What a clip was taken for: `probabilities` by class, the likeliest first; empty with an `error`.
 
-    `known` is False where the clip is less like any class than nine in ten of the classes' own clips are.
+    `known` is False where the clip is less like any class than nine in ten of the classes' own clips are. `cut` says of
+    a video that is cut short what is left of it.
     """
 
     clip: str
     probabilities: dict[str, float]
     error: str | None = None
     known: bool = True
+    cut: str | None = None
 
     @property
     def nearest(self) -> str | None:
@@ -106,6 +108,7 @@ class Classifier:
         self.checkpoint = checkpoint
         self.accept = accept
         self.supports: Supports | None = None
+        self.cut: list[str | None] = []  # of the clips read last, a line on each that is cut short
         self._learned: _Learned | None = None
 
     @classmethod
@@ -320,7 +323,8 @@ class Classifier:
         features, errors = self._features(clips, "query", progress)
         names = [str(clip.path / clip.member) for clip in clips]
         rows = zip(names, features, errors, strict=True)
-        return [Prediction(name, {}, error) if error else self.predict(name, row) for name, row, error in rows]
+        found = (Prediction(name, {}, error) if error else self.predict(name, row) for name, row, error in rows)
+        return [replace(prediction, cut=remark) for prediction, remark in zip(found, self.cut, strict=True)]
 
     @torch.inference_mode()
     def predict(self, name: str, features: Tensor) -> Prediction:
@@ -403,13 +407,9 @@ class Classifier:
         data = replace(self.data, workers=0) if serial else self.data
         hidden = None if progress is True else True
         with tqdm(total=len(clips), desc=what, unit="clip", leave=False, disable=hidden) as bar:
-            features, errors = clip_features(
-                self.model,
-                clips,
-                data,
-                self.device,
-                amp=self.config.train.amp,
-                progress=progress if callable(progress) else bar.update,
+            told = progress if callable(progress) else bar.update
+            features, errors, self.cut = clip_features(
+                self.model, clips, data, self.device, amp=self.config.train.amp, progress=told
             )
         return features, [None if error is None else str(error) for error in errors]
 

@@ -170,6 +170,8 @@ def _eval(args: list[str]) -> int:
         print(f"  {name} weighed most in {share:.1f} % of the tasks")
     if result.failed_clips:
         print(f"  {len(result.failed_clips)} clips could not be read and were replaced")
+    if result.cut_clips:
+        print(f"  {len(result.cut_clips)} clips are cut short; their answers are to the frames that are there")
     return 0
 
 
@@ -242,7 +244,7 @@ def _report(args: list[str]) -> int:
 
 def _data_check(args: list[str]) -> int:
     root, args = _leading_path(args)
-    own = Options("data check", "Read every clip of a data set; report what is missing or broken.", SETTINGS)
+    own = Options("data check", "Read every clip of a data set; report what is missing, broken or cut short.", SETTINGS)
     own.usage = "soap-net data check [ROOT] [--split train val test] [--findings FILE] [--json] [--data.workers N ...]"
     own.add_argument("--split", nargs="+", choices=("train", "val", "test"), default=["train", "val", "test"])
     own.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -394,7 +396,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "export": (_export, "write what was learnt as one ONNX file, for other runtimes"),
     "app": (_app, "the same in the browser: classes by drag and drop or webcam"),
     "report": (_report, "write an HTML page on runs"),
-    "data check": (_data_check, "read a data set; report missing and broken files"),
+    "data check": (_data_check, "read a data set; report missing, broken and cut files"),
     "data pack": (_data_pack, "pack a data set into one zip of frames, read several times as fast"),
     "data motion": (_data_motion, "write the embedded motion data set as video files"),
     "experiment": (_experiment, "put the paper's claims to the test"),

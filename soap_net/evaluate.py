@@ -68,6 +68,8 @@ class EvalResult:
     classes: list[str]
     confusion: list[list[int]]
     failed_clips: list[str]
+    cut_clips: list[str] = field(default_factory=list)
+    """Those that were read though their files are cut short."""
     chosen: dict[str, float] = field(default_factory=dict)
     """Of a head that chooses by the supports: the share of tasks, in percent, in which each choice weighed most."""
     beyond: Interval | None = None
@@ -199,6 +201,7 @@ def _result(clips: ClipSet, choices: Sequence[str], answers: Answers, config: Ev
         classes=list(clips.classes),
         confusion=confusion.tolist(),
         failed_clips=answers.failures,
+        cut_clips=answers.cut,
         chosen={name: float(100.0 * (answers.chosen == i).mean()) for i, name in enumerate(choices)},
         beyond=beyond(right[None].astype(np.float64), answers.drawn),
         correct=correct.tolist(),

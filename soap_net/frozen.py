@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Sequence
 
 import torch
@@ -61,9 +62,11 @@ def embedded_episodes(
 
             own = range(ranks.rank, len(fresh), ranks.size)
             clips = [sampler.clips.clips[fresh[i][0]][fresh[i][1]] for i in own]
-            part, errors = clip_features(
+            part, errors, remarks = clip_features(
                 model, clips, config.data, ranks.device, amp=config.train.amp, progress=advance, memory=memory
             )
+        for remark in filter(None, remarks):
+            tqdm.write(f"warning: {remark}", file=sys.stderr)
         features = torch.zeros(len(fresh), *part.shape[1:], device=ranks.device)
         features[ranks.rank :: ranks.size] = part
         ranks.sum([features])

@@ -53,7 +53,7 @@ def learn(args: list[str]) -> int:
     else:
         before = sum(classifier.counts().values())
         unreadable = classifier.add(support, drop=options.drop, progress=True)
-        _warn(unreadable)
+        _warn(unreadable, classifier.cut)
         added = sum(map(len, support.values())) - len(unreadable)
         replaced = before + added - sum(classifier.counts().values())
         if replaced and not options.drop:
@@ -92,7 +92,7 @@ def classify(args: list[str]) -> int:
     _check_window(options, queries)
     classifier = _classifier(options, settings, "classify")
     if support:
-        _warn(classifier.add(support, progress=True))
+        _warn(classifier.add(support, progress=True), classifier.cut)
     expected = classifier.calibration.expected
     if support or expected is None or not expected.above_chance:  # whoever reads the answers has to know
         print(told(classifier), file=sys.stderr)
@@ -100,9 +100,11 @@ def classify(args: list[str]) -> int:
         from soap_net.timeline import as_csv, as_lines, as_rows
 
         timelines = _timelines(classifier, queries, options)
+        _warn([], [timeline.cut for timeline in timelines])
         _write(options, as_rows(timelines), as_csv(timelines), as_lines(timelines))
         return 2 if any(timeline.error for timeline in timelines) else 0
     predictions = classifier.classify(queries, progress=True)
+    _warn([], classifier.cut)
     lines = _lines(predictions, max(options.top, 1))
     _write(options, [_row(prediction) for prediction in predictions], _csv(predictions, classifier.classes), lines)
     return 2 if any(prediction.error for prediction in predictions) else 0
@@ -253,9 +255,9 @@ def _absolute(model: ModelConfig) -> ModelConfig:
     return replace(model, weights=weights, backbone=backbone)
 
 
-def _warn(errors: Sequence[str]) -> None:
-    for error in errors:
-        print(f"warning: {error}; left out of the support", file=sys.stderr)
+def _warn(left_out: Sequence[str], cut: Sequence[str | None]) -> None:
+    for line in [*(f"{error}; left out of the support" for error in left_out), *filter(None, cut)]:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def told(classifier: Classifier) -> str:
@@ -299,16 +301,17 @@ def _row(prediction: Prediction) -> dict[str, object]:
         "known": prediction.known and prediction.error is None,
         "probabilities": prediction.probabilities,
         "error": prediction.error,
+        "cut": prediction.cut,
     }
 
 
 def _csv(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["clip", "class", "known", *classes, "error"])
+    rows.writerow(["clip", "class", "known", *classes, "error", "cut"])
     for p in predictions:
         chances = [f"{p.probabilities[name]:.6f}" if p.probabilities else "" for name in classes]
-        rows.writerow([p.clip, p.label or "", p.known and p.error is None, *chances, p.error or ""])
+        rows.writerow([p.clip, p.label or "", p.known and p.error is None, *chances, p.error or "", p.cut or ""])
     return text.getvalue()
 
 

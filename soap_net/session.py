@@ -54,7 +54,7 @@ class Session:
         return cls(copy.copy(start), Path(tempfile.mkdtemp(prefix="session-", dir=home)))
 
     def put(self, name: str, files: Sequence[Path]) -> list[str]:
-        """Copies clips of the class `name` to where they wait; returns why others were refused.
+        """Copies clips of the class `name` to where they wait; returns a line on each that was refused or is cut short.
 
         Raises:
             UserError: no name, no clips, or too many.
@@ -66,7 +66,7 @@ class Session:
             raise UserError(f"choose or record clips of {name} first")
         if sum(map(len, self.waiting.values())) + len(files) > MOST_CLIPS:
             raise UserError(f"more than {MOST_CLIPS} clips at a time: learn those that are here first")
-        refused = []
+        remarks: list[str] = []
         for file in files:
             place = Path(tempfile.mkdtemp(prefix="", dir=self.folder))
             # The browser names all its recordings alike, and a clip of a name learnt before would replace that.
@@ -74,15 +74,16 @@ class Session:
             clip = Clip(Path(shutil.copyfile(file, place / shown)))
             try:
                 check_clip(clip)
+                remarks += filter(None, [clip.remark()])
             except UserError as error:
-                refused.append(str(error))
+                remarks.append(f"{error}; left out")
                 shutil.rmtree(place)
             else:
                 self.waiting.setdefault(name, []).append(clip)
-        return refused
+        return remarks
 
     def learn(self, progress: Told) -> list[str]:
-        """Learns what waits, beside what was learnt before; returns what was wrong with clips that were left out.
+        """Learns what waits, beside what was learnt before; returns a line on each clip that was left out.
 
         Raises:
             UserError: nothing waits, fewer than two classes, or a class without a readable clip.
@@ -96,7 +97,7 @@ class Session:
                 raise UserError("add clips of a second class first")
             errors = self.classifier.add(taken, progress=tell)
             self._remove({clip for clips in taken.values() for clip in clips})
-        return errors
+        return [f"{error}; left out" for error in errors]
 
     def names(self) -> list[str]:
         """What can be forgotten: classes, and clips as ``class/clip``."""

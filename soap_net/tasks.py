@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from soap_net.data.clips import Clip
 from soap_net.data.episodes import EpisodeSampler
 from soap_net.data.loading import PerClip, load
 from soap_net.data.memory import ClipMemory
-from soap_net.data.transforms import clip_loader
+from soap_net.data.transforms import ClipLoader, clip_loader
 from soap_net.errors import ClipError, UserError
 from soap_net.interrupts import Interrupted
 from soap_net.intervals import Drawn
@@ -50,29 +51,36 @@ def features_by_batch(
     *,
     amp: Amp = "none",
     memory: ClipMemory | None = None,
-) -> Generator[tuple[list[int], Tensor, dict[int, ClipError]]]:
-    """Reads clips, `CLIPS_PER_CALL` at a time: for each batch its rows, their features, and those that can't be read.
+) -> Generator[tuple[list[int], Tensor, dict[int, ClipError], dict[int, str]]]:
+    """Reads clips, `CLIPS_PER_CALL` at a time: for each batch its rows, their features, and what is wrong with clips.
 
     Take it in `torch.inference_mode`.
 
     Yields:
-        Numbers of B clips that were read, ``(B, T, D)`` float32 on `device`, and errors by number of clip.
+        Numbers of B clips that were read, ``(B, T, D)`` float32 on `device`; and by number of clip the errors of those
+        that can't be read, and lines on those that are cut short.
     """
-    dataset = PerClip(clips, clip_loader(data, train=False, memory=memory))
+    dataset = PerClip(clips, partial(_load, clip_loader(data, train=False, memory=memory)))
     with contextlib.closing(load(dataset, data.workers, batch_size=CLIPS_PER_CALL)) as batches:
         for number, batch in enumerate(batches):
             frames: dict[int, Tensor] = {}
             errors: dict[int, ClipError] = {}
+            cut: dict[int, str] = {}
             for row, item in enumerate(batch, number * CLIPS_PER_CALL):
                 if isinstance(item, ClipError):
                     errors[row] = item
                 else:
-                    frames[row] = item
+                    frames[row], remark = item
+                    cut |= {row: remark} if remark else {}
             features = torch.zeros(0, model.head.frames, model.head.dim, device=device)
             if frames:
                 with autocast(device, amp):
                     features = model.features(torch.stack(list(frames.values())).to(device)).float()
-            yield list(frames), features, errors
+            yield list(frames), features, errors, cut
+
+
+def _load(loader: ClipLoader, clip: Clip) -> tuple[Tensor, str | None]:
+    return loader(clip), clip.remark()
 
 
 @torch.inference_mode()
@@ -85,21 +93,24 @@ def clip_features(
     amp: Amp = "none",
     progress: Callable[[int], object] = lambda count: None,
     memory: ClipMemory | None = None,
-) -> tuple[Tensor, list[ClipError | None]]:
+) -> tuple[Tensor, list[ClipError | None], list[str | None]]:
     """Features of each clip, and for each the error that kept it from being read (its features are zero then).
 
     Returns:
-        ``(len(clips), T, D)`` float32 on `device`, and a list of the same length.
+        ``(len(clips), T, D)`` float32 on `device`, and lists of the same length: errors, and lines on cut clips.
     """
     whole = torch.zeros(len(clips), model.head.frames, model.head.dim, device=device)
     errors: list[ClipError | None] = [None] * len(clips)
+    remarks: list[str | None] = [None] * len(clips)
     with contextlib.closing(features_by_batch(model, clips, data, device, amp=amp, memory=memory)) as batches:
-        for rows, features, failed in batches:
+        for rows, features, failed, cut in batches:
             whole[rows] = features
             for row, error in failed.items():
                 errors[row] = error
+            for row, remark in cut.items():
+                remarks[row] = remark
             progress(len(rows) + len(failed))
-    return whole, errors
+    return whole, errors, remarks
 
 
 @dataclass
@@ -111,12 +122,14 @@ class Answers:
         predicted: ``(T, way, queries)`` the way that each query was taken for.
         chosen: ``(T,)`` which of the head's choices weighed most.
         failures: the clips that can't be read, in words.
+        cut: those that are cut short, in words.
     """
 
     drawn: Drawn
     predicted: np.ndarray
     chosen: np.ndarray
     failures: list[str]
+    cut: list[str]
 
     @property
     def right(self) -> np.ndarray:
@@ -160,6 +173,7 @@ class Tasks:
         self.row = np.full(self.total, -1)  # of each clip of the split, numbered class by class
         self.broken = np.zeros(self.total, dtype=bool)
         self.failures: list[str] = []
+        self.cut: list[str] = []
         self.kept: Embedded = ()
         self.rows = 0  # of `kept` in use
 
@@ -186,7 +200,7 @@ class Tasks:
         while (fresh := self._unread()).size:
             self._read(fresh)
         predicted, chosen = self._run()
-        return Answers(self.drawn, predicted.reshape(self.drawn.query.shape), chosen, self.failures)
+        return Answers(self.drawn, predicted.reshape(self.drawn.query.shape), chosen, self.failures, self.cut)
 
     # Clips
 
@@ -232,19 +246,23 @@ class Tasks:
         labels = np.searchsorted(self.starts, mine, side="right") - 1
         clips = [self.sampler.clips.clips[c][i] for c, i in zip(labels, mine - self.starts[labels], strict=True)]
         failed: dict[int, str] = {}
+        short: dict[int, str] = {}
         reading = features_by_batch(self.model, clips, self.data, ranks.device, amp=self.amp, memory=self.memory)
         with self.advancing("features", "clip", len(mine)) as advance, contextlib.closing(reading) as batches:
-            for rows, features, errors in batches:
+            for rows, features, errors, cut in batches:
                 places = [first + ranks.rank + ranks.size * row for row in rows]
                 for tensor, part in zip(self.kept, self._kept(features), strict=True):
                     tensor[places] = part
                 failed |= {int(mine[row]): str(error) for row, error in errors.items()}
+                short |= {int(mine[row]): remark for row, remark in cut.items()}
                 advance(len(rows) + len(errors))
         for start in range(first, first + len(fresh), ROWS_PER_SUM):
             ranks.sum([tensor[start : min(start + ROWS_PER_SUM, first + len(fresh))] for tensor in self.kept])
-        for text in failed.values():
-            tqdm.write(f"warning: {text}; another clip of its class takes its place", file=sys.stderr)
+        replaced = (f"{text}; another clip of its class takes its place" for text in failed.values())
+        for text in [*replaced, *short.values()]:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
         failed = ranks.gather(failed)
+        self.cut += ranks.gather(short).values()
         self.row[fresh] = np.arange(first, first + len(fresh))
         self.rows = first + len(fresh)
         self.broken[list(failed)] = True

@@ -67,12 +67,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a video of `seconds` shows when; no windows with an `error`."""
+    """What a video of `seconds` shows when; no windows with an `error`. `cut` says what is left of a cut file."""
 
     clip: str
     seconds: float
     windows: Sequence[Window]
     error: str | None = None
+    cut: str | None = None
 
     @property
     def bounds(self) -> list[float]:
@@ -111,7 +112,7 @@ def timeline(
         raise UserError(f"data.order is {classifier.data.order}: a timeline takes frames as they follow each other")
     name = str(clip.path)
     try:
-        times = clip.video().seconds()
+        times, cut = clip.video().seconds(), clip.remark()
         step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         if min(window, every) < step - _NEAR:
             raise UserError(f"a frame of {name} lasts {step:.3g} s: a window and its steps must be that long at least")
@@ -126,9 +127,9 @@ def timeline(
         return Timeline(name, 0.0, (), str(error))
     wrong = next((prediction.error for prediction in predictions if prediction.error), None)
     if wrong:
-        return Timeline(name, looks.seconds, (), wrong)
+        return Timeline(name, looks.seconds, (), wrong, cut)
     ends = np.minimum(looks.starts + window, looks.seconds).tolist()
-    return Timeline(name, looks.seconds, [*map(Window, looks.starts.tolist(), ends, predictions)])
+    return Timeline(name, looks.seconds, [*map(Window, looks.starts.tolist(), ends, predictions)], cut=cut)
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,7 @@ def as_rows(found: Sequence[Timeline]) -> list[dict[str, Any]]:
                 for w in each.windows
             ],
             "error": each.error,
+            "cut": each.cut,
         }
         for each in found
     ]
@@ -267,13 +269,13 @@ def as_csv(found: Sequence[Timeline]) -> str:
     """A row for each segment, times in seconds; no class is none of the classes."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["clip", "start", "end", "class", "confidence", "error"])
+    table.writerow(["clip", "start", "end", "class", "confidence", "error", "cut"])
     for each in found:
         if each.error:
-            table.writerow([each.clip, "", "", "", "", each.error])
+            table.writerow([each.clip, "", "", "", "", each.error, each.cut or ""])
         for s in each.segments:
             confidence = "" if s.confidence is None else f"{s.confidence:.6f}"
-            table.writerow([each.clip, f"{s.start:.3f}", f"{s.end:.3f}", s.label or "", confidence, ""])
+            table.writerow([each.clip, f"{s.start:.3f}", f"{s.end:.3f}", s.label or "", confidence, "", each.cut or ""])
     return text.getvalue()
 
 

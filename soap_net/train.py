@@ -335,10 +335,10 @@ class Training:
         loss = F.cross_entropy(logits.float(), task.query_labels, reduction="sum")
         self.scaler.scale(loss / batch_size).backward()
         sums.add(loss, (logits.argmax(dim=1) == task.query_labels).sum(), task)
-        for failure in task.failures:
-            if str(failure) not in self._named:
-                self._named.add(str(failure))
-                tqdm.write(f"warning: {failure}; another clip of its class takes its place", file=sys.stderr)
+        for remark in task.remarks:
+            if remark not in self._named:
+                self._named.add(remark)
+                tqdm.write(f"warning: {remark}", file=sys.stderr)
         self._bar.update(self.ranks.size)
 
     def _update(self, lr: float) -> float:

@@ -46,8 +46,10 @@ def _recovers_at_once(sei: bytes) -> bool:
     return False
 
 
-def matroska_end(head: bytes) -> int | None:
-    """Where a Matroska or WebM file says that it ends; None where it does not say, or is something else."""
+def declared_end(head: bytes) -> int | None:
+    """Where a Matroska, WebM or AVI file says that it ends; None where it does not say, or is something else."""
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
 
     def size(at: int) -> tuple[int, int]:
         length = 9 - head[at].bit_length()

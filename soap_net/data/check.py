@@ -1,4 +1,4 @@
-"""Reads a whole data set once, to find out before training what is missing or broken."""
+"""Reads a whole data set once, to find out before training what is missing, broken or cut short."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from soap_net.data.splits import ClipSet, MissingClipsError, load_split
 from soap_net.errors import UserError, said
 from soap_net.files import Appended
 
-_COLUMNS = ("split", "classes", "clips", "per class", "frames", "size", "fps", "missing", "broken")
+_COLUMNS = ("split", "classes", "clips", "per class", "frames", "size", "fps", "missing", "broken", "cut short")
 
 
 @dataclass
@@ -27,19 +27,20 @@ class SplitReport:
     """One split: what its readable clips hold, and what is wrong with the others.
 
     ``missing`` are clips that the split file names and the data set lacks, ``broken`` the messages of those that
-    cannot be read.
+    cannot be read, ``cut`` what is left of those whose files are cut short, which count among the readable.
     """
 
     split: str
     clips_per_class: dict[str, int]
     missing: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
     infos: list[ClipInfo] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
-        """Whether every clip is there and can be read."""
-        return not self.missing and not self.broken
+        """Whether every clip is there, whole, and can be read."""
+        return not self.missing and not self.broken and not self.cut
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: counts, the spread of frames, how many clips of each size and rate, and what is wrong."""
@@ -57,6 +58,7 @@ class SplitReport:
             "fps": dict(rates.most_common()),
             "missing": self.missing,
             "broken": self.broken,
+            "cut_short": self.cut,
         }
 
     def row(self) -> tuple[str, ...]:
@@ -72,6 +74,7 @@ class SplitReport:
             _spread([round(info.fps, 2) for info in self.infos if info.fps is not None]),
             str(len(self.missing)),
             str(len(self.broken)),
+            str(len(self.cut)),
         )
 
 
@@ -84,7 +87,7 @@ class DataReport:
 
     @property
     def sound(self) -> bool:
-        """Whether every clip of every split is there and can be read."""
+        """Whether every clip of every split is there, whole, and can be read."""
         return all(report.sound for report in self.splits)
 
     def shared_classes(self) -> dict[str, list[str]]:
@@ -112,14 +115,15 @@ class DataReport:
         for report in self.splits:
             lines += [f"missing in {report.split}: {name}" for name in report.missing]
             lines += [f"broken in {report.split}: {reason}" for reason in report.broken]
+            lines += [f"cut short in {report.split}: {left}" for left in report.cut]
         for pair, labels in self.shared_classes().items():
             named = ", ".join(labels[:5]) + (" ..." if len(labels) > 5 else "")
             lines.append(f"warning: {pair} share {len(labels)} classes ({named}), so that they are not unseen")
         missing = sum(len(report.missing) for report in self.splits)
         broken = sum(len(report.broken) for report in self.splits)
-        lines.append(
-            "every clip is there and can be read" if self.sound else f"{missing} clips missing, {broken} broken"
-        )
+        cut = sum(len(report.cut) for report in self.splits)
+        wrong = f"{missing} clips missing, {broken} broken, {cut} cut short"
+        lines.append("every clip is there and can be read" if self.sound else wrong)
         return "\n".join(lines)
 
 
@@ -146,13 +150,13 @@ def check_data(
         root: of the data set, or of each of several.
         splits: names to split files; None is the data set's own.
         findings: file for what each clip holds, or what is wrong with it: a JSON object a line, as they come. Clips
-            that it says are sound are not read again until their file changes.
+            that it says can be read are not read again until their file changes.
         workers: processes that read; 0 is this one.
         progress: show a bar where somebody watches.
 
     Raises:
-        UserError: no data set or split there, a malformed split file, or ``findings`` is no such file. Missing and
-            broken clips are reported.
+        UserError: no data set or split there, a malformed split file, or ``findings`` is no such file. Missing,
+            broken and cut clips are reported.
         WriteError: ``findings`` can't be written.
     """
     report = DataReport(root if isinstance(root, tuple) else Path(root), [])
@@ -169,11 +173,14 @@ def check_data(
     clips = {_place(clip): clip for one in clip_sets for members in one.clips for clip in members}
     found = _read(clips, findings, workers, progress)
     for clip_set, split_report in zip(clip_sets, report.splits, strict=True):
-        for result in (found[_place(clip)] for members in clip_set.clips for clip in members):
+        for clip in (clip for members in clip_set.clips for clip in members):
+            result = found[_place(clip)]
             if isinstance(result, ClipError):
                 split_report.broken.append(str(result))
-            else:
-                split_report.infos.append(result)
+                continue
+            split_report.infos.append(result)
+            if result.cut:
+                split_report.cut.append(f"{clip.path / clip.member}: {result.cut}")
     return report
 
 
@@ -212,7 +219,7 @@ def _read(
 
 
 def _known(findings: Path, clips: Mapping[_Place, Clip]) -> dict[_Place, ClipInfo]:
-    """What a file of findings says of those of the clips that are sound, and as they were."""
+    """What a file of findings says of those of the clips that can be read, and are as they were."""
     known: dict[_Place, ClipInfo] = {}
     try:
         lines = findings.read_bytes().splitlines(keepends=True)
@@ -225,7 +232,8 @@ def _known(findings: Path, clips: Mapping[_Place, Clip]) -> dict[_Place, ClipInf
             if "broken" in note or place not in clips or note["changed"] != _changed(place[0]):
                 known.pop(place, None)
             else:
-                known[place] = ClipInfo(*(note[name] for name in ("frames", "height", "width", "fps")))
+                size = note["height"], note["width"]
+                known[place] = ClipInfo(note["frames"], *size, note["fps"], note.get("cut"))
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 os.truncate(findings, findings.stat().st_size - len(line))  # it was written when the power failed

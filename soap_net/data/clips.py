@@ -22,12 +22,13 @@ __all__ = ["Clip", "ClipError", "ClipInfo"]
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What a clip holds; ``fps`` is None where nothing says."""
+    """What a clip holds; ``fps`` is None where nothing says. ``cut``: what is left of a file that is cut short."""
 
     frames: int
     height: int
     width: int
     fps: float | None
+    cut: str | None = None
 
 
 @dataclass(frozen=True, init=False, slots=True)
@@ -85,6 +86,14 @@ class Clip:
         """Frames a second; None where nothing says. Raises ClipError."""
         return self._source().fps()
 
+    def cut(self) -> str | None:
+        """What is left of a video whose file is cut short, in words; None of others. Raises ClipError."""
+        return self._source().cut()
+
+    def remark(self) -> str | None:
+        """That the clip is cut short, in a line that names it; None of others. Raises ClipError."""
+        return (left := self.cut()) and f"{self._shown()}: the file is cut short: {left}"
+
     def each(self, indices: Sequence[int]) -> Iterator[Tensor]:
         """The frames ``indices`` (ascending, distinct), each uint8 ``(3, H, W)``, as `read` gives them; one is kept.
 
@@ -102,7 +111,7 @@ class Clip:
         source = self._source()
         frames = source.num_frames()
         _, height, width = source.read([0])[0].shape
-        return ClipInfo(frames, height, width, source.fps())
+        return ClipInfo(frames, height, width, source.fps(), source.cut())
 
     def video(self) -> Video:
         """The clip as a video, to read by time or from end to end. Raises ClipError where it is images."""
@@ -145,6 +154,9 @@ class _Source(Protocol):
         """The frames ``wanted`` (ascending, distinct, in range), each uint8 ``(3, H, W)``."""
 
     def fps(self) -> float | None: ...
+
+    def cut(self) -> str | None:
+        """What is left of a file that is cut short, in words; None of others."""
 
 
 @lru_cache(maxsize=8192)

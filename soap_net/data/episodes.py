@@ -145,7 +145,8 @@ class EpisodeClips:
     """An episode's frames: clips grouped by way, labels 0..way-1.
 
     ``support`` is uint8 ``(S, T, 3, H, W)`` with int64 labels ``(S,)``, ``query`` likewise ``(Q, ...)``;
-    ``class_ids[label]`` is the class's number in the split. ``failures`` are the unreadable clips that were replaced.
+    ``class_ids[label]`` is the class's number in the split. ``failures`` are the unreadable clips that were replaced,
+    ``cut`` lines on clips that are cut short.
     """
 
     index: int
@@ -157,6 +158,12 @@ class EpisodeClips:
     query_names: list[str]
     class_ids: tuple[int, ...]
     failures: list[ClipError] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+
+    @property
+    def remarks(self) -> list[str]:
+        """A line for each of its clips that could not be read or is cut short."""
+        return [*(f"{failure}; another clip of its class takes its place" for failure in self.failures), *self.cut]
 
     def pin_memory(self) -> EpisodeClips:
         """Moves the frames into page-locked memory; a DataLoader with ``pin_memory=True`` calls this."""
@@ -192,8 +199,8 @@ def on_device(tasks: Generator[EpisodeClips, None, None], device: torch.device) 
 class EpisodeDataset(Dataset[EpisodeClips]):
     """The episodes of ``indices``, frames included; use with ``DataLoader(..., batch_size=None)``.
 
-    An unreadable clip is recorded in ``failures`` and replaced by the next spare clip of its class. Raises UserError
-    where a class has none left.
+    An unreadable clip is recorded in ``failures`` and replaced by the next spare clip of its class; one that is cut
+    short is told of in ``cut``. Raises UserError where a class has none left.
     """
 
     def __init__(self, sampler: EpisodeSampler, loader: ClipLoader, indices: Sequence[int]) -> None:
@@ -208,14 +215,17 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         episode = self.sampler[self.indices[position]]
         clips = self.sampler.clips
         failures: list[ClipError] = []
+        cut: list[str] = []
 
         def load(class_id: int, clip_id: int, slot: int) -> tuple[str, Tensor] | None:
             clip = clips.clips[class_id][clip_id]
             try:
-                return clip.name, self.loader(clip, self.sampler.generator(episode.index, slot))
+                frames = self.loader(clip, self.sampler.generator(episode.index, slot))
+                cut.extend(filter(None, [clip.remark()]))
             except ClipError as failure:
                 failures.append(failure)
                 return None
+            return clip.name, frames
 
         def exhausted(class_id: int) -> UserError:
             return UserError(
@@ -235,6 +245,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
             query_names=[name for name, _ in query],
             class_ids=episode.classes,
             failures=failures,
+            cut=cut,
         )
 
 

@@ -78,6 +78,9 @@ class Folder:
     def fps(self) -> float | None:
         return None
 
+    def cut(self) -> str | None:
+        return None
+
 
 # JPEG and WebP by their first bytes, whatever the name says. Not PNG: a damaged one ends the process in torchvision.
 _FOR_TORCHVISION = re.compile(rb"\xff\xd8\xff|RIFF....WEBP", re.DOTALL)

@@ -43,6 +43,8 @@ class Packets:
     """What the packets tell of a video without decoding."""
 
     count: int
+    declared: int  # frames that the file says it has; 0 where it does not
+    cut: bool  # whether the file's end is missing
     pixels: int  # of a frame
     fps: float | None
     pts: NDArray[np.int64]  # ascending
@@ -53,6 +55,14 @@ class Packets:
     def long(self) -> bool:
         """Whether the video is longer than is decoded whole, though its packets can be trusted to be its frames."""
         return bool(self.keys) and not self.empty and self.count * max(self.pixels, _LEAST) > _WHOLE
+
+    def left(self, frames: int) -> str:
+        """What is left of a video that is cut short, in words."""
+        if frames < self.declared:
+            return f"{frames} of its {self.declared} frames are there"
+        if self.declared:
+            return "it ends within its last frame"
+        return f"it ends after {frames} frame{'s' * (frames > 1)}"
 
     def seconds(self, shown: Sequence[int | None]) -> NDArray[np.float64] | None:
         """When frames with these times are shown, from 0 on; by the rate where times are missing or disordered."""
@@ -90,7 +100,8 @@ class Layout:
     """How many frames there are, and how to find them.
 
     Of a video that was decoded whole, ``sums`` are what its frames must be however they are reached, and ``sizes``
-    their heights and widths. Of others, decoders that tell of damage are believed as long as they tell of none.
+    their heights and widths. Of others, decoders that tell of damage are believed as long as they tell of none. What is
+    ``cut`` short was decoded whole.
     """
 
     frames: int
@@ -101,6 +112,7 @@ class Layout:
     sizes: set[tuple[int, int]] | None
     telling: bool
     seconds: NDArray[np.float64] | None  # when each frame is shown, from 0 on; None where the file does not say
+    cut: str | None  # what is left of a file that is cut short, in words
 
     def wanted(self, numbers: Sequence[int], by_time: bool = True) -> list[Wanted]:
         """How to know frames; their times come before their numbers."""

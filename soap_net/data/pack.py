@@ -1,7 +1,8 @@
 """Packs a data set into one zip of frames at the size that is trained on: read several times as fast as its videos.
 
-A pack holds, for each clip, a stored zip of its frames (``jump/01.zip``, its comment ``{"fps": 25.0}``), and the
-splits' lists (``splits/train.txt``); unpacked, it is a data set of an ordinary layout. Its comment says what it is.
+A pack holds, for each clip, a stored zip of its frames (``jump/01.zip``, its comment ``{"fps": 25.0}``, with ``cut`` of
+a video that was cut short), and the splits' lists (``splits/train.txt``); unpacked, it is a data set of an ordinary
+layout. Its comment says what it is.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Packing:
 
 @dataclass
 class PackReport:
-    """What was packed into ``path``, and the clips that it lacks: missing in the data set, or broken."""
+    """What was packed into ``path``, ``cut`` short or whole, and the clips that it lacks: missing in the data set, or
+    broken."""
 
     path: Path
     clips: int = 0
@@ -84,13 +86,16 @@ class PackReport:
     unrated: int = 0  # clips without a frame rate, all of whose frames were kept
     missing: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """A line for each clip that is not in the pack, and one on the others."""
+        """A line for each clip that is not in the pack or not whole, and one on the others."""
         lines = [f"missing: {name}" for name in self.missing] + [f"broken: {reason}" for reason in self.broken]
+        lines += [f"cut short: {left}" for left in self.cut]
         if self.unrated:
             lines.append(f"{self.unrated} clips have no frame rate: all of their frames are in the pack")
-        lacks = f"; {len(self.missing)} clips missing, {len(self.broken)} broken" if lines and not self.sound else ""
+        wrong = f"; {len(self.missing)} clips missing, {len(self.broken)} broken, {len(self.cut)} cut short"
+        lacks = "" if self.sound else wrong
         size = self.path.stat().st_size / 1e6
         return "\n".join(
             [*lines, f"packed: {self.path} ({self.clips} clips, {self.frames} frames, {size:.1f} MB{lacks})"]
@@ -98,8 +103,8 @@ class PackReport:
 
     @property
     def sound(self) -> bool:
-        """Whether every clip is in the pack."""
-        return not self.missing and not self.broken
+        """Whether every clip is in the pack, and whole."""
+        return not self.missing and not self.broken and not self.cut
 
 
 def pack_data(
@@ -124,7 +129,7 @@ def pack_data(
 
     Raises:
         UserError: there is a file at ``out``, or one begun otherwise; no data set or split at ``root``; no clip of it
-            can be read; or what was written can't be read back. Missing and broken clips are reported.
+            can be read; or what was written can't be read back. Missing, broken and cut clips are reported.
         WriteError: the disk is full, or the folder can't be written; the next call goes on from there.
     """
     how = how or Packing()
@@ -200,19 +205,22 @@ def _pack(path: Path, plan: _Plan, how: Packing, report: PackReport, workers: in
         begun.finish(json.dumps(told).encode(), {f"splits/{split}.txt": names for split, names in lists.items()})
     report.clips = len(begun.notes)
     report.frames = sum(note["frames"] for note in begun.notes.values())
+    cut = {name: note["cut"] for name, note in begun.notes.items() if note.get("cut")}
+    report.cut = [f"{plan.clips[name].path / plan.clips[name].member}: {there}" for name, there in cut.items()]
     report.unrated = sum(note["fps"] is None for note in begun.notes.values()) if how.fps else 0
 
 
-def _pack_clip(clip: Clip, how: Packing) -> tuple[bytes, int, float | None]:
-    """A clip's zip, its frames and their rate. Raises ClipError."""
-    numbers, rate = how.numbers(clip), clip.fps()
+def _pack_clip(clip: Clip, how: Packing) -> tuple[bytes, dict[str, Any]]:
+    """A clip's zip, and what to note of it. Raises ClipError."""
+    numbers, rate, cut = how.numbers(clip), clip.fps(), clip.cut()
     fps = rate if rate is None or how.fps is None else min(rate, how.fps)
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as file:
         for number, frame in zip(numbers, clip.each(numbers), strict=True):
             file.writestr(zipfile.ZipInfo(f"{number + 1:08d}.{'png' if how.png else 'jpg'}"), how.encode(frame))
-        file.comment = json.dumps({"fps": fps}).encode() if fps else b""
-    return stream.getvalue(), len(numbers), fps
+        told = {name: value for name, value in (("fps", fps), ("cut", cut)) if value}
+        file.comment = json.dumps(told).encode() if told else b""
+    return stream.getvalue(), {"frames": len(numbers), "fps": fps, "cut": cut}
 
 
 class _Begun:
@@ -248,15 +256,15 @@ class _Begun:
         self._data.close()
         self._notes.close()
 
-    def add(self, name: str, content: bytes, frames: int, fps: float | None) -> None:
-        """Writes a clip, and then its note. Raises WriteError."""
+    def add(self, name: str, content: bytes, about: dict[str, Any]) -> None:
+        """Writes a clip, and then its note, with what is to be noted ``about`` it. Raises WriteError."""
         info = zipfile.ZipInfo(f"{name}.zip")
         info.CRC, info.file_size, info.compress_size = zlib.crc32(content), len(content), len(content)
         block = info.FileHeader() + content
         self._data.write(block)
         self._data.flush()
         note = {"crc": info.CRC, "size": len(content), "begin": self._end, "end": self._end + len(block)}
-        self.notes[name] = {**note, "frames": frames, "fps": fps}
+        self.notes[name] = {**note, **about}
         self._end += len(block)
         self._notes.write(_line({"name": name, **self.notes[name]}))
         self._notes.flush()

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from soap_net.data.bitstreams import matroska_end, starts_anew
+from soap_net.data.bitstreams import declared_end, starts_anew
 from soap_net.data.layout import Decoded, Layout, Packets, Timeline, Wanted
 from soap_net.data.pictures import Turn, checksum, display_turn, upright
 from soap_net.errors import ClipError, said
@@ -77,6 +77,9 @@ class Video:
     def fps(self) -> float | None:
         return self._layout().fps
 
+    def cut(self) -> str | None:
+        return self._layout().cut
+
     def seconds(self) -> NDArray[np.float64]:
         """When each frame is shown, ascending from 0. Raises ClipError where the file does not say."""
         if (seconds := self._layout().seconds) is None:
@@ -103,7 +106,8 @@ class Video:
         """
         layout = self._layout()
         strict = sure and layout.sums is None
-        with self._opened(strict=strict, threads=True) as (container, stream):
+        # What several threads make of a cut file's last frames may vary.
+        with self._opened(strict=strict, threads=sure or layout.cut is None) as (container, stream):
             frames = self._frames(container, stream, strict=strict)
             labelled = enumerate(frames) if layout.timeline is None else _timed(frames)
             for number, frame in zip(wanted, layout.wanted(wanted), strict=True):
@@ -176,7 +180,7 @@ class Video:
     def _scan(self) -> Layout:
         """Reads the packets, and decodes as much as it takes to know that they are the frames, or which are."""
         packets, telling = self._list_packets()
-        if packets.long():
+        if packets.long() and not packets.cut:
             first = min(32, max(4, _SAMPLE // max(1, packets.pixels)))
             with suppress(ClipError):
                 frames = self._decode(strict=True, first=first)
@@ -185,13 +189,17 @@ class Video:
                 # Of interlaced pictures the fields may come in packets of their own, in some parts of a video only.
                 if timeline and frames.times == pts[:first] and not frames.interlaced:
                     seconds = packets.seconds(pts)
-                    return Layout(packets.count, packets.fps, frames.turn, timeline, None, None, telling, seconds)
-        frames = self._decode()
-        if not frames.times:
-            raise ClipError(self.path, "no frame of the video stream can be decoded")
+                    return Layout(packets.count, packets.fps, frames.turn, timeline, None, None, telling, seconds, None)
+        try:
+            frames = self._decode()
+            if not frames.times:
+                raise ClipError(self.path, "no frame of the video stream can be decoded")
+        except ClipError as error:
+            raise ClipError(self.path, f"{'the file is cut short, and ' * packets.cut}{error.reason}") from error
         timeline = packets.timeline(frames.times)
         seconds, count = packets.seconds(frames.times), len(frames.times)
-        return Layout(count, packets.fps, frames.turn, timeline, frames.sums, frames.sizes, telling, seconds)
+        cut = packets.left(count) if packets.cut else None
+        return Layout(count, packets.fps, frames.turn, timeline, frames.sums, frames.sizes, telling, seconds, cut)
 
     def _list_packets(self) -> tuple[Packets, bool]:
         pts: list[int] = []
@@ -229,34 +237,40 @@ class Video:
             if last is None:
                 raise ClipError(self.path, "the video stream holds no frames")
             # MPEG streams flag each gap in their counters, which pieces that were joined have too.
-            if last.is_corrupt and {"mpeg", "mpegts"}.isdisjoint(formats):
-                raise ClipError(self.path, f"the file is cut short after {_counted(count - 1)}")
-            if "mov" in formats and regular and count < stream.frames:
-                raise ClipError(self.path, f"the file is cut short: {count} of its {stream.frames} frames are there")
-            self._check_length(container, stream, end)
+            cut = last.is_corrupt and {"mpeg", "mpegts"}.isdisjoint(formats)
+            cut = cut or ("mov" in formats and regular and count < stream.frames)
+            cut = cut or self._lacks_its_end(container, stream, count, min(pts, default=0), end)
+            declared = stream.frames
             fps = float(stream.average_rate) if stream.average_rate else None
             tick = None if untimed or stream.time_base is None else float(stream.time_base)
             telling = codec.name in _TELLING
         times = np.unique(np.array(pts, dtype=np.int64))
         timed = timed and regular and len(times) == count
-        return Packets(count, pixels, fps, times, keys if timed else [], frozenset(empty), tick), telling
+        keys = keys if timed else []
+        return Packets(count, declared, cut, pixels, fps, times, keys, frozenset(empty), tick), telling
 
-    def _check_length(self, container: InputContainer, stream: VideoStream, shown: int) -> None:
-        """Refuses a Matroska or WebM file that is cut short, which FFmpeg reads as a shorter clip without a word."""
+    def _lacks_its_end(
+        self, container: InputContainer, stream: VideoStream, count: int, first: int, shown: int
+    ) -> bool:
+        """Whether a Matroska, WebM or AVI file is cut short, of which FFmpeg may make a shorter clip without a word."""
         try:
             with open(self.path, "rb") as file:
-                end = matroska_end(file.read(4096))
+                end = declared_end(file.read(4096))
                 size = file.seek(0, os.SEEK_END)
         except OSError as error:
             raise ClipError(self.path, said(error)) from error
         if end is None or size >= end:
-            return
-        # If the last frame is there, to half a frame, bytes were lost before it or after all frames.
+            return False
+        if stream.frames:
+            return count < stream.frames
+        # If the last frame is there, to half a frame, bytes were lost before it or after all frames; but for frames
+        # that are shown before it and stored after it.
         if container.duration and stream.time_base and stream.average_rate:
-            missing = Fraction(container.duration, av.time_base) - shown * stream.time_base
-            if missing < 1 / (2 * stream.average_rate):
-                return
-        raise ClipError(self.path, f"the file is cut short: {size} of its {end} bytes are there")
+            half = 1 / (2 * stream.average_rate)
+            behind = Fraction(container.duration, av.time_base) - shown * stream.time_base
+            between = (shown - first) * stream.time_base - count / stream.average_rate
+            return behind >= half or (stream.codec_context.has_b_frames and between >= half)
+        return True
 
     def _decode(self, *, strict: bool = False, first: int | None = None) -> Decoded:
         times: list[int | None] = []
@@ -392,7 +406,3 @@ def _taken(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: Sequence[
             if len(found) == len(wanted):
                 break
     return found
-
-
-def _counted(frames: int) -> str:
-    return "1 frame" if frames == 1 else f"{frames} frames"

@@ -168,6 +168,10 @@ class Zipped:
         fps = self._told.get("fps")
         return float(fps) if isinstance(fps, int | float) and fps > 0 else None
 
+    def cut(self) -> str | None:
+        cut = self._told.get("cut")
+        return cut if isinstance(cut, str) and cut.isprintable() else None
+
 
 # ------------------------------------------------------------------------------------------------ members
 

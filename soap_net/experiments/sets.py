@@ -48,7 +48,7 @@ def _divided(root: Path) -> bool:
 def pack(root: Path, path: Path) -> None:
     """Writes the clips of all splits of the data set in `root` as one zip, ``<class>/<video>/0000.jpg``, if need be.
 
-    Clips that can't be read are named on stderr and left out.
+    Clips that can't be read are named on stderr and left out; so named are those that are cut short.
 
     Raises:
         UserError: no data set there, or clips of its lists are missing.
@@ -58,18 +58,21 @@ def pack(root: Path, path: Path) -> None:
     clips = _whole(root)
     reading = load(PerClip(clips, _small), cores())
     with replacing(path) as file, zipfile.ZipFile(file, "w") as pack, closing(reading):
-        for clip, frames in zip(clips, tqdm(reading, f"packing {root.name}", len(clips), unit="clip"), strict=True):
-            if isinstance(frames, ClipError):
-                tqdm.write(f"warning: {frames}; it is left out", file=sys.stderr)
+        for clip, found in zip(clips, tqdm(reading, f"packing {root.name}", len(clips), unit="clip"), strict=True):
+            if isinstance(found, ClipError):
+                tqdm.write(f"warning: {found}; it is left out", file=sys.stderr)
                 continue
+            frames, remark = found
+            if remark:
+                tqdm.write(f"warning: {remark}", file=sys.stderr)
             for number, frame in enumerate(frames):
                 name = zipfile.ZipInfo(f"{clip.name}/{number:04d}.jpg")  # without the time: the same bytes each time
                 pack.writestr(name, encode_jpeg(frame, QUALITY).numpy().tobytes())
 
 
-def _small(clip: Clip) -> Tensor:
+def _small(clip: Clip) -> tuple[Tensor, str | None]:
     frames = min(FRAMES, clip.num_frames())
-    return ClipLoader(FrameSampling(frames), resize=SIDE, crop=SIDE)(clip)
+    return ClipLoader(FrameSampling(frames), resize=SIDE, crop=SIDE)(clip), clip.remark()
 
 
 def _whole(root: Path) -> list[Clip]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -87,3 +88,28 @@ def largest_file() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture(scope="session")
+def cut_video() -> Callable[[Path], tuple[Path, int]]:
+    """Writes an MP4 of 30 frames without its end; gives it, and how many frames a full decode finds in it."""
+
+    def write(path: Path) -> tuple[Path, int]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            pixels = np.random.default_rng(0).integers(0, 256, (30, 48, 64, 3), dtype=np.uint8)
+            for number, image in enumerate(pixels):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        data = path.read_bytes()
+        path.write_bytes(data[: int(0.6 * len(data))])
+        with av.open(str(path)) as container:
+            frames = sum(1 for _ in container.decode(video=0))
+        assert 8 < frames < 30
+        return path, frames
+
+    return write

@@ -84,6 +84,29 @@ def test_a_session_answers_as_a_classifier_that_learnt_the_same(
     assert start.classes == (), "sessions do not share what they learn"
 
 
+def test_clips_that_are_cut_short_are_taken_and_told_of(
+    start: Classifier,
+    zips: dict[str, list[Path]],
+    cut_video: Callable[[Path], tuple[Path, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, frames = cut_video(tmp_path / "cut.mp4")
+    told = f"cut.mp4: the file is cut short: {frames} of its 30 frames are there"
+    shown: list[str] = []
+    monkeypatch.setattr(app.gr, "Warning", lambda text, **_: shown.append(text))
+    session = Session.begin(start, tmp_path)
+    do = app._Handlers(start, tmp_path)
+    do.put(session, "c0", [str(path), *map(str, zips["c0"])], None)
+    session.put("c1", zips["c1"])
+    assert shown == [told]
+    assert session.rows() == [["c0", 0, 4], ["c1", 0, 3]]
+    session.learn(ignore)
+    assert session.classify(Clip(path), ignore).cut == f"{path.parent}/{told}"
+    do.classify(session, str(path), None, lambda *_, **__: None)
+    assert [text.endswith(told) for text in shown] == [True, True]
+
+
 def test_what_cannot_be_learnt_is_refused_at_once(
     start: Classifier, zips: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

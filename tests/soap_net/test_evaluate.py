@@ -139,6 +139,26 @@ def test_broken_clips_are_named_and_replaced_as_in_training(
     assert capsys.readouterr().err.count("another clip of its class takes its place") == 3
 
 
+def test_clips_that_are_cut_short_are_counted_and_named_beside_the_result(
+    tiny_run: Callable[..., Config],
+    tiny_data: Path,
+    cut_video: Callable[[Path], tuple[Path, int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    shutil.rmtree(root / "test (class 0)" / "v1")
+    path, frames = cut_video(root / "test (class 0)" / "v1.mp4")
+    told = f"{path}: the file is cut short: {frames} of its 30 frames are there"
+    config = tiny_run(data__root=str(root), eval__way=3, eval__tasks=30)
+    model, clips = make(config)
+    result = evaluate(model, clips, config.data, config.eval, progress=False)
+    assert (result.failed_clips, result.cut_clips) == ([], [told])
+    assert result.to_dict()["cut_clips"] == [told]
+    assert f"warning: {told}" in capsys.readouterr().err.splitlines()
+
+
 def test_a_class_without_enough_readable_clips_is_named(
     tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,29 @@ def test_a_classifier_is_learnt_and_answers_right_from_its_file(clips: Path, cap
     assert "% red" in capsys.readouterr().out
 
 
+def test_clips_that_are_cut_short_are_learnt_and_answered_and_told_of(
+    clips: Path, cut_video: Callable[[Path], tuple[Path, int]], capsys: pytest.CaptureFixture
+) -> None:
+    learnt, frames = cut_video(clips / "mine" / "red" / "cut.mp4")
+    asked, _ = cut_video(clips / "new" / "cut.mp4")
+    file = str(clips / "my.classifier")
+    told = [f"warning: {path}: the file is cut short: {frames} of its 30 frames are there" for path in (learnt, asked)]
+    assert main(["learn", "--support", str(clips / "mine"), "--out", file, *SMALL]) == 0
+    out, err = capsys.readouterr()
+    assert "red (5)" in out
+    assert told[0] in err.splitlines()
+    command = ["classify", "--classifier", file, "--device", "cpu", str(asked), str(clips / "new" / "red")]
+    for form in ("--json", "--csv", "--top=3"):
+        assert main([*command, form]) == 0
+        out, err = capsys.readouterr()
+        assert told[1] in err.splitlines()
+        if form != "--top=3":
+            rows = json.loads(out) if form == "--json" else list(csv.DictReader(out.splitlines()))
+            assert [row["cut"] or "" for row in rows] == [told[1].removeprefix("warning: "), ""]
+    assert main(["classify", "--support", str(clips / "mine"), str(clips / "new" / "red"), *SMALL]) == 0
+    assert told[0] in capsys.readouterr().err.splitlines()
+
+
 def test_classes_are_added_and_dropped_by_name(clips: Path, capsys: pytest.CaptureFixture) -> None:
     file, more = str(clips / "my.classifier"), clips / "more"
     (clips / "mine" / "red").rename(clips / "red")

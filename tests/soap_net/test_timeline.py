@@ -206,7 +206,8 @@ def test_segments_end_midway_between_windows_and_average_probabilities() -> None
         ("0.000", "3.000", "a", "0.800000"),
         ("3.000", "4.000", "", ""),
     ]
-    assert rows[3] == {"clip": "y.mp4", "start": "", "end": "", "class": "", "confidence": "", "error": "y.mp4: broken"}
+    empty = {"start": "", "end": "", "class": "", "confidence": "", "cut": ""}
+    assert rows[3] == {"clip": "y.mp4", **empty, "error": "y.mp4: broken"}
     assert as_lines([found])[1:3] == [
         "     0:00.0 - 0:03.0      80.0 % a",
         "     0:03.0 - 0:04.0             none of these",
@@ -252,6 +253,26 @@ def test_the_command_finds_where_one_class_gives_way_to_the_other(
     assert [row["class"] for row in rows] == ["red", "blue", "", ""]
     assert "not a video" in rows[2]["error"]
     assert "images have no times" in rows[3]["error"]
+
+
+def test_of_a_long_video_that_is_cut_short_what_is_left_is_classified_and_that_is_said(
+    folder: Path,
+    views: Classifier,
+    cut_video: Callable[[Path], tuple[Path, int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, frames = cut_video(tmp_path / "cut.mp4")
+    views.save(tmp_path / "my.classifier")
+    told = f"{path}: the file is cut short: {frames} of its 30 frames are there"
+    command = ["classify", "--classifier", str(tmp_path / "my.classifier"), str(path), "--window", "0.3"]
+    assert main([*command, "--device", "cpu", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert f"warning: {told}" in err.splitlines()
+    [row] = json.loads(out)
+    assert (row["seconds"], row["cut"]) == (pytest.approx(frames / 25), told)
+    rows = csv.DictReader(io.StringIO(as_csv([timeline(views, Clip(path), 0.3)])))
+    assert {row["cut"] for row in rows} == {told}
 
 
 @pytest.mark.parametrize(

@@ -525,6 +525,26 @@ def test_broken_clips_are_named_counted_and_replaced(
     assert len(set(warnings)) == len(warnings), "each is named once"
 
 
+@pytest.mark.parametrize("still", [False, True])
+def test_clips_that_are_cut_short_are_trained_on_and_named_once(
+    still: bool,
+    tiny_run: Callable[..., Config],
+    tiny_data: Path,
+    cut_video: Callable[[Path], tuple[Path, int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "cut"
+    shutil.copytree(tiny_data, root)
+    shutil.rmtree(root / "train (class 1)" / "v2")
+    path, frames = cut_video(root / "train (class 1)" / "v2.mp4")
+    frozen = {"train__freeze": ["backbone", "soap"], "data__augment": False} if still else {}
+    config = tiny_run(data__root=str(root), train__val_every=0, data__workers=1, **frozen)
+    assert run(config)["progress"]["clips_failed"] == 0
+    told = f"warning: {path}: the file is cut short: {frames} of its 30 frames are there"
+    assert [line for line in capsys.readouterr().err.splitlines() if "cut short" in line] == [told]
+
+
 def test_training_stops_when_too_many_clips_are_broken(tiny_run: Callable[..., Config], damaged_data: Path) -> None:
     config = tiny_run(data__root=str(damaged_data), train__max_failed_share=0.01, train__val_every=0)
     with pytest.raises(UserError, match=r"\d+ of \d+ clips read up to episode 12 could not be decoded, more than "):

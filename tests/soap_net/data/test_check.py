@@ -46,16 +46,39 @@ def test_a_check_reports_counts_sizes_rates_and_what_is_wrong(mixed: Path) -> No
         "fps": {"none": 2, "25": 1},
         "missing": ["clap/gone"],
         "broken": train.broken,
+        "cut_short": [],
     }
     lines = report.summary().splitlines()
     assert [" ".join(line.split()) for line in lines[:3]] == [
-        "split classes clips per class frames size fps missing broken",
-        "train 2 4 2 4 to 6 24x16 to 64x48 25 1 1",
-        "test 1 2 2 4 to 6 24x16 to 30x20 - 0 0",
+        "split classes clips per class frames size fps missing broken cut short",
+        "train 2 4 2 4 to 6 24x16 to 64x48 25 1 1 0",
+        "test 1 2 2 4 to 6 24x16 to 30x20 - 0 0 0",
     ]
     assert "missing in train: clap/gone" in lines
     assert any(line.startswith("warning: train and test share 1 classes (wave)") for line in lines)
-    assert lines[-1] == "1 clips missing, 1 broken"
+    assert lines[-1] == "1 clips missing, 1 broken, 0 cut short"
+
+
+def test_a_clip_that_is_cut_short_is_told_and_makes_its_set_unsound_also_when_it_is_not_read_again(
+    mixed: Path, tmp_path: Path, cut_video: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, frames = cut_video(mixed / "clap" / "d.mp4")
+    (mixed / "splits" / "train.txt").write_text("wave/a\nclap/c\nclap/d\n")
+    findings = tmp_path / "found.jsonl"
+    for again in (False, True):
+        with monkeypatch.context() as patch:
+            names = reads(patch)
+            report = check_data(mixed, {"train": None, "test": None}, findings=findings, progress=False)
+        assert bool(names) is not again
+        train, test = report.splits
+        assert (report.sound, train.sound, test.sound) == (False, False, True)
+        assert train.cut == [f"{path}: {frames} of its 30 frames are there"]
+        assert (train.broken, [info.frames for info in train.infos]) == ([], [5, frames, 4])
+        assert report.as_dict()["splits"][0]["cut_short"] == train.cut
+        lines = report.summary().splitlines()
+        assert lines[1].split()[-3:] == ["0", "0", "1"]
+        assert f"cut short in train: {train.cut[0]}" in lines
+        assert lines[-1] == "0 clips missing, 0 broken, 1 cut short"
 
 
 def test_a_sound_data_set_is_called_so_with_workers_too(mixed: Path) -> None:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from soap_net.data import videos
+from soap_net.data import layout, videos
 from soap_net.data.clips import Clip, ClipError
 from soap_net.data.images import in_natural_order, natural
 
@@ -424,13 +424,14 @@ def test_sound_without_pictures_is_not_a_video(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("whole", [2**24, 0])
 @pytest.mark.parametrize(
-    ("name", "codec"),
-    [("end.mp4", "libx264"), ("start.mp4", "libx264"), ("a.webm", "libvpx"), ("a.mkv", "libx264"), ("a.avi", "mjpeg")],
+    ("name", "codec"), [("start.mp4", "libx264"), ("a.webm", "libvpx"), ("a.mkv", "libx264"), ("a.avi", "mjpeg")]
 )
-def test_a_truncated_video_is_refused_wherever_it_ends(
-    name: str, codec: str, share: float, tmp_path: Path, write_video: Make
+def test_a_video_that_is_cut_short_is_what_a_full_decode_gives_and_says_so(
+    name: str, codec: str, whole: int, share: float, tmp_path: Path, write_video: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(layout, "_WHOLE", whole)
     path = write_video(
         tmp_path / name,
         codec,
@@ -438,8 +439,53 @@ def test_a_truncated_video_is_refused_wherever_it_ends(
         container_options={"movflags": "faststart"} if name == "start.mp4" else {},
     )
     data = path.read_bytes()
+    assert Clip(path).cut() is None
+    frames = Clip(path).num_frames()
     path.write_bytes(data[: int(len(data) * share)])
+    try:
+        left = decode_all(path)
+    except (av.FFmpegError, ValueError):  # of no frame at all
+        fails(Clip(path), *(["the file is cut short, and"] if share > 0.1 else []))
+        return
+    assert torch.equal(Clip(path).read(range(len(left))), left)
+    assert torch.equal(torch.stack(list(Clip(path).each(range(len(left))))), left)
+    assert torch.equal(torch.stack(list(Clip(path).video().stream(range(len(left))))), left)
+    assert Clip(path).num_frames() == len(left) < frames
+    told = f"{len(left)} of its {frames} frames are there" if path.suffix in {".mp4", ".avi"} else "it ends after"
+    assert told in (Clip(path).cut() or "")
+    assert Clip(path).remark() == f"{path}: the file is cut short: {Clip(path).cut()}"
+
+
+def test_a_video_cut_before_its_index_is_refused(tmp_path: Path, write_video: Make) -> None:
+    path = write_video(tmp_path / "a.mp4")
+    path.write_bytes(path.read_bytes()[:-200])
     fails(Clip(path))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("b.avi", "mjpeg")])
+def test_wherever_a_video_is_cut_it_says_so_if_and_only_if_that_is_before_its_index(
+    name: str, codec: str, tmp_path: Path, write_video: Make
+) -> None:
+    options = {"bf": "2"} if codec == "libx264" else {}  # of which the last is stored behind the last that is shown
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = write_video(tmp_path / name, codec, 20, options=options, gop=8, pix_fmt=pix_fmt)
+    data = path.read_bytes()
+    index = data.rindex(b"idx1" if path.suffix == ".avi" else b"\x1c\x53\xbb\x6b")
+    told = set()
+    for end in range(9 * len(data) // 10, len(data), 7):
+        part = Clip(tmp_path / f"{end}{path.suffix}")
+        part.path.write_bytes(data[:end])
+        try:
+            told.add(part.cut())
+        except ClipError as error:
+            with pytest.raises((av.FFmpegError, ValueError)):
+                decode_all(part.path)
+            told.add(error.reason)
+            continue
+        assert (part.cut() is None) == (end >= index), (end, index)
+        assert part.num_frames() == len(decode_all(part.path))
+    assert len(told) > 2
+    assert all(text is None or "cut short" in text or "it ends" in text or "frames are there" in text for text in told)
 
 
 def test_a_video_damaged_inside_fails_or_reads_but_never_raises_anything_else(

@@ -264,6 +264,29 @@ def test_a_packing_that_was_stopped_goes_on_to_the_same_file(
     assert [*out.parent.iterdir()] == [out]
 
 
+def test_a_pack_says_which_clips_were_cut_short_when_it_is_made_and_ever_after(
+    source: Path,
+    cut_video: Callable[[Path], tuple[Path, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, frames = cut_video(source / "videos" / "a wave" / "1.mp4")
+    left = f"{frames} of its 30 frames are there"
+    out = tmp_path / "out.zip"
+    begin(2, monkeypatch, source, out, "train", "test")  # those that went on from there tell of those packed before
+    args = ["data", "pack", str(source), str(out), "--split", "train", "test", "--data.workers", "0"]
+    assert main(args) == 2
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"cut short: {path}: {left}"
+    assert told[-1].endswith("0 clips missing, 0 broken, 1 cut short)")
+    assert len(images_in(out, "a wave/1")) == frames
+    assert check_data(out, {"train": None}, progress=False).splits[0].cut == [f"{out}/a wave/1: {left}"]
+    assert clip_in(out, "a wave/2").cut() is None
+    pack_data(out, tmp_path / "again.zip", {"train": None}, progress=False)
+    assert clip_in(tmp_path / "again.zip", "a wave/1").cut() == left
+
+
 def test_other_options_do_not_go_on_with_what_was_begun(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +334,7 @@ def test_the_command_lists_what_it_left_out(source: Path, tmp_path: Path, capsys
         f"broken: {source}/videos/clap/é.webm: not a video that FFmpeg can read",
     ]
     assert unrated.startswith("1 clips have no frame rate")
-    assert last.startswith(f"packed: {out} (2 clips, 9 frames, 0.0 MB; 1 clips missing, 1 broken)")
+    assert last.startswith(f"packed: {out} (2 clips, 9 frames, 0.0 MB; 1 clips missing, 1 broken, 0 cut short)")
     assert names(load_split(out, "test")) == {"clap": ["clap/4"]}
     with zipfile.ZipFile(out) as pack:
         told = json.loads(pack.comment)
