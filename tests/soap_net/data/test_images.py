@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import multiprocessing
@@ -18,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ from soap_net.data.clips import Clip, ClipError
 from soap_net.data.images import LONGEST_SIDE, MOST_BYTES, MOST_PACKED, MOST_PIXELS, MOST_SCANS
 
 Picture = Callable[..., np.ndarray]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured in a fork, as Linux counts it")
+FRESH = multiprocessing.get_context("forkserver")
+"""Not copies of this process, whose own pages would count as they are touched."""
+FRESH.set_forkserver_preload(["soap_net.data.clips"])
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux counts it")
 
 
 def outcome(path: Path) -> str:
@@ -58,27 +61,9 @@ def measured(paths: list[Path]) -> list[tuple[str, float, float]]:
 
     Where the process dies, the last outcome says so.
     """
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-
-    def work() -> None:
-        receiving.close()
-        torch.set_num_threads(1)  # those of the parent are not here
-        sys.addaudithook(refuse_code)
-        for path in paths:
-            before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-            try:
-                told = outcome(path)
-            except BaseException:
-                told = traceback.format_exc()
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            sending.send((told, time.perf_counter() - began, grown))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, none of which hold a lock here
-        process = context.Process(target=work)
-        gc.collect()  # the child must not clear away decoders whose threads it has not
-        process.start()
+    receiving, sending = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=measure, args=(paths, sending))
+    process.start()
     sending.close()
     found = []
     try:
@@ -87,6 +72,19 @@ def measured(paths: list[Path]) -> list[tuple[str, float, float]]:
     except EOFError:
         process.join()
     return found if len(found) == len(paths) else [*found, (f"the process ended with {process.exitcode}", 0.0, 0.0)]
+
+
+def measure(paths: list[Path], sending: Connection) -> None:
+    torch.set_num_threads(1)
+    sys.addaudithook(refuse_code)
+    for path in paths:
+        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        try:
+            told = outcome(path)
+        except BaseException:
+            told = traceback.format_exc()
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        sending.send((told, time.perf_counter() - began, grown))
 
 
 def assert_refused(path: Path, *said: str) -> None:
