@@ -281,7 +281,7 @@ class Classifier:
         try:
             if its.model.head == self.config.model.head == "views":
                 self.model, self.config = self._looking_at(str(its.model.head_options.get("by", "auto")))
-            its, mine = _without_paths(its), _without_paths(self.config)
+            its, mine = its.portable(), self.config.portable()
             same = all(getattr(its.model, key) == getattr(mine.model, key) for key in SAME_MODEL)
             same = same and _other_options(its.model) == _other_options(mine.model)
             same = same and all(getattr(its.data, key) == getattr(mine.data, key) for key in SAME_DATA)
@@ -302,7 +302,7 @@ class Classifier:
         assert self.supports is not None
         checkpoint = self.checkpoint and (self.checkpoint if paths else self.checkpoint.name)
         about: dict[str, Any] = {
-            "config": to_dict(self.config if paths else _without_paths(self.config)),
+            "config": to_dict(self.config if paths else self.config.portable()),
             "checkpoint": checkpoint and str(checkpoint),
             "weights": digest(self.model.state_dict()),
             "accept": float(self.accept),
@@ -425,19 +425,6 @@ def _settings(path: Path, about: Mapping[str, Any]) -> tuple[Config, float]:
 def _other_options(model: ModelConfig) -> dict[str, Any]:
     """Those of the head but for what `Classifier.look_at` sets."""
     return {key: value for key, value in model.head_options.items() if (model.head, key) != ("views", "by")}
-
-
-def _without_paths(config: Config) -> Config:
-    """The same with names in place of paths."""
-    model, data = config.model, config.data
-    kind, colon, source = model.backbone.partition(":")
-    backbone = f"{kind}{colon}{Path(source).name if Path(source).is_absolute() else source}"
-    return replace(
-        config,
-        data=replace(data, root=Path(data.name), roots=(), train_split=None, val_split=None, test_split=None),
-        model=replace(model, backbone=backbone, weights=model.weights and Path(model.weights).name),
-        out=Path(config.out.name),
-    )
 
 
 def _distinct(names: Iterator[str]) -> list[str]:

@@ -23,7 +23,7 @@ from soap_net.evaluate import evaluate_run
 from soap_net.experiments.experiment import changed
 from soap_net.experiments.processes import Job, Stop, perform
 from soap_net.files import remove_stale, write_text
-from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, episode_seconds
+from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, episode_seconds, with_files_of
 from soap_net.train import train
 
 NETS = {"with_soap": "with SOAP", "without_soap": "without SOAP"}
@@ -90,12 +90,13 @@ def clear(nets: Mapping[str, Config], summary: Path) -> None:
         remove_stale(net.out)  # of a process killed at the very start
         if not run.config.is_file() and any(net.out.iterdir()):
             raise UserError(f"{net.out}: holds other files than a run of the demo; choose another --out")
-        if (
-            finished
-            or not run.config.is_file()
-            or difference(flatten(run.read_config()), flatten(to_dict(net)), FREE_TO_CHANGE.__contains__)
-        ):
+        if finished or not run.config.is_file() or _differs(run, net):
             shutil.rmtree(net.out)
+
+
+def _differs(run: RunFolder, net: Config) -> bool:
+    here = flatten(to_dict(net))
+    return bool(difference(with_files_of(here, flatten(run.read_config())), here, FREE_TO_CHANGE.__contains__))
 
 
 def _write_videos(root: Path, motion: MotionConfig, progress: bool) -> None:

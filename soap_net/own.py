@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from soap_net.classify import Classifier, Prediction
-    from soap_net.config import ModelConfig
     from soap_net.data.clips import Clip
     from soap_net.timeline import Timeline
 
@@ -235,22 +233,12 @@ def _classifier(options: Namespace, settings: list[str], command: str) -> Classi
         config.model.backbone = options.backbone
     if options.weights is not None:
         config.model.weights = options.weights
-    config.model = _absolute(config.model)
     if options.by is not None:
         if config.model.head != "views":
             raise UserError(f"--by is for the head views, not for {config.model.head}")
         config.model.head_options = {**config.model.head_options, "by": options.by}
-    return Classifier.from_config(replace(config), options.device, **accept)
-
-
-def _absolute(model: ModelConfig) -> ModelConfig:
-    """The same with absolute paths of what it is made of: a classifier is used in other folders, too."""
-    weights, backbone = model.weights, model.backbone
-    if weights and Path(weights).is_file():
-        weights = str(Path(weights).absolute())
-    if backbone.startswith("hf:") and (folder := Path(backbone[3:])).is_dir():
-        backbone = f"hf:{folder.absolute()}"
-    return replace(model, weights=weights, backbone=backbone)
+    config.model = config.model.absolute()  # a classifier is used in other folders, too
+    return Classifier.from_config(config, options.device, **accept)
 
 
 def _warn(errors: Sequence[str]) -> None:

@@ -138,7 +138,7 @@ class RunFolder:
     def refuse_another(there: Mapping[str, Any], config: Config, where: Path) -> None:
         """Raises `AnotherRun` if `there`, all settings of the run in `where`, are not those of `config`."""
         found, asked = (lists_by_name(flatten(one)) for one in (there, to_dict(config)))
-        if differ := difference(found, asked, free_to_change):
+        if differ := difference(with_files_of(asked, found), asked, free_to_change):
             raise AnotherRun(f"{where} holds a run of another config: {differ}; choose another --out")
 
     def _refuse_unless_stopped(self, config: Config, here: Mapping[str, Any]) -> None:
@@ -254,6 +254,20 @@ def lists_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Split files without their folders: a run may go on where its data set lies elsewhere, lists and all."""
     lists = ("data.train_split", "data.val_split", "data.test_split")
     return {key: Path(str(value)).name if key in lists and value else value for key, value in settings.items()}
+
+
+def with_files_of(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+    """`there`, with the model's weights file and its backbone's folder as in `here` where these are the same.
+
+    They are, too, where they were given from another folder, or have moved: nothing is there any more, and what is here
+    bears its name.
+    """
+    same = {}
+    for key in ("model.weights", "model.backbone"):
+        one, other = (Path(str(settings.get(key)).removeprefix("hf:")) for settings in (here, there))
+        if one.exists() and (one.samefile(other) if other.exists() else one.name == other.name):
+            same[key] = here[key]
+    return {**there, **same}
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], ignored: Callable[[str], bool]) -> str:

@@ -202,7 +202,7 @@ class Training:
 
     def _agree(self, begun: bool) -> None:
         """Ends all processes unless they are at the same place of the same run; `begun`: there is a last.pt."""
-        config = lists_by_name(flatten(to_dict(self.config)))
+        config = lists_by_name(flatten(to_dict(replace(self.config, model=self.config.model.by_name()))))
         facts = {"last.pt": "there" if begun else "missing", **asdict(self.state), **same_clips(self._clips)}
         facts |= same_clips(self.val_clips) if self.val_clips else {}
         facts |= {key: config[key] for key in config if not free_to_change(key)}

@@ -38,7 +38,7 @@ from soap_net.files import read_json, remove_stale, write_text
 from soap_net.interrupts import Interrupted
 from soap_net.models import SOAPNet
 from soap_net.ranks import Ranks, pick_device
-from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference
+from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, with_files_of
 from soap_net.train import train
 from soap_net.versions import processor, versions
 
@@ -338,7 +338,7 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
             there["data.root"] = str(Path(str(there.get("data.root"))).absolute())
         if here["data.roots"]:  # in whose place data.root is not looked at, while its default is another in each folder
             there["data.root"] = here["data.root"]
-        if differ := difference(there, here, lambda key: False):
+        if differ := difference(with_files_of(here, there), here, lambda key: False):
             raise UserError(f"{folder} holds another experiment: {differ}; choose another --out")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no experiment; choose another --out")

@@ -60,6 +60,21 @@ def test_what_is_saved_comes_back_the_same_with_its_settings_but_for_the_machine
     assert checkpoint.load(folder, net)["config"] == written
 
 
+def test_a_backbone_from_a_folder_of_this_machine_is_refused_and_a_file_is_told_by_name(
+    net: SOAPNet, config: Config, tmp_path: Path
+) -> None:
+    config.model.weights = f"{tmp_path}/secret/w.pth"
+    for backbone in (f"hf:{tmp_path}/secret/vm", "hf:vm"):
+        config.model.backbone = backbone
+        with pytest.raises(UserError, match=f"^model.backbone is {backbone}, a folder of this .* as hf:owner/model$"):
+            net.save_pretrained(tmp_path / "net", config=config)
+        assert not (tmp_path / "net").exists()
+    config.model.backbone = "hf:owner/model"
+    net.save_pretrained(tmp_path / "net", config=config)
+    assert json.loads((tmp_path / "net" / "config.json").read_text())["model"]["weights"] == "w.pth"
+    assert str(tmp_path) not in "".join(path.read_text(errors="replace") for path in (tmp_path / "net").iterdir())
+
+
 def test_the_weights_are_safetensors_that_any_program_reads(folder: Path, net: SOAPNet) -> None:
     state = safetensors.torch.load_file(folder / "model.safetensors")
     torch.testing.assert_close(state, dict(net.state_dict()), rtol=0, atol=0)

@@ -443,6 +443,33 @@ def test_a_relative_data_set_is_the_same_one_from_any_folder(
     assert config.data.root == Path("data"), "the caller's config stays as it was"
 
 
+def test_a_run_from_a_relative_weights_file_goes_on_from_any_folder_and_by_the_same_command(
+    tiny_run: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train.train(tiny_run(out=str(tmp_path / "first"), train__episodes=2), progress=False)
+    (tmp_path / "other").mkdir()
+    shutil.copy("first/best.pt", "other/best.pt")
+    given = {"train__val_every": 0, "train__episodes": 6}
+    config = tiny_run(model__weights="first/best.pt", **given)
+    with pytest.raises(TrainingStopped):
+        train.train(config, progress=False, callback=stop_at(2))
+    assert load_config(config.out / "config.yaml").model.weights == str(tmp_path / "first/best.pt")
+    # What an older version wrote, which kept the file as it was given.
+    save_config(config, config.out / "config.yaml")
+    content = checkpoint.load(config.out / "last.pt")
+    content["config"]["model"]["weights"] = "first/best.pt"
+    checkpoint.save(config.out / "last.pt", content)
+    with pytest.raises(TrainingStopped):
+        train.train(config, progress=False, callback=stop_at(4))
+    with pytest.raises(UserError, match=r"another config: model\.weights is .*first/best.pt' there and .*other/best"):
+        train.train(tiny_run(model__weights="other/best.pt", **given), progress=False)
+    monkeypatch.chdir(tmp_path / "other")
+    assert main(["train", "--resume", str(config.out)]) == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(config.out), "--model.weights", str(tmp_path / "moved" / "best.pt")]) == 0
+
+
 def test_a_moved_data_set_is_named_with_the_option_that_finds_it(
     tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
