@@ -81,8 +81,8 @@ def net_configs(config: Config) -> dict[str, Config]:
 
 def clear(nets: Mapping[str, Config], summary: Path) -> None:
     """Remove what a finished demo, or one with other settings, left; an interrupted one with these settings stays."""
-    finished = summary.exists()
-    summary.unlink(missing_ok=True)
+    if finished := summary.exists():
+        summary.unlink()
     for net in nets.values():
         run = RunFolder(net.out)
         if not net.out.exists():

@@ -66,7 +66,6 @@ def export(classifier: Classifier, path: Path) -> float:
         raise UserError(
             f"onnxruntime {onnxruntime.__version__} computes other probabilities, by {apart:.1g}: not written"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(written)
     return apart

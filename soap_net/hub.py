@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 from soap_net.checkpoint import SETTINGS, WEIGHTS, CheckpointError, load_model, non_finite
 from soap_net.config import Config, from_dict, to_dict
 from soap_net.errors import UserError
-from soap_net.files import read_json, replacing, write_text
+from soap_net.files import read_json, replacing, write_text, writing
 from soap_net.settings import AtLeast, build, dump, read
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PAPER = "https://arxiv.org/abs/2407.16344"
 TASK = "video-classification"
+README = "README.md"
 
 CARD = """---
 {{ card_data }}
@@ -125,7 +126,12 @@ class Pretrained(
             self.config = from_dict(config) if isinstance(config, Mapping) else config
         if (name := non_finite(self.state_dict())) is not None:  # type: ignore[attr-defined]  # of an nn.Module
             raise CheckpointError(f"{save_directory}: not written, as the weight {name} is not finite")
-        self.generate_model_card(**(options.get("model_card_kwargs") or {}))  # refuses what it can't show
+        card = self.generate_model_card(**(options.get("model_card_kwargs") or {}))  # refuses what it can't show
+        folder = Path(save_directory)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / README).exists():
+            write_text(folder / README, str(card))
         return super().save_pretrained(save_directory, config=to_dict(self._portable()), **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:

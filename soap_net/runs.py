@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from soap_net.config import Config, TrainConfig, flatten, from_dict, save_config, to_dict
 from soap_net.errors import UserError
-from soap_net.files import Appended, read_json, remove_stale, write_text
+from soap_net.files import Appended, read_json, remove_stale, write_text, writing
 from soap_net.settings import AtLeast, build, read, read_yaml
 
 try:
@@ -163,12 +163,14 @@ class RunFolder:
 
         Raises:
             UserError: another process does.
+            WriteError: the folder can't be made.
         """
         if fcntl is None:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path, os.O_RDONLY)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.path, os.O_RDONLY)
         try:
             for wait in (0.5, 1.0, 2.0, None):  # one that was killed may take a moment to be gone
                 try:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from soap_net.data.loading import cores
 from soap_net.errors import UserError
+from soap_net.files import writing
 
 try:
     import fcntl
@@ -259,7 +260,8 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
 
     Raises:
         UserError: ``root`` holds other files, or FFmpeg lacks an encoder.
-        OSError: the disk is full or not writable; ``root`` stays as it was.
+        WriteError: there the folder can't be made.
+        OSError: the disk is full or fails; ``root`` stays as it was.
     """
     config = config or MotionConfig()
     root = Path(root)
@@ -280,8 +282,10 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
         raise UserError(f"{root}: holds other files than the motion data; choose another folder, or empty it")
     encoder = _encoder()
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.part-", dir=root.parent) as scratch, ExitStack() as held:
+    with writing(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        part = tempfile.TemporaryDirectory(prefix=f".{root.name}.part-", dir=root.parent)
+    with part as scratch, ExitStack() as held:
         with suppress(OSError):  # on a file system without locks nothing is taken for stale
             held.enter_context(_locked(Path(scratch)))
         fresh = Path(scratch) / "fresh"

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, hub_mixin
 from soap_net import checkpoint
 from soap_net.cli import main
 from soap_net.config import Config, to_dict
-from soap_net.errors import UserError
+from soap_net.errors import UserError, WriteError
 from soap_net.models import SOAPNet, build_model
 
 RESULT = {"accuracy": 61.25, "ci95": 0.5, "tasks": 100, "way": 5, "shot": 1, "split": "test", "queries": 1}
@@ -73,6 +73,12 @@ def test_a_backbone_from_a_folder_of_this_machine_is_refused_and_a_file_is_told_
     net.save_pretrained(tmp_path / "net", config=config)
     assert json.loads((tmp_path / "net" / "config.json").read_text())["model"]["weights"] == "w.pth"
     assert str(tmp_path) not in "".join(path.read_text(errors="replace") for path in (tmp_path / "net").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(net: SOAPNet, config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="/file/net: "):
+        net.save_pretrained(tmp_path / "file" / "net", config=config)
 
 
 def test_the_weights_are_safetensors_that_any_program_reads(folder: Path, net: SOAPNet) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from soap_net import checkpoint
 from soap_net.config import Config, TrainConfig, from_dict, to_dict
-from soap_net.errors import UserError
+from soap_net.errors import UserError, WriteError
 from soap_net.runs import MetricsLog, Progress, RunFolder, difference, episode_seconds, with_files_of
 
 
@@ -21,6 +21,12 @@ def test_what_a_run_folder_lacks_is_empty(tmp_path: Path) -> None:
     assert run.read_result() is None
     with pytest.raises(UserError, match=r"not a run folder: there is no config\.yaml in it"):
         run.read_config()
+
+
+def test_a_run_in_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="/file/run: "), RunFolder(tmp_path / "file" / "run").held():
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------ config.yaml

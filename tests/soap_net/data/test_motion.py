@@ -24,7 +24,7 @@ from soap_net.data import motion
 from soap_net.data.episodes import EpisodeSampler
 from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, render_clip, write_motion
 from soap_net.data.splits import load_split
-from soap_net.errors import UserError
+from soap_net.errors import UserError, WriteError
 
 SMALL = MotionConfig(size=32, seconds=0.25, train_clips=2, val_clips=2, test_clips=2, dots=30)
 
@@ -358,6 +358,12 @@ def test_what_an_ended_process_was_writing_goes(number: int, tmp_path: Path, mon
     assert [path.name[:13] for path in tmp_path.iterdir()] == [".motion.part-"] * (number == signal.SIGKILL)
     write_motion(root, TINY, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["motion"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="/file/motion: "):
+        write_motion(tmp_path / "file" / "motion", SMALL, progress=False)
 
 
 def test_a_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:
