@@ -42,7 +42,7 @@ def learn(args: list[str]) -> int:
             f"{options.out}: is a folder; name the classifier's file, as in {options.out / 'my.classifier'}"
         )
 
-    from soap_net.classify import clips_by_class
+    from soap_net.data.find import clips_by_class
 
     support = clips_by_class(options.support) if options.support else {}
     classifier = _classifier(options, settings, "learn")
@@ -83,7 +83,7 @@ def classify(args: list[str]) -> int:
     if not (paths := [*options.query, *options.clips]):
         raise UserError("say what to classify: clips, or folders of clips")
 
-    from soap_net.classify import clips_by_class, find_clips
+    from soap_net.data.find import clips_by_class, find_clips
 
     support = clips_by_class(options.support) if options.support else {}
     queries = [clip for path in paths for clip in find_clips(path)]
@@ -164,7 +164,8 @@ def export(args: list[str]) -> int:
     apart = exporting.export(classifier, options.out)
     shape = f"(batch, {classifier.data.frames}, 3, {classifier.data.crop}, {classifier.data.crop})"
     print(f"wrote {options.out}: frames {shape} uint8 to the probabilities of {', '.join(classifier.classes)}")
-    print(f"tried in onnxruntime: its probabilities are within {apart:.0e} of the classifier's")
+    rounds = "" if (amp := classifier.config.train.amp) == "none" else f", which computes in {amp} where this does not"
+    print(f"tried in onnxruntime: its probabilities are within {apart:.0e} of the classifier's{rounds}")
     return 0
 
 

@@ -28,7 +28,7 @@ from soap_net.checkpoint import load_model
 from soap_net.config import Config, flatten, from_dict, to_dict
 from soap_net.data.memory import ClipMemory
 from soap_net.data.motion import MotionConfig, write_motion
-from soap_net.data.splits import load_split
+from soap_net.data.splits import split_of
 from soap_net.errors import UserError
 from soap_net.evaluate import EvalResult, evaluate
 from soap_net.experiments.drawing import plot_accuracies
@@ -138,10 +138,9 @@ class Experiment(ABC):
         tests = {}
         for name, changes in run.tests.items():
             cfg = changed(config, changes)
-            data, split = cfg.data, cfg.eval.split
-            clips = load_split(data.place, split, data.split_file(split), data.split_files)
+            clips = split_of(cfg.data, cfg.eval.split)
             result = evaluate(
-                model, clips, data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
+                model, clips, cfg.data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
                 memory=memory,
             )  # fmt: skip
             tests[name] = tested(result)
