@@ -17,7 +17,7 @@ from tqdm import tqdm
 from soap_net.config import Config, flatten, to_dict
 from soap_net.data.loading import cores
 from soap_net.data.memory import ClipMemory
-from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, write_motion
+from soap_net.data.motion import PATTERNS, PATTERNS_OF, MotionConfig, write_motion
 from soap_net.errors import UserError
 from soap_net.evaluate import evaluate_run
 from soap_net.experiments.experiment import changed
@@ -59,9 +59,9 @@ def run_demo(config: Config, motion: MotionConfig | None = None, *, progress: bo
     began = time.perf_counter()
     _write_videos(out / "motion", motion, progress)
     print(
-        f"2. Training on {len(SPLITS['train'])} patterns with and without SOAP, {config.train.episodes} episodes each "
+        f"2. Training on {len(PATTERNS_OF['train'])} patterns with and without SOAP, {config.train.episodes} episodes each "
         f"({config.episode.way}-way {config.episode.shot}-shot), then {config.eval.tasks} tasks on "
-        f"{len(SPLITS['test'])} patterns never seen"
+        f"{len(PATTERNS_OF['test'])} patterns never seen"
     )
     learning = time.perf_counter()
     _train_and_evaluate(nets, progress)
@@ -106,7 +106,7 @@ def _write_videos(root: Path, motion: MotionConfig, progress: bool) -> None:
         f"({motion.size} x {motion.size} pixels, {motion.frames} frames, mp4)"
     )
     write_motion(root, motion, progress=progress)
-    clips = sum(getattr(motion, f"{split}_clips") * len(patterns) for split, patterns in SPLITS.items())
+    clips = sum(getattr(motion, f"{split}_clips") * len(patterns) for split, patterns in PATTERNS_OF.items())
     print(f"   {clips} clips in {root}" + (", there already" if cached else ""))
 
 

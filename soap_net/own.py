@@ -58,7 +58,7 @@ def learn(args: list[str]) -> int:
             print(f"{replaced} of the clips took the place of others of the same class and name", file=sys.stderr)
     classifier.save(options.out)
     print(f"wrote {options.out}: {', '.join(f'{name} ({n})' for name, n in classifier.counts().items())}")
-    print(told(classifier))
+    print(expectations(classifier))
     return 0
 
 
@@ -93,7 +93,7 @@ def classify(args: list[str]) -> int:
         _warn(classifier.add(support, progress=True))
     expected = classifier.calibration.expected
     if support or expected is None or not expected.above_chance:  # whoever reads the answers has to know
-        print(told(classifier), file=sys.stderr)
+        print(expectations(classifier), file=sys.stderr)
     if options.window is not None:
         from soap_net.timeline import as_csv, as_lines, as_rows
 
@@ -157,11 +157,11 @@ def export(args: list[str]) -> int:
     if options.out.is_dir():
         raise UserError(f"{options.out}: is a folder; name the file, as in {options.out / 'my.onnx'}")
 
-    from soap_net import export as exporting
     from soap_net.classify import Classifier
+    from soap_net.export import export as write
 
     classifier = Classifier.load(options.classifier, "cpu", checkpoint=options.checkpoint)
-    apart = exporting.export(classifier, options.out)
+    apart = write(classifier, options.out)
     shape = f"(batch, {classifier.data.frames}, 3, {classifier.data.crop}, {classifier.data.crop})"
     print(f"wrote {options.out}: frames {shape} uint8 to the probabilities of {', '.join(classifier.classes)}")
     rounds = "" if (amp := classifier.config.train.amp) == "none" else f", which computes in {amp} where this does not"
@@ -247,7 +247,7 @@ def _warn(errors: Sequence[str]) -> None:
         print(f"warning: {error}; left out of the support", file=sys.stderr)
 
 
-def told(classifier: Classifier) -> str:
+def expectations(classifier: Classifier) -> str:
     """What the supports let one expect, in words."""
     from soap_net.calibration import least_clips
 

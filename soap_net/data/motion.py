@@ -115,7 +115,7 @@ PATTERNS: dict[str, Pattern] = {
         _straight("counterflow-vertical", "train", 90, counterflow=True),
     )
 }
-SPLITS: dict[str, tuple[str, ...]] = {
+PATTERNS_OF: dict[str, tuple[str, ...]] = {
     split: tuple(pattern.name for pattern in PATTERNS.values() if pattern.split == split)
     for split in ("train", "val", "test")
 }
@@ -267,7 +267,7 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
     root = Path(root)
     clips: _Clips = {
         (pattern, f"{pattern}-{number:04d}"): (config.seed, list(PATTERNS).index(pattern), number)
-        for split, patterns in SPLITS.items()
+        for split, patterns in PATTERNS_OF.items()
         for pattern in patterns
         for number in range(getattr(config, f"{split}_clips"))
     }
@@ -292,7 +292,7 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
         for pattern in PATTERNS:
             (fresh / "videos" / pattern).mkdir(parents=True)
         (fresh / "splits").mkdir()
-        for split, patterns in SPLITS.items():
+        for split, patterns in PATTERNS_OF.items():
             lines = [f"{pattern}/{clip}\n" for pattern, clip in clips if pattern in patterns]
             (fresh / "splits" / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
         _write_clips(fresh / "videos", clips, config, encoder, progress)
@@ -366,7 +366,7 @@ def _complete(root: Path, digest: str, clips: Iterable[tuple[str, str]]) -> bool
     except (OSError, ValueError):
         return False
     files = [*(root / "videos" / pattern / f"{clip}.mp4" for pattern, clip in clips)]
-    files += [root / "splits" / f"{split}.txt" for split in SPLITS]
+    files += [root / "splits" / f"{split}.txt" for split in PATTERNS_OF]
     return isinstance(marker, dict) and marker.get("hash") == digest and all(file.is_file() for file in files)
 
 

@@ -222,7 +222,7 @@ def tested(result: EvalResult) -> Result:
         "tasks": result.tasks,
         "answers": result.way * result.queries,
         "correct": result.correct,
-        **told(result),
+        **answered(result),
     }
 
 
@@ -363,7 +363,7 @@ def _about(experiment: Experiment, command: Sequence[str]) -> str:
     )
 
 
-def told(result: EvalResult) -> dict[str, Any]:
+def answered(result: EvalResult) -> dict[str, Any]:
     """What a result.json keeps of a test's tasks and answers, for intervals over clips and classes."""
     if result.answers is None:
         return {}
