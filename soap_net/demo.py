@@ -59,8 +59,8 @@ def run_demo(config: Config, motion: MotionConfig | None = None, *, progress: bo
     began = time.perf_counter()
     _write_videos(out / "motion", motion, progress)
     print(
-        f"2. Training on {len(PATTERNS_OF['train'])} patterns with and without SOAP, {config.train.episodes} episodes each "
-        f"({config.episode.way}-way {config.episode.shot}-shot), then {config.eval.tasks} tasks on "
+        f"2. Training on {len(PATTERNS_OF['train'])} patterns with and without SOAP, {config.train.episodes} episodes "
+        f"each ({config.episode.way}-way {config.episode.shot}-shot), then {config.eval.tasks} tasks on "
         f"{len(PATTERNS_OF['test'])} patterns never seen"
     )
     learning = time.perf_counter()
