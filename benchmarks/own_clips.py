@@ -24,11 +24,11 @@ from soap_net.calibration import calibrate
 from soap_net.config import Config, load_config
 from soap_net.data.episodes import EpisodeSampler
 from soap_net.data.splits import load_split
-from soap_net.evaluate import clip_features
 from soap_net.files import write_text
 from soap_net.intervals import Drawn, beyond
 from soap_net.models import build_model
 from soap_net.models.heads import Embedded, ViewsHead, group_by_class
+from soap_net.tasks import clip_features
 
 VIEWS = ("appearance", "motion", "differences", "both", "auto")
 SHOTS = (1, 2, 5)

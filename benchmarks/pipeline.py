@@ -37,17 +37,19 @@ from torch.nn import functional as F
 
 from benchmarks.cpu import RESULTS, machine, slug
 from benchmarks.plain import plain_clip, plain_step
+from soap_net.callbacks import EachStep
 from soap_net.config import Config, ModelConfig, SoapConfig, from_dict
 from soap_net.data.clips import Clip
 from soap_net.data.pack import pack_data
 from soap_net.data.splits import load_split
 from soap_net.data.transforms import clip_loader
 from soap_net.data.videos import Video
-from soap_net.evaluate import autocast
 from soap_net.machine import keep_freed_memory
 from soap_net.models import build_model
 from soap_net.optimizers import build_optimizer
-from soap_net.train import Step, Training, train
+from soap_net.steps import Step
+from soap_net.tasks import autocast
+from soap_net.train import Training, train
 
 STEPS: dict[str, dict[str, Any]] = {
     "plain loop": {},
@@ -302,7 +304,7 @@ def episode(device: torch.device, turns: int, backbone: str, crop: int) -> dict[
             whole.append(now - last[0])
             last[0] = now
 
-        train(config, progress=False, callback=note)
+        train(config, progress=False, callbacks=[EachStep(note)])
         parts = {name: statistics.median(took(call, device) for _ in range(turns)) for name, call in
                  episode_parts(config, device).items()}  # fmt: skip
     reading = parts["decode"] + parts["transform"]

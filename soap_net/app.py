@@ -28,7 +28,7 @@ from soap_net.data.transforms import clip_loader
 from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.errors import UserError
 from soap_net.interrupts import Interrupted, StopSignals
-from soap_net.own import told
+from soap_net.own import expectations
 from soap_net.pictures import strips
 from soap_net.session import Session, Told
 
@@ -77,7 +77,7 @@ def expectation(classifier: Classifier) -> str:
     """How often it will be right, in words; the command line's option is a choice on the page."""
     if not classifier.classes:
         return "Nothing is learnt yet: add a few clips of each of two classes or more, and learn them."
-    text = told(classifier).replace("--by ", "")
+    text = expectations(classifier).replace("--by ", "")
     return "\n\n".join(line[0].upper() + line[1:] + "." for line in text.splitlines())
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,9 @@ class Callback:
 
 
 class EachStep(Callback):
-    """Calls a function after each step."""
+    """Calls a function after each step: `Callback.on_step` says when, and what raising does."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Callable[[Training, Step], object]) -> None:
         self._call = call
 
     def on_step(self, training: Training, step: Step) -> None:

@@ -21,16 +21,14 @@ from soap_net.calibration import ACCEPT, Calibration, calibrate
 from soap_net.checkpoint import load_model
 from soap_net.config import Config, DataConfig, ModelConfig, from_dict, load_config, to_dict
 from soap_net.data.clips import Clip
-from soap_net.data.find import clips_by_class, find_clips
 from soap_net.errors import UserError
-from soap_net.evaluate import CLIPS_PER_CALL, clip_features, refuse_non_finite
+from soap_net.evaluate import refuse_non_finite
 from soap_net.models import build_model
-from soap_net.models.heads import Classes, Compared, Embedded, build_head, group_by_class
+from soap_net.models.heads import Classes, Compared, Embedded, FewShotHead, build_head, group_by_class
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import digest, pick_device
 from soap_net.supports import Supports, load_supports
-
-__all__ = ["Classifier", "Prediction", "clips_by_class", "find_clips"]
+from soap_net.tasks import CLIPS_PER_CALL, clip_features
 
 Progress = bool | Callable[[int], object]
 """Whether to show a bar; or what is told how many clips more were read, and may raise to end the work."""
@@ -254,21 +252,21 @@ class Classifier:
         Raises:
             UserError: another head, no such mixture, or one of differences where clips are read without.
         """
-        old, (model, config) = self.model.head, self._looking_at(by)
-        if old.ignores_differences and not model.head.ignores_differences:
+        head, config = self._looking_at(by)
+        if self.model.head.ignores_differences and not head.ignores_differences:
             raise UserError(f"{by} looks at differences, and clips are read without here: begin with --by {by}")
-        model.head.ignores_differences = old.ignores_differences  # clips are read as before, to look otherwise again
-        self.model, self.config = model, config
+        # Clips are read as before, to look otherwise again.
+        self.model, self.config = self.model.with_head(head, same_features=True), config
         if self.supports is not None:
             self._take(self.supports)
 
-    def _looking_at(self, by: str) -> tuple[SOAPNet, Config]:
+    def _looking_at(self, by: str) -> tuple[FewShotHead, Config]:
         model, head = self.config.model, self.model.head
         if model.head != "views":
             raise UserError(f"what to look at is for the head views to choose, not for {model.head}")
         options = {**model.head_options, "by": by}
-        net = self.model.with_head(build_head("views", head.dim, head.frames, **options))
-        return net, replace(self.config, model=replace(model, head_options=options))
+        config = replace(self.config, model=replace(model, head_options=options))
+        return build_head("views", head.dim, head.frames, **options), config
 
     def restore(self, path: Path) -> None:
         """Takes on what `save` wrote, in place of any classes learnt; the model stays, and is to be the file's own.
@@ -283,8 +281,9 @@ class Classifier:
         before = self.model, self.config
         try:
             if its.model.head == self.config.model.head == "views":
-                self.model, self.config = self._looking_at(str(its.model.head_options.get("by", "auto")))
-            its, mine = _without_paths(its), _without_paths(self.config)
+                head, self.config = self._looking_at(str(its.model.head_options.get("by", "auto")))
+                self.model = self.model.with_head(head)
+            its, mine = its.portable(), self.config.portable()
             same = all(getattr(its.model, key) == getattr(mine.model, key) for key in SAME_MODEL)
             same = same and _other_options(its.model) == _other_options(mine.model)
             same = same and all(getattr(its.data, key) == getattr(mine.data, key) for key in SAME_DATA)
@@ -305,7 +304,7 @@ class Classifier:
         assert self.supports is not None
         checkpoint = self.checkpoint and (self.checkpoint if paths else self.checkpoint.name)
         about: dict[str, Any] = {
-            "config": to_dict(self.config if paths else _without_paths(self.config)),
+            "config": to_dict(self.config if paths else self.config.portable()),
             "checkpoint": checkpoint and str(checkpoint),
             "weights": digest(self.model.state_dict()),
             "accept": float(self.accept),
@@ -425,19 +424,6 @@ def _settings(path: Path, about: Mapping[str, Any]) -> tuple[Config, float]:
 def _other_options(model: ModelConfig) -> dict[str, Any]:
     """Those of the head but for what `Classifier.look_at` sets."""
     return {key: value for key, value in model.head_options.items() if (model.head, key) != ("views", "by")}
-
-
-def _without_paths(config: Config) -> Config:
-    """The same with names in place of paths."""
-    model, data = config.model, config.data
-    kind, colon, source = model.backbone.partition(":")
-    backbone = f"{kind}{colon}{Path(source).name if Path(source).is_absolute() else source}"
-    return replace(
-        config,
-        data=replace(data, root=Path(data.name), roots=(), train_split=None, val_split=None, test_split=None),
-        model=replace(model, backbone=backbone, weights=model.weights and Path(model.weights).name),
-        out=Path(config.out.name),
-    )
 
 
 def _distinct(names: Iterator[str]) -> list[str]:

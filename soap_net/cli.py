@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from soap_net.errors import UserError, nearest, said
 from soap_net.interrupts import Interrupted, exit_code, speaks
 from soap_net.options import SETTINGS, Options, own_clips, print_json
+from soap_net.own import app, classify, export, learn
 
 if TYPE_CHECKING:
     from soap_net.config import Config, DataConfig
@@ -204,30 +205,6 @@ def _refuse_changes(config: Config, base: Mapping[str, Any], keys: Sequence[str]
             raise UserError(f"--{key} can't be set here: {why}")
 
 
-def _learn(args: list[str]) -> int:
-    from soap_net.own import learn
-
-    return learn(args)
-
-
-def _classify(args: list[str]) -> int:
-    from soap_net.own import classify
-
-    return classify(args)
-
-
-def _export(args: list[str]) -> int:
-    from soap_net.own import export
-
-    return export(args)
-
-
-def _app(args: list[str]) -> int:
-    from soap_net.own import app
-
-    return app(args)
-
-
 def _report(args: list[str]) -> int:
     own = Options("report", "Write one HTML page on runs: curves, accuracies, confusion, and what SOAP does to clips.")
     own.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
@@ -391,10 +368,10 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (_demo, "the whole way on the embedded videos, with and without SOAP"),
     "train": (_train, "train on the clips of a data set"),
     "eval": (_eval, "evaluate a checkpoint on unseen classes"),
-    "learn": (_learn, "learn your own classes from a few clips of each, into one file"),
-    "classify": (_classify, "classify clips by what was learnt, or by a few clips of each class"),
-    "export": (_export, "write what was learnt as one ONNX file, for other runtimes"),
-    "app": (_app, "the same in the browser: classes by drag and drop or webcam"),
+    "learn": (learn, "learn your own classes from a few clips of each, into one file"),
+    "classify": (classify, "classify clips by what was learnt, or by a few clips of each class"),
+    "export": (export, "write what was learnt as one ONNX file, for other runtimes"),
+    "app": (app, "the same in the browser: classes by drag and drop or webcam"),
     "report": (_report, "write an HTML page on runs"),
     "data check": (_data_check, "read a data set; report missing, broken and cut files"),
     "data pack": (_data_pack, "pack a data set into one zip of frames, read several times as fast"),

@@ -18,6 +18,8 @@ from soap_net.errors import UserError, did_you_mean
 from soap_net.files import write_text
 from soap_net.settings import AtLeast, build, dump, is_free, kinds, parse_options, read, read_yaml, shown, to_dict
 
+WEIGHTS_FILES = (".pth", ".pt", ".pth.tar", ".safetensors")
+"""How the name of a weights file ends; other weights are names."""
 Amp = Literal["none", "bf16", "fp16"]
 Part = Literal["3dem", "cwem", "hmem"]
 Rate = Annotated[float, AtLeast(0)]
@@ -140,6 +142,41 @@ class ModelConfig:
     channels_last: bool = True
     """Run a backbone of frames in channels-last memory format, which changes its rounding alone."""
 
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that `weights` names; None where that is a name which the net knows."""
+        weights = self.weights or ""
+        return Path(weights) if weights.endswith(WEIGHTS_FILES) or Path(weights).is_absolute() else None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that `backbone` names; None where that is the name of a net, on the hub or not."""
+        source, _, name = self.backbone.partition(":")
+        path = Path(name)
+        of_hf = source == "hf" and name and (path.is_dir() or name.count("/") != 1)
+        return path if of_hf or path.is_absolute() else None
+
+    def absolute(self) -> ModelConfig:
+        """Returns the same with absolute paths of its weights file and its backbone's folder, where these are there."""
+        file, folder = self.weights_file, self.folder
+        return self._of(
+            file.absolute() if file is not None and file.is_file() else file,
+            folder.absolute() if folder is not None and folder.is_dir() else folder,
+        )
+
+    def by_name(self) -> ModelConfig:
+        """Returns the same with the bare names of its weights file and its backbone's folder."""
+        file, folder = self.weights_file, self.folder
+        return self._of(file and Path(file.name), folder and Path(folder.name))
+
+    def _of(self, file: Path | None, folder: Path | None) -> ModelConfig:
+        source = self.backbone.partition(":")[0]
+        return replace(
+            self,
+            weights=str(file) if file is not None else self.weights,
+            backbone=f"{source}:{folder}" if folder is not None else self.backbone,
+        )
+
 
 @dataclass
 class EpisodeConfig:
@@ -246,11 +283,19 @@ class Config:
     """cpu, cuda, cuda:1, mps; auto takes the best there is."""
 
     def absolute(self) -> Config:
-        """Returns the same with the paths of `data` absolute, so that they mean the same from any working directory."""
+        """Returns the same with the paths of `data` and `model` absolute, which mean the same from any folder."""
         names = ("root", "train_split", "val_split", "test_split")
         paths = {name: path.absolute() for name in names if (path := getattr(self.data, name)) is not None}
         roots = tuple(root.absolute() for root in self.data.roots)
-        return replace(self, data=replace(self.data, roots=roots, **paths))
+        return replace(self, data=replace(self.data, roots=roots, **paths), model=self.model.absolute())
+
+    def portable(self) -> Config:
+        """Returns the same without what it says of the machine: folders, files but for their names, device."""
+        data = replace(self.data, root=Path(self.data.name), roots=(), workers=DataConfig.workers)
+        data = replace(data, train_split=None, val_split=None, test_split=None)
+        model = self.model.by_name()
+        model = replace(model, soap=replace(model.soap, backend=SoapConfig.backend))
+        return replace(self, data=data, model=model, out=Config.out, device=Config.device)
 
     def check(self) -> Config:
         """Returns self if every value is possible, else raises `UserError` naming the first that is not."""

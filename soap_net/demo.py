@@ -17,13 +17,13 @@ from tqdm import tqdm
 from soap_net.config import Config, flatten, to_dict
 from soap_net.data.loading import cores
 from soap_net.data.memory import ClipMemory
-from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, write_motion
+from soap_net.data.motion import PATTERNS, PATTERNS_OF, MotionConfig, write_motion
 from soap_net.errors import UserError
 from soap_net.evaluate import evaluate_run
 from soap_net.experiments.experiment import changed
 from soap_net.experiments.processes import Job, Stop, perform
 from soap_net.files import remove_stale, write_text
-from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, episode_seconds
+from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, episode_seconds, with_files_of
 from soap_net.train import train
 
 NETS = {"with_soap": "with SOAP", "without_soap": "without SOAP"}
@@ -59,9 +59,9 @@ def run_demo(config: Config, motion: MotionConfig | None = None, *, progress: bo
     began = time.perf_counter()
     _write_videos(out / "motion", motion, progress)
     print(
-        f"2. Training on {len(SPLITS['train'])} patterns with and without SOAP, {config.train.episodes} episodes each "
-        f"({config.episode.way}-way {config.episode.shot}-shot), then {config.eval.tasks} tasks on "
-        f"{len(SPLITS['test'])} patterns never seen"
+        f"2. Training on {len(PATTERNS_OF['train'])} patterns with and without SOAP, {config.train.episodes} episodes "
+        f"each ({config.episode.way}-way {config.episode.shot}-shot), then {config.eval.tasks} tasks on "
+        f"{len(PATTERNS_OF['test'])} patterns never seen"
     )
     learning = time.perf_counter()
     _train_and_evaluate(nets, progress)
@@ -81,8 +81,8 @@ def net_configs(config: Config) -> dict[str, Config]:
 
 def clear(nets: Mapping[str, Config], summary: Path) -> None:
     """Remove what a finished demo, or one with other settings, left; an interrupted one with these settings stays."""
-    finished = summary.exists()
-    summary.unlink(missing_ok=True)
+    if finished := summary.exists():
+        summary.unlink()
     for net in nets.values():
         run = RunFolder(net.out)
         if not net.out.exists():
@@ -90,12 +90,13 @@ def clear(nets: Mapping[str, Config], summary: Path) -> None:
         remove_stale(net.out)  # of a process killed at the very start
         if not run.config.is_file() and any(net.out.iterdir()):
             raise UserError(f"{net.out}: holds other files than a run of the demo; choose another --out")
-        if (
-            finished
-            or not run.config.is_file()
-            or difference(flatten(run.read_config()), flatten(to_dict(net)), FREE_TO_CHANGE.__contains__)
-        ):
+        if finished or not run.config.is_file() or _differs(run, net):
             shutil.rmtree(net.out)
+
+
+def _differs(run: RunFolder, net: Config) -> bool:
+    here = flatten(to_dict(net))
+    return bool(difference(with_files_of(here, flatten(run.read_config())), here, FREE_TO_CHANGE.__contains__))
 
 
 def _write_videos(root: Path, motion: MotionConfig, progress: bool) -> None:
@@ -105,7 +106,7 @@ def _write_videos(root: Path, motion: MotionConfig, progress: bool) -> None:
         f"({motion.size} x {motion.size} pixels, {motion.frames} frames, mp4)"
     )
     write_motion(root, motion, progress=progress)
-    clips = sum(getattr(motion, f"{split}_clips") * len(patterns) for split, patterns in SPLITS.items())
+    clips = sum(getattr(motion, f"{split}_clips") * len(patterns) for split, patterns in PATTERNS_OF.items())
     print(f"   {clips} clips in {root}" + (", there already" if cached else ""))
 
 

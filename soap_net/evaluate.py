@@ -25,24 +25,14 @@ from soap_net.checkpoint import load_model, non_finite
 from soap_net.config import Amp, Config, DataConfig, EvalConfig, flatten, to_dict
 from soap_net.data.episodes import EpisodeSampler
 from soap_net.data.memory import ClipMemory
-from soap_net.data.splits import ClipSet, load_split
+from soap_net.data.splits import ClipSet, split_of
 from soap_net.errors import UserError, said
 from soap_net.files import write_text
 from soap_net.intervals import Interval, beyond
 from soap_net.models.soap_net import SOAPNet, build_model
 from soap_net.ranks import Ranks, digest, join, same_clips
 from soap_net.runs import FREE_TO_CHANGE, RunFolder, lists_by_name
-from soap_net.tasks import CLIPS_PER_CALL, Answers, Tasks, autocast, clip_features
-
-__all__ = [
-    "CLIPS_PER_CALL",
-    "EvalResult",
-    "autocast",
-    "clip_features",
-    "evaluate",
-    "evaluate_run",
-    "refuse_non_finite",
-]
+from soap_net.tasks import Answers, Tasks
 
 
 @dataclass
@@ -236,14 +226,14 @@ def evaluate_run(
     """
     config.check()
     with join(config.device) as ranks:
-        data, split = config.data, config.eval.split
+        data = config.data
         folder = config.out
         if checkpoint is not None:
             folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         target = out if out is not None and out.suffix == ".json" else RunFolder(out or folder).result
         with ranks.together():
             model, trained = _model(checkpoint, config, ranks.device)
-            clips = load_split(data.place, split, data.split_file(split), data.split_files)
+            clips = split_of(data, config.eval.split)
             if ranks.first:
                 _refuse_unwritable(target)
         if ranks.size > 1:
@@ -287,7 +277,7 @@ def _shared_classes(trained: DataConfig, result: EvalResult) -> list[str]:
     if result.trained_on == result.tested_on:
         return []
     try:
-        known = load_split(trained.place, "train", trained.train_split, trained.split_files).classes
+        known = split_of(trained, "train").classes
     except UserError:  # it isn't here any more
         return []
     names = {name.casefold() for name in known}

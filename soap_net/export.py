@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from soap_kernels import SOAP
@@ -25,23 +26,29 @@ from soap_net.errors import UserError
 from soap_net.files import replacing
 from soap_net.models.heads import group_by_class
 from soap_net.models.soap_net import SOAPNet
+from soap_net.tasks import autocast
 
 TOLERANCE = 1e-4
-"""What probabilities of the file may differ by from the classifier's."""
+"""What probabilities of the file may differ by from the classifier's in full precision, and what is a tie of known."""
 
 
 def export(classifier: Classifier, path: Path) -> float:
     """Writes what `classifier` has learnt, whole or not at all, after a try of it in onnxruntime.
 
+    The file computes in float32. Where the classifier does, too, on the CPU, its own predictions are what the file has
+    to give; where it rounds more (`train.amp`, a GPU) they are what PyTorch gives in float32 on the CPU.
+
     Returns:
-        The largest difference of a probability from PyTorch's in that try.
+        The largest difference of a probability from the classifier's own in that try.
 
     Raises:
-        UserError: nothing was learnt, a package is missing, or the net has parts that ONNX does not know.
+        UserError: nothing was learnt, a package is missing, the net has parts that ONNX does not know, or onnxruntime
+            answers otherwise.
+        WriteError: the disk is full or the folder can't be written.
     """
     calibration = classifier.calibration  # of a classifier that knows no classes this raises
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401 (asked for before the work)
         import onnxscript  # noqa: F401 (torch.onnx would ask for it late)
     except ImportError as error:
         needs = "pip install 'onnx>=1.18' 'onnxscript>=0.6' 'onnxruntime>=1.22'"
@@ -57,16 +64,7 @@ def export(classifier: Classifier, path: Path) -> float:
         raise UserError(
             f"backbone {model.backbone} with head {model.head} can't be exported: {_root(error)}"
         ) from error
-    with torch.no_grad():
-        expected = net(frames)[0].numpy()
-    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
-    found = session.run(["probabilities"], {"frames": frames.numpy()})[0]
-    apart = float(np.abs(found - expected).max())
-    if not apart <= TOLERANCE:
-        raise UserError(
-            f"onnxruntime {onnxruntime.__version__} computes other probabilities, by {apart:.1g}: not written"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    apart = _try(written, net, classifier, frames)
     with replacing(path) as file:
         file.write(written)
     return apart
@@ -91,9 +89,47 @@ class FramesToClasses(nn.Module):
             self.compare = head.comparer(head.embed(features), group_by_class(labels, len(supports.classes)))
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        logits, familiar, _ = self.compare(self.model.head.embed(self.model.features(frames)))
-        chances = (self.calibration.sharpness * logits.float()).softmax(dim=1)
+        chances, familiar = self.scores(frames)
         return chances, familiar >= self.calibration.threshold
+
+    def scores(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities, and how familiar each clip is, ``(B,)``, which the threshold is for."""
+        logits, familiar, _ = self.compare(self.model.head.embed(self.model.features(frames)))
+        return (self.calibration.sharpness * logits.float()).softmax(dim=1), familiar
+
+
+def _try(written: bytes, net: FramesToClasses, classifier: Classifier, frames: Tensor) -> float:
+    """How far probabilities of the file are from the classifier's own; raises UserError where it answers otherwise."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+    found, known = session.run(["probabilities", "known"], {"frames": frames.numpy()})
+    own, takes = _predictions(classifier, frames)
+    with torch.no_grad():
+        expected, familiar = (scores.numpy() for scores in net.scores(frames))
+    threshold = net.calibration.threshold
+    knows = familiar >= threshold
+    if classifier.device.type == "cpu" and classifier.config.train.amp == "none":
+        expected, knows = own, takes
+    if not (apart := float(np.abs(found - expected).max())) <= TOLERANCE:
+        raise UserError(
+            f"onnxruntime {onnxruntime.__version__} computes other probabilities, by {apart:.1g}: not written"
+        )
+    tied = np.isclose(familiar, threshold, rtol=TOLERANCE, atol=TOLERANCE)  # where rounding decides
+    if bool(((known != knows) & ~tied).any()):
+        raise UserError(f"onnxruntime {onnxruntime.__version__} takes other clips for known: not written")
+    return float(np.abs(found - own).max())
+
+
+def _predictions(classifier: Classifier, frames: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """What a user of the classifier sees of such frames: probabilities ``(B, way)``, and which are known, ``(B,)``."""
+    with torch.inference_mode(), autocast(classifier.device, classifier.config.train.amp):
+        features = classifier.model.features(frames.to(classifier.device)).float()
+    predictions = [classifier.predict(f"trial {number}", row) for number, row in enumerate(features)]
+    if error := next((one.error for one in predictions if one.error), None):
+        raise UserError(error)
+    chances = [[one.probabilities[name] for name in classifier.classes] for one in predictions]
+    return np.array(chances), np.array([one.known for one in predictions])
 
 
 def _plain(soap: nn.Module | None) -> nn.Module | None:

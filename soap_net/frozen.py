@@ -13,10 +13,10 @@ from soap_net.config import Config
 from soap_net.data.episodes import Episode, EpisodeClips, EpisodeSampler
 from soap_net.data.memory import ClipMemory
 from soap_net.errors import ClipError, UserError
-from soap_net.evaluate import clip_features
 from soap_net.interrupts import Interrupted
 from soap_net.models.soap_net import SOAPNet
 from soap_net.ranks import Ranks
+from soap_net.tasks import clip_features
 
 FEATURES_LIMIT = 4 * 2**30
 """Bytes that the features of all training clips may take; beyond it each episode embeds its own."""

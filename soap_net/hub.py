@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +17,9 @@ from huggingface_hub import EvalResult as CardResult
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 
 from soap_net.checkpoint import SETTINGS, WEIGHTS, CheckpointError, load_model, non_finite
-from soap_net.config import Config, DataConfig, from_dict, to_dict
+from soap_net.config import Config, from_dict, to_dict
 from soap_net.errors import UserError
-from soap_net.files import read_json, replacing, write_text
+from soap_net.files import read_json, replacing, write_text, writing
 from soap_net.settings import AtLeast, build, dump, read
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PAPER = "https://arxiv.org/abs/2407.16344"
 TASK = "video-classification"
+README = "README.md"
 
 CARD = """---
 {{ card_data }}
@@ -117,14 +118,20 @@ class Pretrained(
             With ``push_to_hub=True`` the address of the commit.
 
         Raises:
-            UserError: no config, a weight that is not finite, or a result that is none; nothing is written then.
+            UserError: no config, a backbone from a folder, which others lack, a weight that is not finite, or a result
+                that is none; nothing is written then.
             WriteError: the disk is full or the folder can't be written.
         """
         if config is not None:
             self.config = from_dict(config) if isinstance(config, Mapping) else config
         if (name := non_finite(self.state_dict())) is not None:  # type: ignore[attr-defined]  # of an nn.Module
             raise CheckpointError(f"{save_directory}: not written, as the weight {name} is not finite")
-        self.generate_model_card(**(options.get("model_card_kwargs") or {}))  # refuses what it can't show
+        card = self.generate_model_card(**(options.get("model_card_kwargs") or {}))  # refuses what it can't show
+        folder = Path(save_directory)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / README).exists():
+            write_text(folder / README, str(card))
         return super().save_pretrained(save_directory, config=to_dict(self._portable()), **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -146,7 +153,7 @@ class Pretrained(
             more: for the template, as ``repo_id``.
 
         Raises:
-            UserError: no config, or a result that is none.
+            UserError: no config, a backbone from a folder, or a result that is none.
         """
         config = self._portable()
         name = f"SOAP-Net on {config.data.name}"
@@ -191,19 +198,15 @@ class Pretrained(
         return load_model(folder, map_location, backend=backend)[0]
 
     def _portable(self) -> Config:
-        """The config without what it says of the machine: folders, files, device."""
+        """What is written of the config; raises UserError where there is none, or the net can't be built from it."""
         if self.config is None:
             raise UserError("say with which config the net was trained: save_pretrained(folder, config=config)")
-        data, model = self.config.data, self.config.model
-        weights = model.weights and Path(model.weights).name
-        lists = dict.fromkeys(("train_split", "val_split", "test_split"))
-        return replace(
-            self.config,
-            data=replace(data, root=Path(data.name), roots=(), workers=DataConfig.workers, **lists),  # type: ignore[arg-type]
-            model=replace(model, weights=weights, soap=replace(model.soap, backend="auto")),
-            out=Config.out,
-            device=Config.device,
-        )
+        if self.config.model.folder is not None:
+            raise UserError(
+                f"model.backbone is {self.config.model.backbone}, a folder of this machine, and the net can be built "
+                "nowhere else: in config, name one of the hub that is built alike, as hf:owner/model"
+            )
+        return self.config.portable()
 
 
 def _accuracy(result: str | Path | Mapping[str, Any], data_set: str) -> Accuracy:

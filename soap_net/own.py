@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from soap_net.classify import Classifier, Prediction
-    from soap_net.config import ModelConfig
     from soap_net.data.clips import Clip
     from soap_net.timeline import Timeline
 
@@ -44,7 +42,7 @@ def learn(args: list[str]) -> int:
             f"{options.out}: is a folder; name the classifier's file, as in {options.out / 'my.classifier'}"
         )
 
-    from soap_net.classify import clips_by_class
+    from soap_net.data.find import clips_by_class
 
     support = clips_by_class(options.support) if options.support else {}
     classifier = _classifier(options, settings, "learn")
@@ -60,7 +58,7 @@ def learn(args: list[str]) -> int:
             print(f"{replaced} of the clips took the place of others of the same class and name", file=sys.stderr)
     classifier.save(options.out)
     print(f"wrote {options.out}: {', '.join(f'{name} ({n})' for name, n in classifier.counts().items())}")
-    print(told(classifier))
+    print(expectations(classifier))
     return 0
 
 
@@ -85,7 +83,7 @@ def classify(args: list[str]) -> int:
     if not (paths := [*options.query, *options.clips]):
         raise UserError("say what to classify: clips, or folders of clips")
 
-    from soap_net.classify import clips_by_class, find_clips
+    from soap_net.data.find import clips_by_class, find_clips
 
     support = clips_by_class(options.support) if options.support else {}
     queries = [clip for path in paths for clip in find_clips(path)]
@@ -95,7 +93,7 @@ def classify(args: list[str]) -> int:
         _warn(classifier.add(support, progress=True), classifier.cut)
     expected = classifier.calibration.expected
     if support or expected is None or not expected.above_chance:  # whoever reads the answers has to know
-        print(told(classifier), file=sys.stderr)
+        print(expectations(classifier), file=sys.stderr)
     if options.window is not None:
         from soap_net.timeline import as_csv, as_lines, as_rows
 
@@ -161,14 +159,15 @@ def export(args: list[str]) -> int:
     if options.out.is_dir():
         raise UserError(f"{options.out}: is a folder; name the file, as in {options.out / 'my.onnx'}")
 
-    from soap_net import export as exporting
     from soap_net.classify import Classifier
+    from soap_net.export import export as write
 
     classifier = Classifier.load(options.classifier, "cpu", checkpoint=options.checkpoint)
-    apart = exporting.export(classifier, options.out)
+    apart = write(classifier, options.out)
     shape = f"(batch, {classifier.data.frames}, 3, {classifier.data.crop}, {classifier.data.crop})"
     print(f"wrote {options.out}: frames {shape} uint8 to the probabilities of {', '.join(classifier.classes)}")
-    print(f"tried in onnxruntime: its probabilities are within {apart:.0e} of the classifier's")
+    rounds = "" if (amp := classifier.config.train.amp) == "none" else f", which computes in {amp} where this does not"
+    print(f"tried in onnxruntime: its probabilities are within {apart:.0e} of the classifier's{rounds}")
     return 0
 
 
@@ -237,22 +236,12 @@ def _classifier(options: Namespace, settings: list[str], command: str) -> Classi
         config.model.backbone = options.backbone
     if options.weights is not None:
         config.model.weights = options.weights
-    config.model = _absolute(config.model)
     if options.by is not None:
         if config.model.head != "views":
             raise UserError(f"--by is for the head views, not for {config.model.head}")
         config.model.head_options = {**config.model.head_options, "by": options.by}
-    return Classifier.from_config(replace(config), options.device, **accept)
-
-
-def _absolute(model: ModelConfig) -> ModelConfig:
-    """The same with absolute paths of what it is made of: a classifier is used in other folders, too."""
-    weights, backbone = model.weights, model.backbone
-    if weights and Path(weights).is_file():
-        weights = str(Path(weights).absolute())
-    if backbone.startswith("hf:") and (folder := Path(backbone[3:])).is_dir():
-        backbone = f"hf:{folder.absolute()}"
-    return replace(model, weights=weights, backbone=backbone)
+    config.model = config.model.absolute()  # a classifier is used in other folders, too
+    return Classifier.from_config(config, options.device, **accept)
 
 
 def _warn(left_out: Sequence[str], cut: Sequence[str | None]) -> None:
@@ -260,7 +249,7 @@ def _warn(left_out: Sequence[str], cut: Sequence[str | None]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def told(classifier: Classifier) -> str:
+def expectations(classifier: Classifier) -> str:
     """What the supports let one expect, in words."""
     from soap_net.calibration import least_clips
 

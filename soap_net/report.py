@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from soap_net.checkpoint import load_model
-from soap_net.data.splits import load_split
+from soap_net.data.splits import split_of
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
 from soap_net.files import write_text
@@ -215,7 +215,7 @@ def _priors(run: _Run, count: int) -> list[_Shown]:
     # All backends compute the same; the one it was trained with may need a GPU.
     model, config = load_model(folder.last if folder.last.is_file() else folder.best, backend="auto")
     split = run.config["eval"]["split"]
-    clips = load_split(config.data.place, split, config.data.split_file(split), config.data.split_files)
+    clips = split_of(config.data, split)
     load = clip_loader(config.data, train=False)
     shown = []
     for row in np.unique(np.linspace(0, len(clips.classes) - 1, count).round().astype(int)):

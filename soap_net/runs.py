@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from soap_net.config import Config, TrainConfig, flatten, from_dict, save_config, to_dict
 from soap_net.errors import UserError
-from soap_net.files import Appended, read_json, remove_stale, write_text
+from soap_net.files import Appended, read_json, remove_stale, write_text, writing
 from soap_net.settings import AtLeast, build, read, read_yaml
 
 try:
@@ -138,7 +138,7 @@ class RunFolder:
     def refuse_another(there: Mapping[str, Any], config: Config, where: Path) -> None:
         """Raises `AnotherRun` if `there`, all settings of the run in `where`, are not those of `config`."""
         found, asked = (lists_by_name(flatten(one)) for one in (there, to_dict(config)))
-        if differ := difference(found, asked, free_to_change):
+        if differ := difference(with_files_of(asked, found), asked, free_to_change):
             raise AnotherRun(f"{where} holds a run of another config: {differ}; choose another --out")
 
     def _refuse_unless_stopped(self, config: Config, here: Mapping[str, Any]) -> None:
@@ -163,12 +163,14 @@ class RunFolder:
 
         Raises:
             UserError: another process does.
+            WriteError: the folder can't be made.
         """
         if fcntl is None:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path, os.O_RDONLY)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.path, os.O_RDONLY)
         try:
             for wait in (0.5, 1.0, 2.0, None):  # one that was killed may take a moment to be gone
                 try:
@@ -254,6 +256,20 @@ def lists_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Split files without their folders: a run may go on where its data set lies elsewhere, lists and all."""
     lists = ("data.train_split", "data.val_split", "data.test_split")
     return {key: Path(str(value)).name if key in lists and value else value for key, value in settings.items()}
+
+
+def with_files_of(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+    """`there`, with the model's weights file and its backbone's folder as in `here` where these are the same.
+
+    They are, too, where they were given from another folder, or have moved: nothing is there any more, and what is here
+    bears its name.
+    """
+    same = {}
+    for key in ("model.weights", "model.backbone"):
+        one, other = (Path(str(settings.get(key)).removeprefix("hf:")) for settings in (here, there))
+        if one.exists() and (one.samefile(other) if other.exists() else one.name == other.name):
+            same[key] = here[key]
+    return {**there, **same}
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], ignored: Callable[[str], bool]) -> str:

@@ -15,6 +15,7 @@ from soap_net.classify import Classifier, Prediction
 from soap_net.data.clips import Clip
 from soap_net.data.videos import VIDEO_SUFFIXES
 from soap_net.errors import UserError
+from soap_net.files import writing
 from soap_net.interrupts import Interrupted
 
 LONGEST_CLIP = 3600
@@ -36,16 +37,16 @@ class Session:
     Attributes:
         classifier: its own, on a model that all sessions share.
         folder: for its clips that wait to be learnt.
-        waiting: those, by class.
         stop: set to end the work at hand; each work has its own.
         busy: held by the work at hand, which goes on for a moment when it is stopped.
     """
 
     classifier: Classifier
     folder: Path
-    waiting: dict[str, list[Clip]] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     busy: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: dict[str, list[Clip]] = field(default_factory=dict)
+    _changing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def begin(cls, start: Classifier, home: Path) -> Session:
@@ -53,11 +54,18 @@ class Session:
         # Learning replaces what a classifier holds and never changes it: a shallow copy shares the model alone.
         return cls(copy.copy(start), Path(tempfile.mkdtemp(prefix="session-", dir=home)))
 
+    @property
+    def waiting(self) -> dict[str, list[Clip]]:
+        """The clips that wait, by class, as they are now: others may come and go meanwhile."""
+        with self._changing:
+            return {name: [*clips] for name, clips in self._waiting.items()}
+
     def put(self, name: str, files: Sequence[Path]) -> list[str]:
         """Copies clips of the class `name` to where they wait; returns a line on each that was refused or is cut short.
 
         Raises:
             UserError: no name, no clips, or too many.
+            WriteError: the disk is full.
         """
         name = name.strip()
         if not name or "/" in name:
@@ -68,10 +76,11 @@ class Session:
             raise UserError(f"more than {MOST_CLIPS} clips at a time: learn those that are here first")
         remarks: list[str] = []
         for file in files:
-            place = Path(tempfile.mkdtemp(prefix="", dir=self.folder))
-            # The browser names all its recordings alike, and a clip of a name learnt before would replace that.
-            shown = f"webcam {place.name}{file.suffix}" if file.stem == RECORDED else file.name
-            clip = Clip(Path(shutil.copyfile(file, place / shown)))
+            with writing(self.folder):
+                place = Path(tempfile.mkdtemp(prefix="", dir=self.folder))
+                # The browser names all its recordings alike, and a clip of a name learnt before would replace that.
+                shown = f"webcam {place.name}{file.suffix}" if file.stem == RECORDED else file.name
+                clip = Clip(Path(shutil.copyfile(file, place / shown)))
             try:
                 check_clip(clip)
                 remarks += filter(None, [clip.remark()])
@@ -79,7 +88,8 @@ class Session:
                 remarks.append(f"{error}; left out")
                 shutil.rmtree(place)
             else:
-                self.waiting.setdefault(name, []).append(clip)
+                with self._changing:
+                    self._waiting.setdefault(name, []).append(clip)
         return remarks
 
     def learn(self, progress: Told) -> list[str]:
@@ -90,7 +100,7 @@ class Session:
             Interrupted: `stop` was set; nothing has changed then.
         """
         with self._working(progress) as tell:
-            taken = {name: [*clips] for name, clips in self.waiting.items()}  # others may come meanwhile
+            taken = self.waiting  # others may come meanwhile
             if not taken:
                 raise UserError("nothing new to learn: add clips of your classes first")
             if len({*self.classifier.classes, *taken}) < 2:
@@ -101,10 +111,10 @@ class Session:
 
     def names(self) -> list[str]:
         """What can be forgotten: classes, and clips as ``class/clip``."""
-        supports = self.classifier.supports
+        supports, waiting = self.classifier.supports, self.waiting
         learnt = [*supports.classes, *supports.clips] if supports else []
-        clips = [f"{name}/{clip.path.name}" for name, members in self.waiting.items() for clip in members]
-        return list(dict.fromkeys([*learnt, *self.waiting, *clips]))
+        clips = [f"{name}/{clip.path.name}" for name, members in waiting.items() for clip in members]
+        return list(dict.fromkeys([*learnt, *waiting, *clips]))
 
     def forget(self, name: str) -> None:
         """Forgets a class or clip of `names`, waiting or learnt.
@@ -145,9 +155,9 @@ class Session:
 
     def rows(self) -> list[list[object]]:
         """A row for each class: its name, and how many of its clips are learnt and wait."""
-        learnt = self.classifier.counts()
-        names = dict.fromkeys([*learnt, *self.waiting])
-        return [[name, learnt.get(name, 0), len(self.waiting.get(name, ()))] for name in names]
+        learnt, waiting = self.classifier.counts(), self.waiting
+        names = dict.fromkeys([*learnt, *waiting])
+        return [[name, learnt.get(name, 0), len(waiting.get(name, ()))] for name in names]
 
     def classify(self, clip: Clip, progress: Told) -> Prediction:
         """What the clip is taken for.
@@ -169,10 +179,11 @@ class Session:
 
     def _remove(self, gone: set[Clip]) -> None:
         """Takes clips from those that wait, and deletes them."""
-        for name, clips in [*self.waiting.items()]:
-            self.waiting[name] = [clip for clip in clips if clip not in gone]
-            if not self.waiting[name]:
-                del self.waiting[name]
+        with self._changing:
+            for name, clips in [*self._waiting.items()]:
+                self._waiting[name] = [clip for clip in clips if clip not in gone]
+                if not self._waiting[name]:
+                    del self._waiting[name]
         for clip in gone:
             shutil.rmtree(clip.path.parent, ignore_errors=True)
 

@@ -96,11 +96,14 @@ class Supports:
         )
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Writes them with `about`, plain values, whole or not at all."""
+        """Writes them with `about`, plain values, whole or not at all.
+
+        Raises:
+            WriteError: the disk is full or the folder can't be written.
+        """
         written = {"format": FORMAT, "classes": self.classes, "clips": self.clips, **about}
         tensors = {"features": self.features.cpu().contiguous(), "labels": self.labels.cpu().contiguous()}
         data = safetensors.torch.save(tensors, {KEY: json.dumps(written, ensure_ascii=False)})
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(data)
 

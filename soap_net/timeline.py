@@ -26,8 +26,8 @@ from soap_net.classify import Classifier, Prediction
 from soap_net.data.clips import Clip
 from soap_net.data.transforms import FrameSampling, clip_loader
 from soap_net.errors import ClipError, UserError
-from soap_net.evaluate import autocast
 from soap_net.files import replacing
+from soap_net.tasks import autocast
 
 NONE = "none of these"
 PICTURES = (".png", ".svg", ".pdf")

@@ -23,15 +23,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from soap_net import checkpoint
-from soap_net.callbacks import Callback, EachStep, EndTraining, configured
+from soap_net.callbacks import Callback, EndTraining, configured
 from soap_net.config import Config, flatten, to_dict
 from soap_net.data.episodes import EpisodeClips, EpisodeDataset, EpisodeSampler, on_device, shard
 from soap_net.data.loading import load
 from soap_net.data.memory import ClipMemory
-from soap_net.data.splits import load_split
+from soap_net.data.splits import split_of
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
-from soap_net.evaluate import EvalResult, autocast, evaluate
+from soap_net.evaluate import EvalResult, evaluate
 from soap_net.frozen import can_embed_once, embedded_episodes
 from soap_net.interrupts import Interrupted, StopSignals
 from soap_net.machine import keep_freed_memory, repeatable
@@ -40,9 +40,8 @@ from soap_net.models.soap_net import SOAPNet
 from soap_net.optimizers import build_average, build_optimizer, learning_rate, set_rate
 from soap_net.ranks import Ranks, digest, join, same_clips, started_again
 from soap_net.runs import AnotherRun, MetricsLog, Progress, RunFolder, free_to_change, lists_by_name
-from soap_net.steps import NonFiniteLoss, Step, Sums
-
-__all__ = ["NonFiniteLoss", "Step", "Training", "TrainingStopped", "learning_rate", "train"]
+from soap_net.steps import Step, Sums
+from soap_net.tasks import autocast
 
 
 class TrainingStopped(Interrupted):
@@ -59,7 +58,6 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
-    callback: Callable[[Training, Step], object] | None = None,
     callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] | None = None,
     memory: ClipMemory | None = None,
@@ -74,9 +72,8 @@ def train(
         config: the run.
         resume: continue the run in `config.out` from its last.pt, if there is one.
         progress: whether to show progress bars.
-        callback: called in every process after each optimizer step, before a validation or checkpoint that is due.
-            The parameters still hold the step's gradients; raising `Interrupted`, in all of them, saves and ends.
-        callbacks: told of steps, validations, saves and the end, after those that the config asks for.
+        callbacks: told of steps, validations, saves and the end, after those that the config asks for; `EachStep` makes
+            one of a function of steps.
         stop: asked after each episode whether to save and end; by default, Ctrl-C and SIGTERM ask for that.
         memory: keeps decoded clips from run to run; by default none are kept.
         start: called with the new net, in every process, to give it other weights to start from.
@@ -92,7 +89,7 @@ def train(
     config = config.check().absolute()
     signals = StopSignals()
     keep_freed_memory()
-    told = [*configured(config.train), *callbacks, *([EachStep(callback)] if callback is not None else [])]
+    told = [*configured(config.train), *callbacks]
     with (
         repeatable(config.train.deterministic),
         join(config.device) as ranks,
@@ -153,11 +150,11 @@ class Training:
         self.shows = progress and ranks.first
         self._stop, self._memory, self._callbacks = stop, memory, callbacks
         self._told: list[Callback] = []  # of the callbacks those that have begun
-        self._clips = load_split(data.place, "train", data.train_split, data.split_files)
+        self._clips = split_of(data, "train")
         self._sampler = EpisodeSampler(
             self._clips, episode.way, episode.shot, episode.queries, episode.seed, fewer=bool(data.roots)
         )
-        self.val_clips = load_split(data.place, "val", data.val_split, data.split_files) if cfg.val_every else None
+        self.val_clips = split_of(data, "val") if cfg.val_every else None
         self._val_config = replace(
             config.eval, tasks=cfg.val_tasks, way=episode.way, shot=episode.shot, seed=episode.seed, split="val"
         )
@@ -202,7 +199,7 @@ class Training:
 
     def _agree(self, begun: bool) -> None:
         """Ends all processes unless they are at the same place of the same run; `begun`: there is a last.pt."""
-        config = lists_by_name(flatten(to_dict(self.config)))
+        config = lists_by_name(flatten(to_dict(replace(self.config, model=self.config.model.by_name()))))
         facts = {"last.pt": "there" if begun else "missing", **asdict(self.state), **same_clips(self._clips)}
         facts |= same_clips(self.val_clips) if self.val_clips else {}
         facts |= {key: config[key] for key in config if not free_to_change(key)}

@@ -8,8 +8,9 @@
 import argparse
 from pathlib import Path
 
-from soap_net.classify import Classifier, clips_by_class, find_clips
+from soap_net.classify import Classifier
 from soap_net.config import load_config
+from soap_net.data.find import clips_by_class, find_clips
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from soap_net.data.clips import Clip, ClipError, ClipInfo
+from soap_net.data.clips import Clip, ClipInfo
 from soap_net.data.loading import PerClip, load
 from soap_net.data.splits import ClipSet, MissingClipsError, load_split
-from soap_net.errors import UserError, said
+from soap_net.errors import ClipError, UserError, said
 from soap_net.files import Appended
 
 _COLUMNS = ("split", "classes", "clips", "per class", "frames", "size", "fps", "missing", "broken", "cut short")

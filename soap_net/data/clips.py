@@ -17,8 +17,6 @@ from soap_net.data.videos import Video
 from soap_net.data.zips import Zipped, archive
 from soap_net.errors import ClipError, said
 
-__all__ = ["Clip", "ClipError", "ClipInfo"]
-
 
 @dataclass(frozen=True)
 class ClipInfo:

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
+from soap_net.errors import ClipError
 
 
 class ClipMemory:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from soap_net.data.loading import cores
 from soap_net.errors import UserError
+from soap_net.files import writing
 
 try:
     import fcntl
@@ -114,7 +115,7 @@ PATTERNS: dict[str, Pattern] = {
         _straight("counterflow-vertical", "train", 90, counterflow=True),
     )
 }
-SPLITS: dict[str, tuple[str, ...]] = {
+PATTERNS_OF: dict[str, tuple[str, ...]] = {
     split: tuple(pattern.name for pattern in PATTERNS.values() if pattern.split == split)
     for split in ("train", "val", "test")
 }
@@ -259,13 +260,14 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
 
     Raises:
         UserError: ``root`` holds other files, or FFmpeg lacks an encoder.
-        OSError: the disk is full or not writable; ``root`` stays as it was.
+        WriteError: there the folder can't be made.
+        OSError: the disk is full or fails; ``root`` stays as it was.
     """
     config = config or MotionConfig()
     root = Path(root)
     clips: _Clips = {
         (pattern, f"{pattern}-{number:04d}"): (config.seed, list(PATTERNS).index(pattern), number)
-        for split, patterns in SPLITS.items()
+        for split, patterns in PATTERNS_OF.items()
         for pattern in patterns
         for number in range(getattr(config, f"{split}_clips"))
     }
@@ -280,15 +282,17 @@ def write_motion(root: Path, config: MotionConfig | None = None, *, progress: bo
         raise UserError(f"{root}: holds other files than the motion data; choose another folder, or empty it")
     encoder = _encoder()
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.part-", dir=root.parent) as scratch, ExitStack() as held:
+    with writing(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        part = tempfile.TemporaryDirectory(prefix=f".{root.name}.part-", dir=root.parent)
+    with part as scratch, ExitStack() as held:
         with suppress(OSError):  # on a file system without locks nothing is taken for stale
             held.enter_context(_locked(Path(scratch)))
         fresh = Path(scratch) / "fresh"
         for pattern in PATTERNS:
             (fresh / "videos" / pattern).mkdir(parents=True)
         (fresh / "splits").mkdir()
-        for split, patterns in SPLITS.items():
+        for split, patterns in PATTERNS_OF.items():
             lines = [f"{pattern}/{clip}\n" for pattern, clip in clips if pattern in patterns]
             (fresh / "splits" / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
         _write_clips(fresh / "videos", clips, config, encoder, progress)
@@ -362,7 +366,7 @@ def _complete(root: Path, digest: str, clips: Iterable[tuple[str, str]]) -> bool
     except (OSError, ValueError):
         return False
     files = [*(root / "videos" / pattern / f"{clip}.mp4" for pattern, clip in clips)]
-    files += [root / "splits" / f"{split}.txt" for split in SPLITS]
+    files += [root / "splits" / f"{split}.txt" for split in PATTERNS_OF]
     return isinstance(marker, dict) and marker.get("hash") == digest and all(file.is_file() for file in files)
 
 

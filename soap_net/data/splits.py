@@ -14,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from soap_net.config import DataConfig
 from soap_net.data.clips import Clip
 from soap_net.data.images import in_natural_order, natural
 from soap_net.data.lists import SplitLine, SplitList, find_split_file, read_split_file, refuse_shared
@@ -84,6 +85,11 @@ def load_split(
         return _union(root, split, split_file)
     with _uncollected():
         return _load(Path(root), split, split_file, split_files or {})
+
+
+def split_of(data: DataConfig, split: str) -> ClipSet:
+    """The clips of one split of the data that the settings name; see `load_split`."""
+    return load_split(data.place, split, data.split_file(split), data.split_files)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from soap_net.checkpoint import load_model
 from soap_net.config import Config, flatten, from_dict, to_dict
 from soap_net.data.memory import ClipMemory
 from soap_net.data.motion import MotionConfig, write_motion
-from soap_net.data.splits import load_split
+from soap_net.data.splits import split_of
 from soap_net.errors import UserError
 from soap_net.evaluate import EvalResult, evaluate
 from soap_net.experiments.drawing import plot_accuracies
@@ -38,7 +38,7 @@ from soap_net.files import read_json, remove_stale, write_text
 from soap_net.interrupts import Interrupted
 from soap_net.models import SOAPNet
 from soap_net.ranks import Ranks, pick_device
-from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference
+from soap_net.runs import FREE_TO_CHANGE, RunFolder, difference, with_files_of
 from soap_net.train import train
 from soap_net.versions import processor, versions
 
@@ -138,10 +138,9 @@ class Experiment(ABC):
         tests = {}
         for name, changes in run.tests.items():
             cfg = changed(config, changes)
-            data, split = cfg.data, cfg.eval.split
-            clips = load_split(data.place, split, data.split_file(split), data.split_files)
+            clips = split_of(cfg.data, cfg.eval.split)
             result = evaluate(
-                model, clips, data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
+                model, clips, cfg.data, cfg.eval, ranks=Ranks(device), amp=cfg.train.amp, progress=False, stop=stop,
                 memory=memory,
             )  # fmt: skip
             tests[name] = tested(result)
@@ -223,7 +222,7 @@ def tested(result: EvalResult) -> Result:
         "tasks": result.tasks,
         "answers": result.way * result.queries,
         "correct": result.correct,
-        **told(result),
+        **answered(result),
     }
 
 
@@ -338,7 +337,7 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
             there["data.root"] = str(Path(str(there.get("data.root"))).absolute())
         if here["data.roots"]:  # in whose place data.root is not looked at, while its default is another in each folder
             there["data.root"] = here["data.root"]
-        if differ := difference(there, here, lambda key: False):
+        if differ := difference(with_files_of(here, there), here, lambda key: False):
             raise UserError(f"{folder} holds another experiment: {differ}; choose another --out")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no experiment; choose another --out")
@@ -364,7 +363,7 @@ def _about(experiment: Experiment, command: Sequence[str]) -> str:
     )
 
 
-def told(result: EvalResult) -> dict[str, Any]:
+def answered(result: EvalResult) -> dict[str, Any]:
     """What a result.json keeps of a test's tasks and answers, for intervals over clips and classes."""
     if result.answers is None:
         return {}

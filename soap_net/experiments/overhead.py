@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soap_net.callbacks import EachStep
 from soap_net.config import Config
 from soap_net.data.memory import ClipMemory
 from soap_net.experiments.drawing import MARKERS, new_figure, save_figure
@@ -26,7 +27,8 @@ from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
 from soap_net.ranks import pick_device
 from soap_net.runs import RunFolder
-from soap_net.train import Step, Training, train
+from soap_net.steps import Step
+from soap_net.train import Training, train
 
 BACKBONES = {
     "quick": ("tiny", "resnet18", "resnet50", "efficientnet_lite0"),
@@ -219,7 +221,7 @@ def trace(config: Config, stop: Stop, memory: ClipMemory | None = None) -> dict[
             norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
             curves[name].append(norm / step.clipped)
 
-    train(config, progress=False, callback=note, stop=stop, memory=memory)
+    train(config, progress=False, callbacks=[EachStep(note)], stop=stop, memory=memory)
     return {"curves": curves}
 
 

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from soap_net.checkpoint import load_model
 from soap_net.config import Config
 from soap_net.data.memory import ClipMemory
-from soap_net.data.splits import load_split
+from soap_net.data.splits import split_of
 from soap_net.evaluate import evaluate
 from soap_net.experiments.drawing import MARKERS, new_figure, save_figure
 from soap_net.experiments.experiment import Experiment, Run, changed, seeded, sizes, tested
@@ -270,7 +270,7 @@ def _at_rest(model: SOAPNet) -> None:
 def _tests(model: SOAPNet, config: Config, stop: Stop, memory: ClipMemory) -> dict[str, Result]:
     """On each set of the fold, with as many ways and shots as it has classes and clips for."""
     tests: dict[str, Result] = {}
-    for name, clips in by_set(load_split(config.data.place, "test", config.data.test_split)):
+    for name, clips in by_set(split_of(config.data, "test")):
         way = min(config.eval.way, len(clips.classes))
         shot = min(config.eval.shot, min(map(len, clips.clips)) - config.eval.queries)
         for order, ending in (("forward", ""), ("shuffled", SHUFFLED)):

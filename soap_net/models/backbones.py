@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soap_net.config import WEIGHTS_FILES
 from soap_net.errors import UserError, did_you_mean
 from soap_net.models import installed
 from soap_net.models.base import (
@@ -37,7 +38,6 @@ from soap_net.models.base import (
 from soap_net.models.hugging_face import hugging_face
 from soap_net.models.video_backbones import VIDEO_NETS, video_backbone
 
-WEIGHTS_FILES = (".pth", ".pt", ".pth.tar", ".safetensors")
 OURS = "backbone.net."  # the names of a backbone's tensors in a checkpoint of soap-net
 COUNTER = "num_batches_tracked"  # a buffer that older files lack and that no result depends on
 

@@ -134,12 +134,17 @@ class SOAPNet(nn.Module, Pretrained):
         shown, changed, still = self._embed(images).split([count * frames, count * (frames - 1), 1])
         return torch.cat([shown.unflatten(0, x.shape[:2]), (changed - still).unflatten(0, changes.shape[:2])], dim=1)
 
-    def with_head(self, head: FewShotHead) -> SOAPNet:
+    def with_head(self, head: FewShotHead, *, same_features: bool = False) -> SOAPNet:
         """A net of the same SOAP and backbone, whose weights it shares, and another head.
+
+        With ``same_features`` it makes the same of a clip as this one: differences of frames are read if they are here,
+        whatever the head looks at.
 
         Raises:
             UserError: the head takes other features.
         """
+        if same_features:
+            head.ignores_differences = self.head.ignores_differences
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
         other = SOAPNet(
             self.soap, self.backbone, head, mean, std, chunk_frames=self.chunk_frames, channels_last=self.channels_last

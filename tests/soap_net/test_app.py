@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import http.client
 import json
@@ -195,6 +196,28 @@ def test_clips_that_come_while_others_are_learnt_still_wait(
     assert session.rows() == [["c0", 2, 1], ["c1", 2, 0], ["new", 0, 1]]
     session.learn(ignore)
     assert session.classifier.counts() == {"c0": 3, "c1": 2, "new": 1}
+
+
+def test_a_clip_that_comes_while_learnt_ones_are_taken_away_waits_on(
+    start: Classifier, zips: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waiting(dict[str, list[Clip]]):
+        def __delitem__(self, name: str) -> None:  # of a class of which no clip was left a moment before
+            if name == "c0":
+                late.start()
+                late.join(1)
+            super().__delitem__(name)
+
+    session = Session(copy.copy(start), tmp_path / "session", _waiting=Waiting())
+    session.folder.mkdir()
+    for name, files in zips.items():
+        session.put(name, files[:2])
+    late = threading.Thread(target=session.put, args=["c0", zips["c0"][2:]])
+    monkeypatch.setattr(sessions, "check_clip", ignore)
+    session.learn(ignore)
+    late.join(30)
+    assert session.rows() == [["c0", 2, 1], ["c1", 2, 0]]
+    assert "c0/c0v2.zip" in session.names()
 
 
 def test_stopped_work_goes_before_the_next(start: Classifier, zips: dict[str, list[Path]], tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from soap_net.config import Config
 from soap_net.errors import UserError
 from soap_net.evaluate import EvalResult
 from soap_net.interrupts import Interrupted
-from soap_net.train import Step, Training, TrainingStopped, train
+from soap_net.steps import Step
+from soap_net.train import Training, TrainingStopped, train
 
 
 class Noted(Callback):

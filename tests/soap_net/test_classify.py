@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from soap_net.classify import Classifier, clips_by_class, find_clips
+from soap_net.classify import Classifier
 from soap_net.config import Config, to_dict
 from soap_net.data.clips import Clip
+from soap_net.data.find import clips_by_class, find_clips
 from soap_net.errors import UserError
 from soap_net.models import SOAPNet, build_model
 

@@ -241,3 +241,47 @@ def test_another_place_of_the_clips_brings_its_own_lists(tmp_path: Path) -> None
     assert (others.place, {*others.split_files.values()}) == ((a, b), {None})
     given = replace(several, root=b, test_split=b / "mine.txt").instead_of(several)
     assert given.test_split == b / "mine.txt"
+
+
+def test_files_of_the_model_are_named_absolutely_and_names_stay_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "vm").mkdir(parents=True)
+    for name in ("w.pth", "imagenet", "resnet18"):  # files of the names of weights or nets stand for neither
+        (tmp_path / name).touch()
+
+    def absolute(backbone: str, weights: str | None) -> tuple[str, str | None]:
+        model = Config(model=ModelConfig(backbone=backbone, weights=weights)).absolute().model
+        return model.backbone, model.weights
+
+    assert absolute("hf:models/vm", "w.pth") == (f"hf:{tmp_path}/models/vm", f"{tmp_path}/w.pth")
+    assert absolute(f"hf:{tmp_path}/models/vm", f"{tmp_path}/w.pth") == absolute("hf:models/vm", "w.pth")
+    for names in [
+        ("hf:owner/net", "pretrained"),
+        ("timm:resnet18", "imagenet"),
+        ("tiny", "random"),
+        ("resnet18", None),
+        ("hf:gone", "gone.pth"),
+    ]:
+        assert absolute(*names) == names
+
+
+def test_a_portable_config_tells_no_folder_and_no_other_setting_changes(tmp_path: Path) -> None:
+    config = Config(
+        data=DataConfig(root=tmp_path / "set", roots=(tmp_path / "a", tmp_path / "b"), test_split=tmp_path / "t.txt"),
+        model=ModelConfig(backbone=f"hf:{tmp_path}/secret/vm", weights=f"{tmp_path}/w.pth", head="trx"),
+        out=tmp_path / "out",
+        device="cuda:1",
+    )
+    config.model.soap.backend, config.data.workers = "cpp", 7
+    portable = config.portable()
+    assert str(tmp_path) not in str(portable)
+    assert (portable.model.backbone, portable.model.weights, portable.data.root) == ("hf:vm", "w.pth", Path("a+b"))
+    assert portable == portable.portable() == from_dict(to_dict(portable))
+    expected = Config(
+        data=DataConfig(root=Path("a+b")), model=ModelConfig(backbone="hf:vm", weights="w.pth", head="trx")
+    )
+    assert portable == expected
+    named = ModelConfig(backbone="hf:owner/net", weights="pretrained")
+    assert Config(model=named).portable().model == named

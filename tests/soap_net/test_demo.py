@@ -16,7 +16,7 @@ from soap_net import demo
 from soap_net.config import Config, load_config
 from soap_net.data.motion import MotionConfig
 from soap_net.demo import NETS, run_demo
-from soap_net.errors import UserError
+from soap_net.errors import UserError, WriteError
 from soap_net.experiments.processes import Job, perform
 from soap_net.interrupts import Interrupted
 from soap_net.runs import RunFolder
@@ -123,6 +123,12 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path
 
 
 @pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="/file/demo/motion: "):
+        run_demo(_config(tmp_path / "file" / "demo"), MOTION, progress=False)
+
+
 def test_an_interrupted_demo_saves_and_goes_on_where_it_stopped(done: Path, tmp_path: Path) -> None:
     config = _config(tmp_path / "out", "--train.episodes=60")
     log = config.out / "without_soap" / "metrics.jsonl"

@@ -22,7 +22,7 @@ from soap_net.config import from_dict
 from soap_net.data.clips import Clip
 from soap_net.data.transforms import clip_loader
 from soap_net.errors import UserError
-from soap_net.export import export
+from soap_net.export import FramesToClasses, export
 from soap_net.models.heads import HEADS, ViewsHead
 
 pytest.importorskip("onnxscript", reason="onnx and its like are not installed: pip install '.[export]'")
@@ -99,6 +99,29 @@ def test_exporting_leaves_the_classifier_as_it_was(tiny_data: Path) -> None:
     for weight in net.parameters():
         weight.data.zero_()
     assert all(torch.equal(before[name], now) for name, now in classifier.model.state_dict().items())
+
+
+def test_a_file_is_compared_with_what_the_classifier_answers_itself(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, scores = learnt(tiny_data, "prototype", accept=0.5), FramesToClasses.scores
+    twice = 2 * classifier.calibration.threshold
+    for wrong, told in (
+        (lambda chances, familiar: (chances.roll(1, dims=1), familiar), "computes other probabilities"),
+        (lambda chances, familiar: (chances, twice - familiar), "takes other clips for known"),
+    ):
+        monkeypatch.setattr(FramesToClasses, "scores", lambda self, frames, wrong=wrong: wrong(*scores(self, frames)))
+        with pytest.raises(UserError, match=rf"^onnxruntime \S+ {told}.*: not written$"):
+            export(classifier, tmp_path / "my.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_distance_told_is_that_from_a_classifier_that_rounds_more(tiny_data: Path, tmp_path: Path) -> None:
+    classifier = learnt(tiny_data, "prototype", accept=0.5)
+    exact = export(classifier, tmp_path / "exact.onnx")
+    classifier.config.train.amp = "bf16"  # of the reading alone: what was learnt stays
+    assert exact < 1e-5 < export(classifier, tmp_path / "my.onnx") < 0.2
+    assert (tmp_path / "my.onnx").is_file()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, hub_mixin
 from soap_net import checkpoint
 from soap_net.cli import main
 from soap_net.config import Config, to_dict
-from soap_net.errors import UserError
+from soap_net.errors import UserError, WriteError
 from soap_net.models import SOAPNet, build_model
 
 RESULT = {"accuracy": 61.25, "ci95": 0.5, "tasks": 100, "way": 5, "shot": 1, "split": "test", "queries": 1}
@@ -58,6 +58,27 @@ def test_what_is_saved_comes_back_the_same_with_its_settings_but_for_the_machine
     assert str(tiny_data.parent) not in "".join(path.read_text(errors="replace") for path in folder.iterdir())
     assert str(config.out) not in (folder / "config.json").read_text()
     assert checkpoint.load(folder, net)["config"] == written
+
+
+def test_a_backbone_from_a_folder_of_this_machine_is_refused_and_a_file_is_told_by_name(
+    net: SOAPNet, config: Config, tmp_path: Path
+) -> None:
+    config.model.weights = f"{tmp_path}/secret/w.pth"
+    for backbone in (f"hf:{tmp_path}/secret/vm", "hf:vm"):
+        config.model.backbone = backbone
+        with pytest.raises(UserError, match=f"^model.backbone is {backbone}, a folder of this .* as hf:owner/model$"):
+            net.save_pretrained(tmp_path / "net", config=config)
+        assert not (tmp_path / "net").exists()
+    config.model.backbone = "hf:owner/model"
+    net.save_pretrained(tmp_path / "net", config=config)
+    assert json.loads((tmp_path / "net" / "config.json").read_text())["model"]["weights"] == "w.pth"
+    assert str(tmp_path) not in "".join(path.read_text(errors="replace") for path in (tmp_path / "net").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(net: SOAPNet, config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="/file/net: "):
+        net.save_pretrained(tmp_path / "file" / "net", config=config)
 
 
 def test_the_weights_are_safetensors_that_any_program_reads(folder: Path, net: SOAPNet) -> None:

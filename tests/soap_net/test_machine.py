@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from soap_net import checkpoint
+from soap_net.callbacks import EachStep
 from soap_net.config import Config
 from soap_net.data.episodes import EpisodeClips, on_device
 from soap_net.interrupts import Interrupted
 from soap_net.machine import keep_freed_memory, repeatable
 from soap_net.models.heads import build_head
-from soap_net.train import Step, Training, TrainingStopped, train
+from soap_net.steps import Step
+from soap_net.train import Training, TrainingStopped, train
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
@@ -40,9 +42,9 @@ def test_only_algorithms_that_repeat_themselves_are_taken_where_that_is_asked(ti
     def note(training: Training, step: Step) -> None:
         seen.append(torch.are_deterministic_algorithms_enabled())
 
-    train(tiny_run(train__episodes=2, train__val_every=0), progress=False, callback=note)
+    train(tiny_run(train__episodes=2, train__val_every=0), progress=False, callbacks=[EachStep(note)])
     config = tiny_run(train__episodes=2, train__val_every=0, train__deterministic=True, out=str(tiny_run().out / "2"))
-    train(config, progress=False, callback=note)
+    train(config, progress=False, callbacks=[EachStep(note)])
     assert seen == [False, True]
     assert not torch.are_deterministic_algorithms_enabled()
     with contextlib.suppress(KeyError), repeatable(True):
@@ -90,7 +92,7 @@ def test_a_compiled_run_is_the_same_up_to_rounding_and_goes_on_bit_for_bit(tiny_
     train(whole, progress=False)
     train(plain, progress=False)
     with pytest.raises(TrainingStopped):
-        train(stopped, progress=False, callback=stop)
+        train(stopped, progress=False, callbacks=[EachStep(stop)])
     train(stopped, progress=False)
     found = {config.out.name: checkpoint.load(config.out / "last.pt") for config in (whole, stopped, plain)}
     for content in found.values():

@@ -10,8 +10,8 @@ import pytest
 
 from soap_net import checkpoint
 from soap_net.config import Config, TrainConfig, from_dict, to_dict
-from soap_net.errors import UserError
-from soap_net.runs import MetricsLog, Progress, RunFolder, difference, episode_seconds
+from soap_net.errors import UserError, WriteError
+from soap_net.runs import MetricsLog, Progress, RunFolder, difference, episode_seconds, with_files_of
 
 
 def test_what_a_run_folder_lacks_is_empty(tmp_path: Path) -> None:
@@ -21,6 +21,12 @@ def test_what_a_run_folder_lacks_is_empty(tmp_path: Path) -> None:
     assert run.read_result() is None
     with pytest.raises(UserError, match=r"not a run folder: there is no config\.yaml in it"):
         run.read_config()
+
+
+def test_a_run_in_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="/file/run: "), RunFolder(tmp_path / "file" / "run").held():
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------ config.yaml
@@ -190,3 +196,31 @@ def test_a_difference_names_three_settings_and_counts_the_others() -> None:
         "b is 'x' there and 'y' here, new is None there and 3 here, gone is 2 there and None here"
     )
     assert difference({}, dict.fromkeys("abcde", 1), lambda key: False).endswith(", and 2 more")
+
+
+def test_a_models_files_are_the_same_where_they_are_or_have_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vm").mkdir()
+    (tmp_path / "w.pth").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "w.pth").touch()
+
+    def same(weights: tuple[str | None, str | None], backbone: tuple[str, str] = ("tiny", "tiny")) -> bool:
+        there, here = ({"model.weights": weights[i], "model.backbone": backbone[i]} for i in (0, 1))
+        return with_files_of(here, there) == here
+
+    now = f"{tmp_path}/w.pth"
+    assert same((now, now))
+    assert same(("w.pth", now))
+    assert same(("/gone/w.pth", now))
+    assert not same(("other/w.pth", now))
+    assert not same(("/gone/v.pth", now))
+    assert not same(("random", now))
+    assert not same((None, now))
+    assert not same((now, "imagenet"))
+    assert not same(("/gone/w.pth", "/gone/too/w.pth"))
+    assert same((None, None), ("hf:vm", f"hf:{tmp_path}/vm"))
+    assert not same((None, None), (f"hf:{tmp_path}/other", f"hf:{tmp_path}/vm"))
+    assert not same((None, None), ("hf:owner/a", "hf:owner/b"))

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from soap_net.errors import UserError
+from soap_net.errors import UserError, WriteError
 from soap_net.supports import KEY, Supports, load_supports
 
 
@@ -47,6 +47,12 @@ def test_a_file_gives_back_what_went_in(supports: Supports, tmp_path: Path) -> N
     assert torch.equal(found.features, supports.features)
     assert torch.equal(found.labels, supports.labels)
     assert (found.classes, found.clips, about["accept"]) == (supports.classes, supports.clips, 0.9)
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(supports: Supports, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"/file/my\.classifier: "):
+        supports.save(tmp_path / "file" / "my.classifier", {})
 
 
 def test_damaged_files_are_read_or_refused(supports: Supports, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from soap_net import checkpoint
+from soap_net.callbacks import EachStep
 from soap_net.config import Config, save_config
 from soap_net.interrupts import Interrupted
-from soap_net.train import Step, Training, TrainingStopped, train
+from soap_net.steps import Step
+from soap_net.train import Training, TrainingStopped, train
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -86,7 +88,7 @@ def test_machines_without_a_common_folder_end_unless_they_are_at_the_same_place(
 ) -> None:
     config = tiny_run(out=str(tmp_path / "stopped"))
     with pytest.raises(TrainingStopped):
-        train(config, progress=False, callback=stop_at_4)
+        train(config, progress=False, callbacks=[EachStep(stop_at_4)])
     save_config(config, tmp_path / "c.yaml")
 
     def commands(case: str, copies: str, *options: str) -> list[list[str]]:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from soap_net import checkpoint, train
+from soap_net.callbacks import EachStep
 from soap_net.cli import main
 from soap_net.config import Config, TrainConfig, load_config, save_config
 from soap_net.data.episodes import EpisodeDataset, EpisodeSampler
@@ -31,8 +32,10 @@ from soap_net.errors import UserError, WriteError
 from soap_net.evaluate import evaluate
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
+from soap_net.optimizers import learning_rate
 from soap_net.runs import Progress
-from soap_net.train import NonFiniteLoss, Step, Training, TrainingStopped, learning_rate
+from soap_net.steps import NonFiniteLoss, Step
+from soap_net.train import Training, TrainingStopped
 from soap_net.versions import versions
 
 REPOSITORY = Path(__file__).parents[2]
@@ -248,7 +251,7 @@ def test_a_callback_sees_each_step_with_its_gradients(tiny_run: Callable[..., Co
                 torch.testing.assert_close(new, expected, rtol=1e-5, atol=1e-7)
         steps.append(step)
 
-    train.train(config, progress=False, callback=note)
+    train.train(config, progress=False, callbacks=[EachStep(note)])
     assert [step.episodes for step in steps] == [range(0, 2), range(2, 4), range(4, 5)]
     for step, line in zip(steps, metrics(config.out), strict=True):
         assert (step.loss, step.accuracy, step.lr) == (line["loss"], line["accuracy"], line["lr"])
@@ -270,7 +273,7 @@ def test_what_a_callback_does_with_the_model_changes_no_training(thorough: Calla
         seen.append(evaluate(training.model, clips, config.data, config.eval, progress=False).accuracy)
         training.save(config.out / f"episode{training.state.episode}.pt")
 
-    train.train(config, progress=False, callback=watch)
+    train.train(config, progress=False, callbacks=[EachStep(watch)])
     assert len(seen) == 6
     after = checkpoint.load(config.out / "last.pt")
     del after["config"]
@@ -288,7 +291,7 @@ def test_a_callback_can_stop_the_training_which_resumes_as_if_never_stopped(thor
             raise Interrupted
 
     with pytest.raises(TrainingStopped):
-        train.train(config, progress=False, callback=stop_at_8)
+        train.train(config, progress=False, callbacks=[EachStep(stop_at_8)])
     progress = checkpoint.load(config.out / "last.pt")["progress"]
     assert (progress["episode"], progress["validated"]) == (8, 4)
     assert_equal(run(config, resume=True), whole)
@@ -373,7 +376,7 @@ def test_the_same_command_goes_on_with_a_run_that_was_not_finished(
 ) -> None:
     straight, stopped = run(thorough("straight")), thorough("stopped")
     with pytest.raises(TrainingStopped):
-        train.train(stopped, progress=False, callback=stop_at(6))
+        train.train(stopped, progress=False, callbacks=[EachStep(stop_at(6))])
     assert capsys.readouterr().err == ""
     assert_equal(run(stopped), straight)
     assert capsys.readouterr().err == f"{stopped.out} holds this run, stopped after episode 6: going on with it\n"
@@ -383,7 +386,7 @@ def test_the_same_command_goes_on_with_a_run_that_was_not_finished(
 def test_a_run_stopped_with_other_versions_goes_on_where_that_is_asked_for(thorough: Callable[[str], Config]) -> None:
     config = thorough("stopped")
     with pytest.raises(TrainingStopped):
-        train.train(config, progress=False, callback=stop_at(6))
+        train.train(config, progress=False, callbacks=[EachStep(stop_at(6))])
     before = checkpoint.load(config.out / "last.pt")["progress"]
     path = config.out / "versions.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "torch": "1.0"}))
@@ -411,7 +414,7 @@ def test_two_trainings_in_one_folder_at_a_time_are_refused(
         with pytest.raises(UserError, match=f"^{config.out}: another process is training in it; wait for it, or"):
             train.train(config, progress=False)
 
-    train.train(config, progress=False, callback=train_too)
+    train.train(config, progress=False, callbacks=[EachStep(train_too)])
     train.train(config, progress=False, resume=True)
 
 
@@ -441,6 +444,33 @@ def test_a_relative_data_set_is_the_same_one_from_any_folder(
     (config.out / "last.pt").unlink()
     assert main(["train", "--resume", str(config.out)]) == 0
     assert config.data.root == Path("data"), "the caller's config stays as it was"
+
+
+def test_a_run_from_a_relative_weights_file_goes_on_from_any_folder_and_by_the_same_command(
+    tiny_run: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train.train(tiny_run(out=str(tmp_path / "first"), train__episodes=2), progress=False)
+    (tmp_path / "other").mkdir()
+    shutil.copy("first/best.pt", "other/best.pt")
+    given = {"train__val_every": 0, "train__episodes": 6}
+    config = tiny_run(model__weights="first/best.pt", **given)
+    with pytest.raises(TrainingStopped):
+        train.train(config, progress=False, callbacks=[EachStep(stop_at(2))])
+    assert load_config(config.out / "config.yaml").model.weights == str(tmp_path / "first/best.pt")
+    # What an older version wrote, which kept the file as it was given.
+    save_config(config, config.out / "config.yaml")
+    content = checkpoint.load(config.out / "last.pt")
+    content["config"]["model"]["weights"] = "first/best.pt"
+    checkpoint.save(config.out / "last.pt", content)
+    with pytest.raises(TrainingStopped):
+        train.train(config, progress=False, callbacks=[EachStep(stop_at(4))])
+    with pytest.raises(UserError, match=r"another config: model\.weights is .*first/best.pt' there and .*other/best"):
+        train.train(tiny_run(model__weights="other/best.pt", **given), progress=False)
+    monkeypatch.chdir(tmp_path / "other")
+    assert main(["train", "--resume", str(config.out)]) == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(config.out), "--model.weights", str(tmp_path / "moved" / "best.pt")]) == 0
 
 
 def test_a_moved_data_set_is_named_with_the_option_that_finds_it(

@@ -18,13 +18,15 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from soap_net import checkpoint
+from soap_net.callbacks import EachStep
 from soap_net.config import Config, TrainConfig, save_config
 from soap_net.data.clips import Clip
 from soap_net.errors import UserError
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
-from soap_net.optimizers import build_optimizer
-from soap_net.train import Step, Training, TrainingStopped, learning_rate, train
+from soap_net.optimizers import build_optimizer, learning_rate
+from soap_net.steps import Step
+from soap_net.train import Training, TrainingStopped, train
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -57,7 +59,7 @@ def assert_goes_on_bit_for_bit(make: Callable[[str], Config]) -> dict[str, Any]:
     whole, stopped = make("whole"), make("stopped")
     train(whole, progress=False)
     with pytest.raises(TrainingStopped):
-        train(stopped, progress=False, callback=stop_at(6))
+        train(stopped, progress=False, callbacks=[EachStep(stop_at(6))])
     train(stopped, progress=False)
     for name in ("last.pt", "best.pt"):
         contents = [checkpoint.load(config.out / name) for config in (whole, stopped)]
@@ -241,7 +243,7 @@ def test_each_part_learns_at_its_own_rate(tiny_run: Callable[..., Config], optim
         assert step.lr == config.train.lr, "what is logged is the rate of what has no factor"
         gradients.update({name: p.grad for name, p in training.model.named_parameters()})
 
-    train(config, progress=False, callback=note)
+    train(config, progress=False, callbacks=[EachStep(note)])
     before, after = untrained(config), weights_of(config)
     for name, gradient in gradients.items():
         scale = 0.0 if ".stages.1" in name else {"backbone": 0.5, "head": 2.0, "soap": 1.0}[name.partition(".")[0]]
@@ -317,7 +319,7 @@ def test_the_average_is_that_of_weights_and_statistics_after_each_step(tiny_run:
             if weight.is_floating_point():
                 average[name] = 0.6 * average.get(name, weight) + 0.4 * weight
 
-    train(config, progress=False, callback=note)
+    train(config, progress=False, callbacks=[EachStep(note)])
     best, last = weights_of(config, "best.pt"), weights_of(config)
     assert any("running" in name for name in average)
     for name, expected in average.items():
@@ -343,7 +345,7 @@ def test_the_average_is_what_is_validated(tiny_run: Callable[..., Config], monke
 def test_a_last_pt_without_the_average_or_with_another_is_refused(tiny_run: Callable[..., Config]) -> None:
     config = tiny_run(train__ema=0.6)
     with pytest.raises(TrainingStopped):
-        train(config, progress=False, callback=stop_at(6))
+        train(config, progress=False, callbacks=[EachStep(stop_at(6))])
     path = config.out / "last.pt"
     content = checkpoint.load(path)
     average = content.pop("average")

@@ -26,8 +26,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from soap_net.data import layout, videos
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
 from soap_net.data.images import in_natural_order, natural
+from soap_net.errors import ClipError
 
 Make = Callable[..., Path]
 Picture = Callable[..., np.ndarray]
@@ -143,7 +144,8 @@ def test_a_video_that_hangs_its_decoder_is_a_broken_clip(tmp_path: Path, write_v
     program = """
 import sys, ctypes, time, pathlib
 from soap_net.data import videos
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
+from soap_net.errors import ClipError
 clip = Clip(pathlib.Path(sys.argv[1]))
 print(len(clip.read([1, 2])))
 videos.upright = lambda frame, turn: ctypes.CDLL(None).sleep(1000)
@@ -581,7 +583,8 @@ READ = """
 import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
+from soap_net.errors import ClipError
 for path in sys.argv[1:]:
     try:
         Clip(Path(path)).read([0, 1])

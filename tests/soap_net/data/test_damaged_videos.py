@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from soap_net.data import clips, layout, videos
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
 from soap_net.data.loading import PerClip, load
+from soap_net.errors import ClipError
 
 Make = Callable[..., Path]
 Outcome = list[int] | str  # how many frames and the read ones' checksums, or the error

@@ -26,8 +26,9 @@ import pytest
 import torch
 from PIL import Image
 
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
 from soap_net.data.images import LONGEST_SIDE, MOST_BYTES, MOST_PACKED, MOST_PIXELS, MOST_SCANS
+from soap_net.errors import ClipError
 
 Picture = Callable[..., np.ndarray]
 FRESH = multiprocessing.get_context("forkserver")

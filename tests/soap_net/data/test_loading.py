@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
 from soap_net.data.loading import PerClip, load
-from soap_net.errors import UserError
+from soap_net.errors import ClipError, UserError
 
 
 class Items(Dataset[Tensor]):

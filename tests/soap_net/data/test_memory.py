@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from soap_net.config import DataConfig
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
 from soap_net.data.memory import ClipMemory
 from soap_net.data.transforms import clip_loader
+from soap_net.errors import ClipError
 
 LIMIT = 64 * 6 * 48
 """Room for 64 clips of six frames of 3 x 4 x 4."""

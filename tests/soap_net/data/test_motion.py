@@ -22,9 +22,9 @@ from torch import Tensor
 
 from soap_net.data import motion
 from soap_net.data.episodes import EpisodeSampler
-from soap_net.data.motion import PATTERNS, SPLITS, MotionConfig, render_clip, write_motion
+from soap_net.data.motion import PATTERNS, PATTERNS_OF, MotionConfig, render_clip, write_motion
 from soap_net.data.splits import load_split
-from soap_net.errors import UserError
+from soap_net.errors import UserError, WriteError
 
 SMALL = MotionConfig(size=32, seconds=0.25, train_clips=2, val_clips=2, test_clips=2, dots=30)
 
@@ -38,8 +38,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_splits_share_out_the_28_patterns_16_to_5_to_7() -> None:
-    assert [len(SPLITS[split]) for split in ("train", "val", "test")] == [16, 5, 7]
-    assert sorted(name for names in SPLITS.values() for name in names) == sorted(PATTERNS)
+    assert [len(PATTERNS_OF[split]) for split in ("train", "val", "test")] == [16, 5, 7]
+    assert sorted(name for names in PATTERNS_OF.values() for name in names) == sorted(PATTERNS)
     assert len(PATTERNS) == 28
 
 
@@ -196,7 +196,7 @@ def test_a_classifier_of_single_decoded_frames_stays_at_chance(tmp_path: Path) -
     assert config.frames == 1
     write_motion(tmp_path / "motion", config, progress=False)
     frames, names = [], []
-    for split in SPLITS:
+    for split in PATTERNS_OF:
         clips = load_split(tmp_path / "motion", split)
         for name, members in zip(clips.classes, clips.clips, strict=True):
             frames += [clip.read([0])[0, 0] for clip in members]
@@ -243,7 +243,7 @@ def test_density_is_the_same_whether_dots_run_apart_or_together(lifetime: float)
 
 
 def test_written_clips_are_read_back_as_any_other_data_set(written: Path) -> None:
-    for split, patterns in SPLITS.items():
+    for split, patterns in PATTERNS_OF.items():
         clips = load_split(written, split)
         assert sorted(clips.classes) == sorted(patterns)
         assert all(len(members) == 2 for members in clips.clips)
@@ -358,6 +358,12 @@ def test_what_an_ended_process_was_writing_goes(number: int, tmp_path: Path, mon
     assert [path.name[:13] for path in tmp_path.iterdir()] == [".motion.part-"] * (number == signal.SIGKILL)
     write_motion(root, TINY, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["motion"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="/file/motion: "):
+        write_motion(tmp_path / "file" / "motion", SMALL, progress=False)
 
 
 def test_a_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:

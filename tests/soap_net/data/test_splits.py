@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from soap_net.config import DataConfig
 from soap_net.data.clips import Clip
 from soap_net.data.episodes import EpisodeSampler
 from soap_net.data.lists import read_split_file
-from soap_net.data.splits import ClipSet, MissingClipsError, load_split
+from soap_net.data.splits import ClipSet, MissingClipsError, load_split, split_of
 from soap_net.errors import UserError
 
 Make = Callable[..., Path]
@@ -405,3 +406,18 @@ def test_several_lists_of_a_split_are_refused_with_the_option_that_chooses(tmp_p
     touch(tmp_path / "splits" / "trainlist01.txt", tmp_path / "splits" / "trainlist02.txt")
     with pytest.raises(UserError, match=r"\(trainlist01.txt, trainlist02.txt\); take one with --data.train_split"):
         load_split(tmp_path, "train")
+
+
+def test_settings_name_place_and_all_lists_of_a_split(tmp_path: Path) -> None:
+    for clip in ("a/1.mp4", "b/1.mp4", "c/1.mp4"):
+        (tmp_path / "set" / clip).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / clip).touch()
+    (tmp_path / "some.txt").write_text("a/1\nb/1\n")
+    data = DataConfig(root=tmp_path / "set", train_split=tmp_path / "some.txt")
+    assert split_of(data, "train").classes == ("a", "b")
+    with pytest.raises(UserError, match=r"no split file for 'val' beside some\.txt"):  # not all folders
+        split_of(data, "val")
+    several = DataConfig(roots=(tmp_path / "set", tmp_path / "set"))
+    with pytest.raises(UserError):
+        split_of(several, "train")
+    assert split_of(DataConfig(roots=(tmp_path / "set",)), "train").classes == ("set/a", "set/b", "set/c")

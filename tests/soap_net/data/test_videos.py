@@ -16,7 +16,8 @@ import torch
 
 from soap_net.data import layout, videos
 from soap_net.data.check import check_data
-from soap_net.data.clips import Clip, ClipError
+from soap_net.data.clips import Clip
+from soap_net.errors import ClipError
 
 Make = Callable[..., Path]
 REAL = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ucf101_9"

@@ -180,5 +180,8 @@ def test_differences_that_a_mixture_ignores_are_not_embedded_and_change_no_score
     head.ignores_differences = False
     assert torch.equal(net(pixels[:4], labels, pixels[4:], 2), found)
     assert seen[1] == 6 * T + 6 * (T - 1) + 1
+    fresh = [build_head("views", backbone.dim, 2 * T - 1, by=by) for _ in range(2)]
+    assert torch.equal(net.with_head(fresh[0], same_features=True).features(pixels), net.features(pixels))
+    assert net.with_head(fresh[1]).head.ignores_differences
     found.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
