@@ -164,8 +164,8 @@ class Training:
             val = self._val_config
             EpisodeSampler(self.val_clips, val.way, val.shot, val.queries, val.seed)
 
-        torch.manual_seed(episode.seed)
-        self.model = build_model(config.model, data.frames).to(ranks.device).train()
+        torch.manual_seed(episode.seed)  # of what `start` and callbacks draw; the net's weights are drawn apart
+        self.model = build_model(config.model, data.frames, episode.seed).to(ranks.device).train()
         self.model.freeze(cfg.freeze)
         self.optimizer = build_optimizer(cfg, self.model)
         self.average = build_average(cfg, self.model)

@@ -136,12 +136,14 @@ def measure(config: Config, repeats: int, size: int, stop: Stop) -> dict[str, An
     The clips have `config.data.frames` frames of `size` x `size` pixels, whatever `config.data.crop` is.
     """
     device = pick_device(config.device)
-    torch.manual_seed(0)
     models = {
         name: build_model(changed(config, {"model.soap.enabled": name == "with"}).model, config.data.frames).to(device)
         for name in ("without", "with")
     }
-    clips = torch.randint(0, 256, (CLIPS, config.data.frames, 3, size, size), dtype=torch.uint8, device=device)
+    draw = torch.Generator(device).manual_seed(0)
+    clips = torch.randint(
+        0, 256, (CLIPS, config.data.frames, 3, size, size), dtype=torch.uint8, device=device, generator=draw
+    )
     labels = torch.arange(CLIPS - 1, device=device)
 
     def forward(model: nn.Module) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from soap_kernels import SOAP
 from soap_net import checkpoint
+from soap_net.classify import Classifier
 from soap_net.cli import main
 from soap_net.config import Config, to_dict
 from soap_net.data.clips import Clip
@@ -37,7 +38,6 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def make(config: Config) -> tuple[SOAPNet, ClipSet]:
-    torch.manual_seed(0)
     return build_model(config.model, config.data.frames), load_split(config.data.root, "test")
 
 
@@ -77,6 +77,26 @@ def test_shared_features_and_batched_tasks_equal_a_plain_loop_for_every_head(
     result = evaluate(model, clips, config.data, config.eval, progress=False)
     check(result, *plain_loop(model, clips, config))
     assert 20 < result.accuracy < 100, "the noise makes some tasks fail"
+
+
+def test_a_net_without_a_checkpoint_is_that_of_the_seed_and_the_one_that_classifies(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, other = tiny_run(episode__seed=3), tiny_run(episode__seed=4)
+    nets: list[dict[str, Tensor]] = []
+
+    def noting(model: SOAPNet, *args: Any, **kwargs: Any) -> EvalResult:
+        nets.append(model.state_dict())
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr("soap_net.evaluate.evaluate", noting)
+    for run, state in ((config, 0), (config, 1), (other, 0)):
+        torch.manual_seed(state)
+        evaluate_run(None, run, progress=False)
+    first, again, seeded_otherwise = nets
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    torch.testing.assert_close(Classifier.from_config(config).model.state_dict(), first, rtol=0, atol=0)
+    assert any(not torch.equal(first[name], seeded_otherwise[name]) for name in first)
 
 
 def test_per_class_accuracy_is_the_diagonal_of_the_confusion(tiny_run: Callable[..., Config]) -> None:

@@ -34,8 +34,7 @@ def weights_of(config: Config, name: str = "last.pt") -> dict[str, Tensor]:
 
 
 def untrained(config: Config) -> dict[str, Tensor]:
-    torch.manual_seed(config.episode.seed)
-    return build_model(config.model, config.data.frames).state_dict()
+    return build_model(config.model, config.data.frames, config.episode.seed).state_dict()
 
 
 def moved(config: Config) -> set[str]:
