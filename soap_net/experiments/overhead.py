@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -219,7 +220,7 @@ def trace(config: Config, stop: Stop, memory: ClipMemory | None = None) -> dict[
         for name, module in modules.items():
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
-            curves[name].append(norm / step.clipped)
+            curves[name].append(norm / step.clipped if step.clipped else math.nan)  # clipped to 0: fp16 has overflowed
 
     train(config, progress=False, callback=note, stop=stop, memory=memory)
     return {"curves": curves}
