@@ -368,7 +368,7 @@ def test_the_average_has_the_models_own_counters_indices_and_masks(decay: float)
 
 def test_the_averaged_net_of_a_run_compares_the_same_pairs_of_frames(tiny_run: Callable[..., Config]) -> None:
     config = tiny_run(train__ema=0.9, train__episodes=50, train__tasks_per_batch=1, train__val_every=0, data__frames=5)
-    averages = []
+    averages: list[tuple[Any, torch.nn.Module]] = []
     train(config, progress=False, callback=lambda training, step: averages.append((training.average, training.model)))
     average, model = averages[-1]
     indices = {name: t for name, t in model.named_buffers() if not t.is_floating_point() and t.ndim}
