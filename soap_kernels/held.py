@@ -46,7 +46,10 @@ class Held(nn.Module):
 
 
 def state_to_keep(module: nn.Module, loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The module's state_dict, for a load of a state_dict that lacks it; from meta drawn anew where ``loaded`` lies."""
+    """The module's state_dict, to fill the gaps of ``loaded``, a state_dict that is about to be loaded into it.
+
+    The weights of a module on meta have no values: they are drawn anew, on the device of ``loaded``.
+    """
     if any(p.is_meta for p in module.parameters()):
         device = next((t.device for t in loaded.values() if isinstance(t, Tensor)), None)
         module = deepcopy(module).to_empty(device=device)

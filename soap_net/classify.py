@@ -117,9 +117,7 @@ class Classifier:
             UserError: the weights can't be had, or no such device.
         """
         config = config or load_config("own_clips")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.episode.seed)  # whatever has no weights to load is the same each time
-            model = build_model(config.model, config.data.frames)
+        model = build_model(config.model, config.data.frames, config.episode.seed)
         return cls(model.to(pick_device(device)), config, accept=accept)
 
     @classmethod

@@ -201,11 +201,13 @@ class TrainConfig:
     tasks_per_batch: Annotated[int, AtLeast(1)] = 16
     """Episodes whose gradients are averaged into one optimizer step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Stochastic gradient descent, or AdamW."""
     lr: Annotated[float, AtLeast(0)] = 1e-3
     """Initial learning rate, for cross-entropy summed over the queries of an episode."""
     momentum: Annotated[float, AtLeast(0)] = 0.0
     """SGD's momentum."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    """Pull of the weights to 0: sgd adds so much of them to their gradients, adamw takes it times the rate off them."""
     schedule: Literal["multistep", "cosine"] = "multistep"
     """multistep multiplies the rate by gamma at each milestone; cosine lets it fall to 0 at the last episode."""
     milestones: tuple[Annotated[int, AtLeast(1)], ...] = ()

@@ -158,13 +158,6 @@ def evaluate(
     return _result(clips, model.head.choices, answers, config, time.perf_counter() - began)
 
 
-@dataclass
-class _Answers:
-    correct: np.ndarray  # right answers per task
-    confusion: np.ndarray  # over all classes of the split
-    chosen: np.ndarray  # per task: which of the head's choices weighed most
-
-
 def _result(clips: ClipSet, choices: Sequence[str], answers: Answers, config: EvalConfig, seconds: float) -> EvalResult:
     right, classes = answers.right, answers.drawn.classes
     correct = right.sum(axis=(1, 2))
@@ -213,7 +206,7 @@ def evaluate_run(
 
     Args:
         checkpoint: a run's `best.pt` or `last.pt`, or a folder that stands for one; None leaves the net untrained,
-            with the weights it is built with.
+            with the weights that `train` would begin with.
         config: of a checkpoint's its `data`, `eval`, `device`, `train.amp`, `model.soap.backend` and
             `model.soap.precision` count; all else of the model is the checkpoint's own.
         out: a .json file, or a folder to put `eval.json` in; by default the checkpoint's folder, or the config's.
@@ -259,7 +252,7 @@ def evaluate_run(
 def _model(checkpoint: Path | None, config: Config, device: torch.device) -> tuple[SOAPNet, DataConfig | None]:
     """The net, and the data that it was trained on."""
     if checkpoint is None:
-        return build_model(config.model, config.data.frames).to(device).eval(), None
+        return build_model(config.model, config.data.frames, config.episode.seed).to(device).eval(), None
     soap = config.model.soap
     model, trained = load_model(checkpoint, device, backend=soap.backend, precision=soap.precision)
     if config.data.frames != trained.data.frames:

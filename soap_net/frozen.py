@@ -44,8 +44,9 @@ def embedded_episodes(
 ) -> Generator[EpisodeClips, None, None]:
     """The episodes `mine`, with features ``(clips, T, D)`` in place of frames; clips are replaced as elsewhere.
 
-    First all clips of the run's episodes are embedded, those of past ones too: so each is in the same batch, and has
-    the same bits, wherever the run is gone on with. Several processes share them out.
+    At the call all clips of the run's episodes are embedded, those of past ones too: so each is in the same batch, and
+    has the same bits, wherever the run is gone on with. Several processes share them out, and all have to call it,
+    those too that have no episode to do.
 
     Raises:
         UserError: a class has no readable clip left.
@@ -72,8 +73,7 @@ def embedded_episodes(
         ranks.sum([features])
         failed = ranks.gather({i: error for i, error in zip(own, errors, strict=True) if error is not None})
         found |= {place: failed.get(i, features[i]) for i, place in enumerate(fresh)}
-    for index in mine:
-        yield _task(sampler, sampler[index], found)
+    return (_task(sampler, sampler[index], found) for index in mine)
 
 
 def _wanted(sampler: EpisodeSampler, episodes: int, found: dict[_Place, Tensor | ClipError]) -> set[_Place]:

@@ -54,7 +54,7 @@ def end_at_signals() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a program that has nothing more to do with its exit code, which no signal changes any more."""
+    """Ends a program, whose work is done, with this exit code, which no signal changes any more."""
     _hear(lambda number, frame: os._exit(code))
     if code > 128:  # it was stopped, and Python would take a second to take down PyTorch
         with contextlib.suppress(OSError):

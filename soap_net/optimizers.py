@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,11 +56,23 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def build_average(cfg: TrainConfig, model: nn.Module) -> AveragedModel | None:
-    """The moving average of weights and statistics that `train.ema` asks for, in evaluation mode."""
+    """The moving average of weights and statistics that `train.ema` asks for, in evaluation mode.
+
+    What holds no fractions (counters, indices, masks) is not averaged: it is what the model has.
+    """
     if not cfg.ema:
         return None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=partial(_move_average, get_ema_multi_avg_fn(cfg.ema)), use_buffers=True)
     return average.requires_grad_(False).eval()
+
+
+def _move_average(move: Callable[..., None], averages: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+    """One step of an average; the tensors are of one dtype. `move` takes those of numbers with fractions."""
+    if averages[0].is_floating_point() or averages[0].is_complex():
+        move(averages, current, steps)
+        return
+    for average, now in zip(averages, current, strict=True):
+        average.copy_(now)
 
 
 def _scale(cfg: TrainConfig, name: str) -> float:

@@ -312,11 +312,11 @@ class Tasks:
             return head.compare(support, classes, query)
 
         batched = torch.vmap(compare)
-        mine = torch.arange(ranks.rank, count, ranks.size)
+        mine = torch.arange(count)[ranks.rank :: ranks.size]
         with warnings.catch_warnings(), self.advancing("tasks", "task", len(mine)) as advance:
             # Some heads hold an operation that vmap runs task by task; the rest of them still gains.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            for tasks in mine.split(head.tasks_at_once):
+            for tasks in mine.split(head.tasks_at_once) if len(mine) else ():  # of none, split would give one, empty
                 compared = batched(self._sides(support[tasks]), self._sides(query[tasks]))
                 finite = compared.logits.isfinite().all(dim=-1)
                 predicted[tasks] = torch.where(finite, compared.logits.argmax(dim=-1), -1)

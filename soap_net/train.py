@@ -94,8 +94,7 @@ def train(
         repeatable(config.train.deterministic),
         join(config.device) as ranks,
         signals if stop is None else contextlib.nullcontext(),
-        # Leaves the caller's random generators as they were.
-        torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []),
+        torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []),  # the caller's stay as they were
     ):
         stop = stop or (lambda: signals.requested)
         with ranks.together():
@@ -162,8 +161,8 @@ class Training:
             val = self._val_config
             EpisodeSampler(self.val_clips, val.way, val.shot, val.queries, val.seed)
 
-        torch.manual_seed(episode.seed)
-        self.model = build_model(config.model, data.frames).to(ranks.device).train()
+        torch.manual_seed(episode.seed)  # of what `start` and callbacks draw; the net's weights are drawn apart
+        self.model = build_model(config.model, data.frames, episode.seed).to(ranks.device).train()
         self.model.freeze(cfg.freeze)
         self.optimizer = build_optimizer(cfg, self.model)
         self.average = build_average(cfg, self.model)
@@ -178,7 +177,7 @@ class Training:
 
     @contextlib.contextmanager
     def opened(self, resume: bool) -> Iterator[None]:
-        """Opens the run folder, takes up its checkpoint if there is one, and reads episodes ahead.
+        """Opens the run folder, takes up its checkpoint if there is one, and keeps open what a run writes to.
 
         Raises:
             UserError: see `RunFolder.begin`; or the processes found, or hold, different things.
@@ -213,8 +212,7 @@ class Training:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Reads the episodes to come ahead, and keeps log, callbacks and progress bar open."""
-        self._tasks = on_device(self._episodes(), self.ranks.device)
+        """Keeps log, progress bar, callbacks and what reads episodes ahead open."""
         self._log = MetricsLog(self.run, self.state.episode, self.ranks.first, self.state.validated)
         self._bar = tqdm(
             total=self.config.train.episodes,
@@ -225,13 +223,13 @@ class Training:
             mininterval=0.2 if sys.stderr.isatty() else 30.0,
             disable=not self.shows,
         )
-        with self._log, self._bar, contextlib.closing(self._tasks), contextlib.ExitStack() as self._ending:
+        with self._log, self._bar, contextlib.ExitStack() as self._ending:
             yield
 
-    def _episodes(self) -> Generator[EpisodeClips, None, None]:
-        """This process's episodes still to come: of frames or, where these stay as they are, of features."""
+    def _episodes(self, batches: Sequence[range]) -> Generator[EpisodeClips, None, None]:
+        """This process's episodes of `batches`: of frames or, where these stay as they are, of features."""
         config, ranks = self.config, self.ranks
-        mine = [index for batch in self.batches() for index in shard(batch, ranks.rank, ranks.size)]
+        mine = [index for batch in batches for index in shard(batch, ranks.rank, ranks.size)]
         if self._embedded:
             return embedded_episodes(
                 self.model, config, self._sampler, mine, ranks,
@@ -247,7 +245,10 @@ class Training:
             self._told.append(callback)
             self._ending.callback(callback.on_end, self)
         self.validate_if_due()  # where the run was stopped in the middle of a validation
-        for batch in self.batches():
+        if batches := self.batches():  # in every process, as they share out the work on features
+            tasks = on_device(self._episodes(batches), self.ranks.device)
+            self._tasks = self._ending.enter_context(contextlib.closing(tasks))
+        for batch in batches:
             step = self.step(batch)
             for callback in self._told:
                 callback.on_step(self, step)

@@ -69,8 +69,8 @@ class ClipLoader:
     the call; in evaluation everything is centred and no generator is used. Leave ``flip`` off where left and right
     are the label, as in Something-Something.
 
-    ``order`` is how the frames are handed over, to study what a model makes of time: in theirs, ``"reversed"``, or
-    ``"shuffled"``, anew for each load in training, by the clip's name in evaluation.
+    ``order`` is how the frames are handed over, to study what a model makes of time: in their own order,
+    ``"reversed"``, or ``"shuffled"``, anew for each load in training, by the clip's name in evaluation.
 
     Clips are read through ``memory``, which by default keeps none.
     """

@@ -331,10 +331,6 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     here = {"experiment": experiment.name, "preset": experiment.preset, **settings}
     remove_stale(folder, path.name)  # of a process killed at the very start
     if (there := read_json(path)) is not None:
-        default = flatten(to_dict(Config()))  # of what older versions had no setting for
-        there = {key: default[key] for key in here if key in default} | there
-        if not embedded:  # older versions left it as it was given
-            there["data.root"] = str(Path(str(there.get("data.root"))).absolute())
         if here["data.roots"]:  # in whose place data.root is not looked at, while its default is another in each folder
             there["data.root"] = here["data.root"]
         if differ := difference(with_files_of(here, there), here, lambda key: False):

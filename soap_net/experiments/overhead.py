@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -138,12 +139,14 @@ def measure(config: Config, repeats: int, size: int, stop: Stop) -> dict[str, An
     The clips have `config.data.frames` frames of `size` x `size` pixels, whatever `config.data.crop` is.
     """
     device = pick_device(config.device)
-    torch.manual_seed(0)
     models = {
         name: build_model(changed(config, {"model.soap.enabled": name == "with"}).model, config.data.frames).to(device)
         for name in ("without", "with")
     }
-    clips = torch.randint(0, 256, (CLIPS, config.data.frames, 3, size, size), dtype=torch.uint8, device=device)
+    draw = torch.Generator(device).manual_seed(0)
+    clips = torch.randint(
+        0, 256, (CLIPS, config.data.frames, 3, size, size), dtype=torch.uint8, device=device, generator=draw
+    )
     labels = torch.arange(CLIPS - 1, device=device)
 
     def forward(model: nn.Module) -> Tensor:
@@ -219,7 +222,7 @@ def trace(config: Config, stop: Stop, memory: ClipMemory | None = None) -> dict[
         for name, module in modules.items():
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
-            curves[name].append(norm / step.clipped)
+            curves[name].append(norm / step.clipped if step.clipped else math.nan)  # clipped to 0: fp16 has overflowed
 
     train(config, progress=False, callbacks=[EachStep(note)], stop=stop, memory=memory)
     return {"curves": curves}

@@ -75,6 +75,8 @@ def perform(
             for job in jobs:
                 yield job, _do(job, lambda: signals.requested, memory)
         else:
+            # Whatever number of jobs is left: how many threads add up a sum decides its last bits, and a run that is
+            # gone on with is to end as one that was never stopped.
             threads = threads or max(1, cores() // at_once)
             stop = Flag(multiprocessing.get_context("spawn"))
             with deaf_while_starting():
@@ -160,8 +162,8 @@ class _Worker:
             )
 
     def end_if_still_starting(self) -> None:
-        """Once `stop` is set: ends the process if it has not begun a job, as starting takes it seconds."""
-        if not self.started.is_set():  # if it is just now, it finds `stop` set before it does anything
+        """Ends the process, once `stop` is set, if it is still starting, which takes it seconds."""
+        if not self.started.is_set():  # one that gets that far at this very moment finds `stop` set, and begins nothing
             self.process.kill()
 
     def end(self) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -252,9 +251,8 @@ def _net(cell: _Cell, config: Config, stop: Stop, memory: ClipMemory) -> SOAPNet
     if cell.learns:
         folder = train(config, resume=True, progress=False, stop=stop, memory=memory, start=start)
         return load_model(RunFolder(folder).best, device)[0]
-    with torch.random.fork_rng([]):
-        torch.manual_seed(config.episode.seed)  # as training does: the same SOAP that the trained ones begin from
-        model = build_model(config.model, config.data.frames)
+    # As training does: the same SOAP that the trained ones begin from.
+    model = build_model(config.model, config.data.frames, config.episode.seed)
     if start is not None:
         start(model)
     return model.to(device).eval()

@@ -274,13 +274,24 @@ def _statistics_move_once(module: nn.Module, chunks: int) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def build_model(config: ModelConfig, frames: int) -> SOAPNet:
-    """Build the net that ``config`` describes, for clips of ``frames`` frames.
+def build_model(config: ModelConfig, frames: int, seed: int | None = None) -> SOAPNet:
+    """Build the net that ``config`` describes, for clips of ``frames`` frames, on the CPU.
+
+    Weights that are not loaded are those of ``seed``, a run's ``episode.seed``, whatever was drawn before, and leave the
+    caller's random generators as they were; without a seed they are drawn from these.
 
     Raises:
         UserError: an unknown name or option, weights that can't be had or don't fit, a setting SOAP refuses, or a
             number of frames that the backbone does not take.
     """
+    if seed is None:
+        return _build(config, frames)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which seeds GPUs too
+        return _build(config, frames)
+
+
+def _build(config: ModelConfig, frames: int) -> SOAPNet:
     backbone = build_backbone(config.backbone, config.weights, config.drop_path)
     vectors = backbone.vectors(frames)
     if head_class(config.head).takes_differences:

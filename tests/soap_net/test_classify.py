@@ -22,7 +22,6 @@ from soap_net.models import SOAPNet, build_model
 @pytest.fixture
 def classifier(tiny_run: Callable[..., Config]) -> Classifier:
     config = tiny_run()
-    torch.manual_seed(0)
     return Classifier(build_model(config.model, config.data.frames), config)
 
 

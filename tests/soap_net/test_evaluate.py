@@ -9,10 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from soap_kernels import SOAP
 from soap_net import checkpoint
+from soap_net.classify import Classifier
 from soap_net.cli import main
 from soap_net.config import Config, to_dict
 from soap_net.data.clips import Clip
@@ -32,12 +33,13 @@ from soap_net.errors import UserError
 from soap_net.evaluate import EvalResult, evaluate, evaluate_run
 from soap_net.interrupts import Interrupted
 from soap_net.models import HEADS, SOAPNet, build_model
+from soap_net.ranks import Ranks
 
 REPOSITORY = Path(__file__).parents[2]
+T = TypeVar("T")
 
 
 def make(config: Config) -> tuple[SOAPNet, ClipSet]:
-    torch.manual_seed(0)
     return build_model(config.model, config.data.frames), load_split(config.data.root, "test")
 
 
@@ -77,6 +79,51 @@ def test_shared_features_and_batched_tasks_equal_a_plain_loop_for_every_head(
     result = evaluate(model, clips, config.data, config.eval, progress=False)
     check(result, *plain_loop(model, clips, config))
     assert 20 < result.accuracy < 100, "the noise makes some tasks fail"
+
+
+class Unshared(Ranks):
+    """The last of a hundred processes, whose exchanges bring nothing from the others."""
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def gather(self, own: Mapping[int, T]) -> dict[int, T]:
+        return dict(own)
+
+
+@pytest.mark.parametrize("limit", [2**20, 0], ids=["embedded once", "embedded per task"])
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_a_process_without_a_task_takes_part_with_every_head(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, head: str, limit: int
+) -> None:
+    monkeypatch.setattr("soap_net.tasks.EMBEDDED_LIMIT", limit)
+    config = tiny_run(model__head=head, model__head_options={}, data__frames=4, eval__tasks=2)
+    model, clips = make(config)
+    ranks = Unshared(torch.device("cpu"), rank=99, size=100)
+    result = evaluate(model, clips, config.data, config.eval, ranks=ranks, progress=False)
+    assert result.answers is not None
+    assert not result.answers.predicted.any(), "zeros, to which the others' answers are added"
+    assert not result.answers.chosen.any()
+
+
+def test_a_net_without_a_checkpoint_is_that_of_the_seed_and_the_one_that_classifies(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, other = tiny_run(episode__seed=3), tiny_run(episode__seed=4)
+    nets: list[dict[str, Tensor]] = []
+
+    def noting(model: SOAPNet, *args: Any, **kwargs: Any) -> EvalResult:
+        nets.append(model.state_dict())
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr("soap_net.evaluate.evaluate", noting)
+    for run, state in ((config, 0), (config, 1), (other, 0)):
+        torch.manual_seed(state)
+        evaluate_run(None, run, progress=False)
+    first, again, seeded_otherwise = nets
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    torch.testing.assert_close(Classifier.from_config(config).model.state_dict(), first, rtol=0, atol=0)
+    assert any(not torch.equal(first[name], seeded_otherwise[name]) for name in first)
 
 
 def test_per_class_accuracy_is_the_diagonal_of_the_confusion(tiny_run: Callable[..., Config]) -> None:

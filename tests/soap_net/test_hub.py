@@ -30,7 +30,6 @@ def config(tiny_run: Callable[..., Config]) -> Config:
 
 @pytest.fixture
 def net(config: Config) -> SOAPNet:
-    torch.manual_seed(0)
     return build_model(config.model, config.data.frames).eval()
 
 

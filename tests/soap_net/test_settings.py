@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -367,3 +367,15 @@ class TestHelp:
             parse(["--print_config", "--train.lr", "0.25"])
         assert ended.value.code == 0
         assert from_dict(yaml.safe_load(capsys.readouterr().out)) == parse(["--train.lr=0.25"])
+
+    def test_every_setting_is_described(self) -> None:
+        def undescribed(settings: Any, prefix: str = "") -> list[str]:
+            docs, found = field_docs(type(settings)), []
+            for name, value in vars(settings).items():
+                if is_dataclass(value):
+                    found += undescribed(value, f"{prefix}{name}.")
+                elif not docs.get(name):
+                    found.append(prefix + name)
+            return found
+
+        assert undescribed(Config()) == []

@@ -131,6 +131,31 @@ def test_machines_without_a_common_folder_end_unless_they_are_at_the_same_place(
 
 
 @pytest.mark.slow
+def test_a_process_without_an_episode_embeds_its_share_of_a_frozen_nets_clips(
+    tiny_run: Callable[..., Config], tmp_path: Path
+) -> None:
+    """All that is left of the run is one episode, for two processes."""
+    alone, shared = (
+        tiny_run(
+            out=str(tmp_path / name), train__episodes=5, train__freeze=["backbone", "soap"], data__augment=False,
+            train__val_every=0,
+        )
+        for name in ("alone", "shared")
+    )  # fmt: skip
+    train(alone, progress=False)
+    with pytest.raises(TrainingStopped):
+        train(shared, progress=False, callback=stop_at_4)
+    save_config(shared, tmp_path / "c.yaml")
+    command = ["train", "--config", str(tmp_path / "c.yaml")]
+
+    [ended] = as_ranks([[command, command]])
+    assert [code for code, _ in ended] == [0, 0], ended
+    contents = [checkpoint.load(config.out / "last.pt") for config in (shared, alone)]
+    assert contents[0]["progress"] == contents[1]["progress"]
+    torch.testing.assert_close(contents[0]["model"], contents[1]["model"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_lost_processes_cost_nothing_that_is_not_done_again_bit_for_bit(
     tiny_run: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -92,8 +92,7 @@ def test_accumulation_equals_one_big_batch(tiny_run: Callable[..., Config], clip
     )  # fmt: skip
     trained = run(config)["model"]
 
-    torch.manual_seed(config.episode.seed)
-    model = build_model(config.model, config.data.frames)
+    model = build_model(config.model, config.data.frames, config.episode.seed)
     sampler = EpisodeSampler(load_split(config.data.root, "train"), 3, 1, 2, config.episode.seed)
     tasks = EpisodeDataset(sampler, clip_loader(config.data, train=True), range(4))
     losses = [
@@ -235,8 +234,7 @@ def test_the_callers_random_state_is_left_alone(tiny_run: Callable[..., Config])
 def test_a_callback_sees_each_step_with_its_gradients(tiny_run: Callable[..., Config], clip_norm: float) -> None:
     config = tiny_run(train__episodes=5, train__val_every=0, train__clip_norm=clip_norm, train__optimizer="sgd")
     steps: list[Step] = []
-    torch.manual_seed(config.episode.seed)
-    before = build_model(config.model, config.data.frames)
+    before = build_model(config.model, config.data.frames, config.episode.seed)
 
     def note(training: Training, step: Step) -> None:
         assert training.state.episode == step.episodes.stop

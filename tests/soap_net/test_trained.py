@@ -24,7 +24,7 @@ from soap_net.data.clips import Clip
 from soap_net.errors import UserError
 from soap_net.interrupts import Interrupted
 from soap_net.models import build_model
-from soap_net.optimizers import build_optimizer, learning_rate
+from soap_net.optimizers import build_average, build_optimizer, learning_rate
 from soap_net.steps import Step
 from soap_net.train import Training, TrainingStopped, train
 
@@ -36,8 +36,7 @@ def weights_of(config: Config, name: str = "last.pt") -> dict[str, Tensor]:
 
 
 def untrained(config: Config) -> dict[str, Tensor]:
-    torch.manual_seed(config.episode.seed)
-    return build_model(config.model, config.data.frames).state_dict()
+    return build_model(config.model, config.data.frames, config.episode.seed).state_dict()
 
 
 def moved(config: Config) -> set[str]:
@@ -325,6 +324,59 @@ def test_the_average_is_that_of_weights_and_statistics_after_each_step(tiny_run:
     for name, expected in average.items():
         torch.testing.assert_close(best[name], expected, rtol=1e-5, atol=1e-6)
     assert any(not torch.equal(best[name], last[name]) for name in average), "last.pt goes on from the weights"
+
+
+class Steps(torch.nn.Module):
+    """What moves at each call, in every kind of number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("statistics", torch.rand(3, dtype=torch.float64))
+        self.register_buffer("phase", torch.complex(torch.rand(2), torch.rand(2)))
+        self.register_buffer("index", torch.arange(1000) * 1_000_003)
+        self.register_buffer("places", torch.arange(500), persistent=False)
+        self.register_buffer("mask", torch.arange(40) % 3 == 0)
+
+    @torch.no_grad()
+    def move(self, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.weight += torch.randn(5, generator=draw)
+        self.statistics += torch.rand(3, generator=draw)
+        self.phase *= 1j
+        self.index += 1
+        self.mask.logical_not_()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_the_average_has_the_models_own_counters_indices_and_masks(decay: float) -> None:
+    model = Steps()
+    average = build_average(TrainConfig(ema=decay), model)
+    assert average is not None
+    expected = {}
+    for step in range(50):
+        model.move(step)
+        average.update_parameters(model)
+        for name in ("weight", "statistics", "phase"):
+            now = getattr(model, name).detach().to(torch.complex128)
+            expected[name] = decay * expected[name] + (1 - decay) * now if step else now
+    for name in ("index", "places", "mask"):
+        assert torch.equal(getattr(average.module, name), getattr(model, name)), name
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            getattr(average.module, name).to(torch.complex128), value, rtol=1e-5, atol=1e-5, msg=name
+        )
+
+
+def test_the_averaged_net_of_a_run_compares_the_same_pairs_of_frames(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run(train__ema=0.9, train__episodes=50, train__tasks_per_batch=1, train__val_every=0, data__frames=5)
+    averages: list[tuple[Any, torch.nn.Module]] = []
+    train(config, progress=False, callback=lambda training, step: averages.append((training.average, training.model)))
+    average, model = averages[-1]
+    indices = {name: t for name, t in model.named_buffers() if not t.is_floating_point() and t.ndim}
+    assert any(name.endswith("pairs") for name in indices)
+    for name, index in indices.items():
+        assert torch.equal(average.module.get_buffer(name), index), name
 
 
 def test_the_average_is_what_is_validated(tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,8 @@ class FewShotHead(nn.Module, ABC):
     tasks_at_once: ClassVar[int] = 16
     """How many tasks evaluation may run side by side, which takes as many times the memory of one."""
     takes_differences: ClassVar[bool] = False
-    """Whether the features of the differences of neighbouring frames follow those of a clip's T frames: 2 T - 1."""
+    """Whether a clip's vectors are followed by those of the differences of neighbouring frames, see
+    `soap_net.models.SOAPNet.features`; ``frames`` counts both."""
     ignores_differences: bool = False
     """Whether it takes those, and no answer of its own hangs on them: zeros will do."""
     choices: tuple[str, ...] = ()

@@ -112,10 +112,6 @@ def test_an_experiment_is_of_one_data_set_from_any_folder(tmp_path: Path, monkey
     run(Toy(Config()), tmp_path / "toy")
     asked = json.loads((tmp_path / "toy/experiment.json").read_text())
     assert asked["data.root"] == str(tmp_path / "here" / "data")
-    older = json.dumps({**asked, "data.root": "data"})
-    (tmp_path / "toy/experiment.json").write_text(older)
-    run(Toy(Config()), tmp_path / "toy")
-    (tmp_path / "toy/experiment.json").write_text(json.dumps(asked))
     embedded = Toy(Config())
     embedded.motion, embedded.prepare = Path("motion"), lambda folder: None  # type: ignore[method-assign]
     run(embedded, tmp_path / "embedded")
@@ -130,18 +126,6 @@ def test_more_seeds_may_be_asked_for_later(toy: Toy, tmp_path: Path) -> None:
     assert toy.done == ["plain-seed0", "better-seed0"]
     run(toy, tmp_path, seeds=2)
     assert toy.done[2:] == ["plain-seed1", "better-seed1"]
-
-
-def test_a_folder_of_a_version_that_lacked_a_setting_goes_on_with_its_default_alone(toy: Toy, tmp_path: Path) -> None:
-    run(toy, tmp_path, seeds=1)
-    path = tmp_path / "experiment.json"
-    settings = json.loads(path.read_text())
-    del settings["model.soap.centred"]
-    path.write_text(json.dumps(settings))
-    run(toy, tmp_path, seeds=2)
-    assert len(toy.done) == 4
-    with pytest.raises(UserError, match=r"another experiment: model\.soap\.centred is False there and True here"):
-        run(Toy(from_dict({"model": {"soap": {"centred": True}}})), tmp_path)
 
 
 def test_folder_of_another_config_is_refused_in_one_line(toy: Toy, tmp_path: Path) -> None:

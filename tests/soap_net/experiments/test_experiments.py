@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from soap_net.experiments.results import Results
 from soap_net.interrupts import Interrupted
 from soap_net.models.heads import HEADS
 from soap_net.runs import RunFolder
-from soap_net.train import train
+from soap_net.train import Training, train
 
 PARTS = ("3dem", "cwem", "hmem")
 
@@ -133,6 +134,24 @@ def test_overhead_notes_the_gradients_before_they_are_clipped(tiny_run: Callable
     free, clipped = (trace(config, lambda: False)["curves"] for config in configs)
     for name in ("backbone", "3DEM", "CWEM", "HMEM"):
         assert clipped[name] == pytest.approx(free[name], rel=1e-4)
+
+
+def test_overhead_notes_no_norm_of_a_step_that_overflowed(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Training._update
+
+    def overflowing(self: Training, lr: float) -> float:
+        if self.state.episode == 4:
+            next(self.model.backbone.parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+        return update(self, lr)
+
+    monkeypatch.setattr(Training, "_update", overflowing)
+    config = tiny_run(train__episodes=6, train__amp="fp16", train__clip_norm=1.0, train__val_every=0)
+    curves = trace(config, lambda: False)["curves"]
+    assert len(curves["backbone"]) == len(curves["head"]) == 3
+    assert math.isnan(curves["backbone"][-1])
+    assert np.isfinite(curves["loss"]).all()
 
 
 def test_overhead_begins_a_stopped_trace_again(tiny_run: Callable[..., Config], tmp_path: Path) -> None:

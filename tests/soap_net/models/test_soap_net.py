@@ -20,7 +20,6 @@ def clips(count: int, seed: int = 0) -> Tensor:
 
 
 def net(backbone: str = "tiny", soap: bool = True, centred: bool = False, **options: object) -> SOAPNet:
-    torch.manual_seed(0)
     config = ModelConfig(backbone=backbone, weights=None, head_options={"out_dim": 16}, **options)  # type: ignore[arg-type]
     config.soap = SoapConfig(enabled=soap, tuple_sizes=(1, 2), centred=centred)
     return build_model(config, FRAMES)
@@ -78,6 +77,24 @@ def test_chunks_change_no_result_in_evaluation(chunk_frames: int) -> None:
         expected = model.features(clips(3))
         model.chunk_frames = chunk_frames
         torch.testing.assert_close(model.features(clips(3)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_those_of_the_seed_and_the_callers_generator_is_left_alone() -> None:
+    config = ModelConfig(backbone="tiny", weights=None, soap=SoapConfig(tuple_sizes=(1, 2)))
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    first, again, other = (build_model(config, FRAMES, seed).state_dict() for seed in (7, 7, 8))
+    assert torch.equal(torch.rand(4), expected)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    assert not torch.equal(other["head.attention.keys.weight"], first["head.attention.keys.weight"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_building_a_net_leaves_a_gpus_generator_alone() -> None:
+    before = torch.cuda.get_rng_state()
+    build_model(ModelConfig(backbone="tiny", weights=None), FRAMES, 7)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 def step(model: SOAPNet) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
