@@ -140,7 +140,9 @@ def measure(config: Config, repeats: int, size: int, stop: Stop) -> dict[str, An
     """
     device = pick_device(config.device)
     models = {
-        name: build_model(changed(config, {"model.soap.enabled": name == "with"}).model, config.data.frames).to(device)
+        name: build_model(
+            changed(config, {"model.soap.enabled": name == "with"}).model, config.data.frames, config.episode.seed
+        ).to(device)
         for name in ("without", "with")
     }
     draw = torch.Generator(device).manual_seed(0)
