@@ -277,8 +277,8 @@ def _statistics_move_once(module: nn.Module, chunks: int) -> Iterator[None]:
 def build_model(config: ModelConfig, frames: int, seed: int | None = None) -> SOAPNet:
     """Build the net that ``config`` describes, for clips of ``frames`` frames, on the CPU.
 
-    Weights that are not loaded are those of ``seed``, a run's ``episode.seed``, whatever was drawn before, and leave the
-    caller's random generators as they were; without a seed they are drawn from these.
+    Weights that are not loaded are those of ``seed``, a run's ``episode.seed``, and leave the caller's random generators
+    as they were; without a seed they are drawn from these.
 
     Raises:
         UserError: an unknown name or option, weights that can't be had or don't fit, a setting SOAP refuses, or a
