@@ -277,7 +277,7 @@ def _statistics_move_once(module: nn.Module, chunks: int) -> Iterator[None]:
 def build_model(config: ModelConfig, frames: int, seed: int | None = None) -> SOAPNet:
     """Build the net that ``config`` describes, for clips of ``frames`` frames, on the CPU.
 
-    Weights that are not loaded are those of ``seed``, a run's ``episode.seed``, and leave the caller's random generators
+    Weights that are not loaded are those of ``seed``, a run's ``episode.seed``, and the caller's random generators stay
     as they were; without a seed they are drawn from these.
 
     Raises:
