@@ -13,6 +13,8 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 # A slow test may take minutes, but not this many seconds; the quick ones' limit is in pyproject.toml.
 SLOW := --timeout 1200 --durations 10
+# All of them; CI leaves out the campaigns.
+WHICH ?= slow
 # Tests that compare with another process bit for bit have one without others' threads.
 APART := tests/soap_net/test_train.py::test_on_a_disk_that_is_full_a_run_ends_in_one_line_and_goes_on_once_there_is_room
 
@@ -63,8 +65,8 @@ test: lint
 
 test-slow: $(INSTALLED)
 	@echo "==> Running the slow tests"
-	$(PYTEST) -m slow $(SLOW) $(APART:%=--deselect %)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(SLOW) $(APART)
+	$(PYTEST) -m "$(WHICH)" $(SLOW) $(APART:%=--deselect %)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(WHICH)" $(SLOW) $(APART)
 
 test-gpu-proof: $(INSTALLED)
 	@echo "==> Compiling the GPU kernels for four architectures and running them on the CPU (CUDA's need nvcc)"

@@ -21,7 +21,7 @@ def test_pictures_are_drawn_of_a_result_and_a_trained_net(tmp_path: Path, monkey
     config = Config()
     config.data = replace(config.data, resize=24, crop=24)
     config.model = replace(config.model, backbone="tiny", weights="random")
-    model = build_model(config.model, config.data.frames)
+    model = build_model(config.model, config.data.frames, seed=0)
     checkpoint.save(tmp_path / "last.pt", {"config": to_dict(config), "model": model.state_dict()})
     write_motion(tmp_path / "motion", MotionConfig(train_clips=1, val_clips=1, test_clips=1), progress=False)
     clip = next((tmp_path / "motion").glob("videos/*/*.mp4"))

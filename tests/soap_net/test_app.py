@@ -39,7 +39,7 @@ DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 @pytest.fixture
 def start(tiny_run: Callable[..., Config]) -> Classifier:
     config = tiny_run(model__head="prototype", model__head_options={})
-    return Classifier(build_model(config.model, config.data.frames), config)
+    return Classifier(build_model(config.model, config.data.frames, seed=0), config)
 
 
 @pytest.fixture
@@ -347,7 +347,7 @@ def test_frames_are_shown_and_with_soap_its_priors(
     soap: bool, tiny_run: Callable[..., Config], tiny_data: Path
 ) -> None:
     config = tiny_run(model__soap={"enabled": soap, "tuple_sizes": [1, 2], "hidden_channels": 4})
-    classifier = Classifier(build_model(config.model, config.data.frames), config)
+    classifier = Classifier(build_model(config.model, config.data.frames, seed=0), config)
     shown = looked_at(classifier, Clip(tiny_data / "test (class 0)" / "v0"))
     labels = [part.partition("</b>")[0] for part in shown.split("<b>")[1:]]
     priors = ["3DEM", "CWEM", "HMEM, red", "HMEM, green", "HMEM, blue", "sum"]

@@ -29,7 +29,7 @@ from soap_net.optimizers import build_optimizer
 @pytest.fixture
 def content(tiny_run: Callable[..., Config]) -> dict[str, object]:
     config = tiny_run()
-    model = build_model(config.model, config.data.frames)
+    model = build_model(config.model, config.data.frames, seed=0)
     return {"config": to_dict(config), "model": model.state_dict(), "progress": {"episode": 3}}
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_has_the_mode_of_any_other_file(tmp_path: Path, content: di
 
 def test_a_model_is_rebuilt_without_its_first_weights(tmp_path: Path, tiny_run: Callable[..., Config]) -> None:
     config = tiny_run()
-    model = build_model(config.model, config.data.frames)
+    model = build_model(config.model, config.data.frames, seed=0)
     config.model.weights = str(tmp_path / "gone.pth")  # what training began from need not be there any more
     checkpoint.save(tmp_path / "a.pt", {"config": to_dict(config), "model": model.state_dict()})
     rebuilt, trained = checkpoint.load_model(tmp_path / "a.pt")
@@ -139,7 +139,7 @@ def test_centred_soap_is_rebuilt_as_it_was_trained_and_one_of_before_as_the_pape
     tmp_path: Path, tiny_run: Callable[..., Config], centred: bool
 ) -> None:
     config = tiny_run(model__soap__centred=centred)
-    model = build_model(config.model, config.data.frames).eval()
+    model = build_model(config.model, config.data.frames, seed=0).eval()
     described = to_dict(config)
     if not centred:
         del described["model"]["soap"]["centred"]
@@ -154,7 +154,7 @@ def test_backend_and_precision_may_differ_from_those_of_training(
     tmp_path: Path, tiny_run: Callable[..., Config]
 ) -> None:
     config = tiny_run(model__soap__backend="triton", model__soap__precision="fast")
-    model = build_model(config.model, config.data.frames)
+    model = build_model(config.model, config.data.frames, seed=0)
     checkpoint.save(tmp_path / "a.pt", {"config": to_dict(config), "model": model.state_dict()})
     for given, expected in (
         ({}, ("triton", "fast")),
@@ -304,7 +304,7 @@ def test_a_config_of_a_giant_model_takes_no_memory(
 
 def test_tables_that_a_config_describes_count_as_well(tmp_path: Path, tiny_run: Callable[..., Config]) -> None:
     config = tiny_run(model__soap__enabled=False)
-    weights = build_model(config.model, config.data.frames).state_dict()
+    weights = build_model(config.model, config.data.frames, seed=0).state_dict()
     config.data.frames = 10**5  # sines for each, 230 MB, of which no weight tells
     checkpoint.save(tmp_path / "a.pt", {"config": to_dict(config), "model": weights})
     with pytest.raises(CheckpointError, match=r"a\.pt: 2\d{8} bytes, unpacked, where such .* take at most \d+$"):
@@ -350,7 +350,7 @@ def test_a_config_is_read_without_the_weights(
 
 def trained(config: Config) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
     """A model, an optimizer and a scaler after one step."""
-    model = build_model(config.model, config.data.frames)
+    model = build_model(config.model, config.data.frames, seed=0)
     optimizer, scaler = build_optimizer(config.train, model), torch.amp.GradScaler("cpu")
     sum((parameter**2).sum() for parameter in model.parameters()).backward()
     optimizer.step()

@@ -22,7 +22,7 @@ from soap_net.models import SOAPNet, build_model
 @pytest.fixture
 def classifier(tiny_run: Callable[..., Config]) -> Classifier:
     config = tiny_run()
-    return Classifier(build_model(config.model, config.data.frames), config)
+    return Classifier(build_model(config.model, config.data.frames, seed=0), config)
 
 
 def support(root: Path, shots: dict[int, int]) -> dict[str, list[Clip]]:

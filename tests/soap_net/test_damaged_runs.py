@@ -290,6 +290,7 @@ def test_a_damaged_config_gives_the_run_or_one_line(saved: Saved) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.filterwarnings("ignore")
 def test_hundreds_of_damaged_checkpoints(saved: Saved) -> None:
     damage_checkpoints(saved, seed=103, count=240, kinds=BYTES, strict=True)

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def make(config: Config) -> tuple[SOAPNet, ClipSet]:
-    return build_model(config.model, config.data.frames), load_split(config.data.root, "test")
+    return build_model(config.model, config.data.frames, seed=0), load_split(config.data.root, "test")
 
 
 def plain_loop(model: SOAPNet, clips: ClipSet, config: Config) -> tuple[list[float], np.ndarray]:

@@ -30,7 +30,7 @@ def config(tiny_run: Callable[..., Config]) -> Config:
 
 @pytest.fixture
 def net(config: Config) -> SOAPNet:
-    return build_model(config.model, config.data.frames).eval()
+    return build_model(config.model, config.data.frames, seed=0).eval()
 
 
 @pytest.fixture

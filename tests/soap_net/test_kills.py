@@ -154,6 +154,7 @@ def test_killed_before_a_write_a_run_goes_on_bit_for_bit(small: Callable[[str], 
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_killed_before_each_write_a_run_goes_on_bit_for_bit(small: Callable[[str], Config]) -> None:
     whole = undisturbed(small("whole"))
     for number in range(1, count_writes(small("counted")) + 1):

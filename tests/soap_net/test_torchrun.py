@@ -144,7 +144,7 @@ def test_a_process_without_an_episode_embeds_its_share_of_a_frozen_nets_clips(
     )  # fmt: skip
     train(alone, progress=False)
     with pytest.raises(TrainingStopped):
-        train(shared, progress=False, callback=stop_at_4)
+        train(shared, progress=False, callbacks=[EachStep(stop_at_4)])
     save_config(shared, tmp_path / "c.yaml")
     command = ["train", "--config", str(tmp_path / "c.yaml")]
 

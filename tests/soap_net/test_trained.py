@@ -258,7 +258,7 @@ def test_layer_decay_gives_each_weight_the_factor_that_timm_gives_it_below_a_cla
     tiny_run: Callable[..., Config], name: str
 ) -> None:
     config = tiny_run(model__backbone=f"timm:{name}", train__layer_decay=0.7, train__lr_scale={"backbone": 0.5})
-    model = build_model(config.model, 3)
+    model = build_model(config.model, 3, seed=0)
     groups = build_optimizer(config.train, model).param_groups
     factors = {parameter: group["scale"] for group in groups for parameter in group["params"]}
     ours = {name: factors[parameter] for name, parameter in model.named_parameters()}
@@ -371,7 +371,8 @@ def test_the_average_has_the_models_own_counters_indices_and_masks(decay: float)
 def test_the_averaged_net_of_a_run_compares_the_same_pairs_of_frames(tiny_run: Callable[..., Config]) -> None:
     config = tiny_run(train__ema=0.9, train__episodes=50, train__tasks_per_batch=1, train__val_every=0, data__frames=5)
     averages: list[tuple[Any, torch.nn.Module]] = []
-    train(config, progress=False, callback=lambda training, step: averages.append((training.average, training.model)))
+    note = EachStep(lambda training, step: averages.append((training.average, training.model)))
+    train(config, progress=False, callbacks=[note])
     average, model = averages[-1]
     indices = {name: t for name, t in model.named_buffers() if not t.is_floating_point() and t.ndim}
     assert any(name.endswith("pairs") for name in indices)

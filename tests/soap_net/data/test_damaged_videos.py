@@ -217,6 +217,7 @@ def test_damaged_videos_are_the_same_in_every_read_or_an_error(tmp_path: Path, w
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("seed", [11, 101])
 def test_a_thousand_damaged_videos_are_the_same_in_every_read_or_an_error(
     seed: int, tmp_path: Path, write_video: Make
@@ -228,6 +229,7 @@ def test_a_thousand_damaged_videos_are_the_same_in_every_read_or_an_error(
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_of_long_damaged_videos_too_the_frames_that_can_be_read_are_always_the_same(
     tmp_path: Path, write_video: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

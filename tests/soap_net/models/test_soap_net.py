@@ -22,7 +22,7 @@ def clips(count: int, seed: int = 0) -> Tensor:
 def net(backbone: str = "tiny", soap: bool = True, centred: bool = False, **options: object) -> SOAPNet:
     config = ModelConfig(backbone=backbone, weights=None, head_options={"out_dim": 16}, **options)  # type: ignore[arg-type]
     config.soap = SoapConfig(enabled=soap, tuple_sizes=(1, 2), centred=centred)
-    return build_model(config, FRAMES)
+    return build_model(config, FRAMES, seed=0)
 
 
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -285,7 +285,7 @@ def test_views_of_clip_nets_are_features_of_clips_then_of_their_differences(
     name = "tiny3d" if vectors == "frames" else tiny_videomae(tmp_path, classifies=vectors == "a clip")
     weights = None if vectors == "frames" else "pretrained"
     config = ModelConfig(backbone=name, weights=weights, head="views", soap=SoapConfig(enabled=False))
-    model = build_model(config, FRAMES).eval()
+    model = build_model(config, FRAMES, seed=0).eval()
     x = clips(3)
     features = model.features(x)
     shown = model.backbone.vectors(FRAMES)
