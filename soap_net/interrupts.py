@@ -177,11 +177,16 @@ class Flag:
 
 
 @contextlib.contextmanager
-def deaf_while_starting() -> Iterator[None]:
+def deaf_while_starting(*, forks: bool = False) -> Iterator[None]:
     """Processes that are started meanwhile hear no signal from their first moment on; one that comes waits here.
 
-    For it would leave a process half started, which knows of nothing and ends with a traceback.
+    For it would leave a process half started, which knows of nothing and ends with a traceback. `forks`: they are no
+    new programs but copies of this one.
     """
+    if not forks and hasattr(signal, "pthread_sigmask"):
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # which has signals heard again once it has started
     came: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()
     previous = _hear(lambda number, frame: came.append(number)) if in_main else {}

@@ -228,7 +228,7 @@ def _context() -> BaseContext:
 
 def _started(batches: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
     child_ended = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
-    with _starting, deaf_while_starting():
+    with _starting, deaf_while_starting(forks=multiprocessing.get_start_method() == "fork"):
         others = multiprocessing.active_children()
         before = child_ended and signal.getsignal(child_ended)
         # A worker that cleared away the decoders of this process would wait for their threads, which it has not.
