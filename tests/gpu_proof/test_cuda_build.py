@@ -63,9 +63,9 @@ def run(python: str, folder: Path, code: str, *arguments: str) -> list[str]:
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built by setup.py for one architecture."""
     if NVCC is None:
-        pytest.skip("nvcc is not installed")
+        pytest.skip("needs nvcc, of the CUDA toolkit")
     if torch.version.cuda is None:
-        pytest.skip("the library is built against a PyTorch with CUDA")
+        pytest.skip("needs a PyTorch that is built with CUDA")
     folder = tmp_path_factory.mktemp("build")
     environment = os.environ | {"SOAP_KERNELS_CPU": "0", "SOAP_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
     command = [

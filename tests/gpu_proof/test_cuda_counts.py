@@ -23,7 +23,7 @@ from soap_kernels.backends import Needs, cuda
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.gpu_proof,
-    pytest.mark.skipif(shim.cuda_include() is None, reason="the CUDA headers are not installed"),
+    pytest.mark.skipif(shim.cuda_include() is None, reason="needs the headers of the CUDA toolkit"),
 ]
 X, Y, GRAD = range(3)
 PROCESSORS = 4  # of the device that the shim shows to launchers

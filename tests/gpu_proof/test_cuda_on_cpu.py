@@ -44,7 +44,7 @@ QUICK_SOAPS = [
 QUICK_FUSIONS = [c for c in FUSIONS if c.dtype != "float16" and c.shape[1] <= 8]
 QUICK = [c.name for c in (*QUICK_SOAPS, *QUICK_FUSIONS, *WIDES, *WIDE_FUSIONS)]
 
-pytestmark = pytest.mark.skipif(shim.cuda_include() is None, reason="the CUDA headers are not installed")
+pytestmark = pytest.mark.skipif(shim.cuda_include() is None, reason="needs the headers of the CUDA toolkit")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,11 @@ import shim_build as shim
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURES = (80, 90, 100, 120)
-pytestmark = [pytest.mark.slow, pytest.mark.gpu_proof, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.gpu_proof,
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc, of the CUDA toolkit"),
+]
 
 
 def cuobjdump() -> str | None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import shim_build as shim
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(

@@ -42,14 +42,18 @@ def interpret(marker: str) -> None:
     assert "skipped" not in run.stdout.splitlines()[-1]
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreted")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set, and it starts the interpreter itself"
+)
 def test_kernels_equal_the_equations_in_the_interpreter() -> None:
     interpret("not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.gpu_proof
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreted")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set, and it starts the interpreter itself"
+)
 def test_general_shapes_and_precisions_in_the_interpreter() -> None:
     interpret("slow")
 
@@ -155,14 +159,18 @@ def check_compiled(kinds: list[str], architecture: int) -> None:
                 assert {"uint8": 64, "uint8-fp32": 64}.get(kind, 128) in facts.widths("LDG"), (kind, facts)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set, with which no kernel is compiled"
+)
 def test_kernels_compile_for_hopper_without_a_spill() -> None:
     check_compiled(["bf16"], 90)
 
 
 @pytest.mark.slow
 @pytest.mark.gpu_proof
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set, with which no kernel is compiled"
+)
 @pytest.mark.parametrize(
     ("architecture", "kinds"),
     [
@@ -179,7 +187,9 @@ def test_kernels_compile_without_a_spill(architecture: int, kinds: list[str]) ->
 
 @pytest.mark.slow
 @pytest.mark.gpu_proof
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set, with which no kernel is compiled"
+)
 @pytest.mark.parametrize(("architecture", "kind"), [(80, "fp32"), (90, "bf16"), (100, "fp32"), (120, "bf16")])
 def test_kernels_of_twice_the_rows_compile_without_a_spill(architecture: int, kind: str) -> None:
     for launch in static_gpu.soap_launches(*KINDS[kind], needs_x=True, architecture=architecture, frames=16):

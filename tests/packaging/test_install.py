@@ -27,7 +27,7 @@ SHIPPED = ("csrc/", "soap_kernels/", "soap_net/", "setup.py", "pyproject.toml", 
 QUICK = {"SOAP_KERNELS_CXXFLAGS": "-O0", "SOAP_KERNELS_CUDA": "0"}
 
 pytestmark = pytest.mark.slow
-needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
+needs_compiler = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 
 FIRST_USE = """
 import torch, soap_kernels
@@ -67,7 +67,7 @@ def succeed(
 def tracked() -> list[str]:
     """The working tree's files, without what git ignores."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("not a git checkout")
+        pytest.skip("needs a git checkout of the project")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
     return [name for name in names.split("\0") if name and (ROOT / name).exists()]
@@ -240,7 +240,7 @@ def test_make_wheel_gives_one_that_any_torch_loads(tmp_path: Path) -> None:
         check_kernels(Path(other), installed, {"PYTHONPATH": str(installed)})
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch that is built with CUDA")
 def test_the_cuda_distribution_brings_one_file_beside_those_of_soap_net(odd: Path) -> None:
     """By compilers that compile nothing, as this is about files: test_cuda_build.py compiles and loads it."""
     python, checkout, tools = environment_at(odd / "cuda"), odd / "checkout", odd / "cuda/tools"

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++") or shutil.which("c++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 ISA_FLAGS = {
     "plain": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -45,7 +45,7 @@ def compile_stages(folder: Path, flags: list[str]) -> list[str]:
 def test_no_function_of_an_instruction_set_can_replace_one_of_another(tmp_path: Path) -> None:
     """Nothing in an AVX file may have vague linkage: the linker keeps one copy of such a function for all."""
     if shutil.which("nm") is None:
-        pytest.skip("no nm here")
+        pytest.skip("needs the program nm (binutils)")
     for stage in ("prepare", "fuse", "sweep"):
         out = compile_object(f"{stage}.cpp", tmp_path / f"{stage}.o", "-O1", "-DSOAP_ISA=1", *ISA_FLAGS["avx2"])
         symbols = subprocess.run(["nm", "-C", str(out)], capture_output=True, text=True, check=True).stdout

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from soap_kernels import SOAP
 
-hub = pytest.importorskip("soap_kernels.hub", reason="huggingface_hub is not installed")
+hub = pytest.importorskip("soap_kernels.hub", reason="huggingface_hub is not installed: pip install huggingface_hub")
 
 SETTINGS: list[dict[str, Any]] = [
     {},

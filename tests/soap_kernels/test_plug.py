@@ -267,7 +267,7 @@ def test_a_model_on_meta_takes_the_wrapped_models_state_and_fresh_soap_weights(v
 
 def test_trains_under_ddp(tmp_path: Path) -> None:
     if not dist.is_available() or dist.is_initialized():
-        pytest.skip("needs torch.distributed, not yet initialised")
+        pytest.skip("needs torch.distributed, with no process group begun")
     torch.manual_seed(0)
     model = plug(Frames(), frames=4)
     x = torch.randn(8, 3, 6, 7)
@@ -303,7 +303,7 @@ distributed.destroy_process_group()
 @pytest.mark.slow
 def test_two_ddp_processes_average_the_gradients_of_their_halves(tmp_path: Path) -> None:
     if not dist.is_available():
-        pytest.skip("needs torch.distributed")
+        pytest.skip("needs a PyTorch with torch.distributed")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model, x = plug(net, frames=4), torch.randn(16, 3, 6, 7)

@@ -117,7 +117,9 @@ def test_what_the_system_refuses_is_said_as_it_says_it(
         checkpoint.load(path / "b.pt")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs a user other than root, who may read anything"
+)
 @pytest.mark.parametrize("forbidden", ["run", "run/a.pt"])
 def test_a_checkpoint_that_may_not_be_read_is_not_called_truncated(
     tmp_path: Path, content: dict[str, object], forbidden: str

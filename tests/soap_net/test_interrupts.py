@@ -179,6 +179,17 @@ def test_processes_are_deaf_from_their_first_moment_and_a_signal_waits_until_the
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signals that can be blocked, as on POSIX")
+def test_processes_are_deaf_though_pythons_resource_tracker_starts_with_them() -> None:
+    code = """
+import multiprocessing
+with deaf_while_starting():
+    multiprocessing.get_context("spawn").Event()
+    print(len(signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*ENDING}))
+"""
+    assert program(code).stdout == "3\n"
+
+
 def test_a_process_that_leaves_signals_to_main_hears_none() -> None:
     before = {number: signal.getsignal(number) for number in ENDING}
     try:

@@ -23,8 +23,10 @@ from soap_net.steps import Step
 from soap_net.train import Training, TrainingStopped, train
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
-@pytest.mark.skipif(any(name.startswith("MALLOC_") for name in os.environ), reason="malloc is set up already")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose malloc it is about")
+@pytest.mark.skipif(
+    any(name.startswith("MALLOC_") for name in os.environ), reason="MALLOC_... is set, which has its way"
+)
 def test_freed_memory_is_not_fetched_from_the_system_again() -> None:
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -24,7 +24,9 @@ SOON = 6.0
 """Seconds within which all is over; an idle machine takes a second."""
 Moment = Callable[[subprocess.Popen[str]], bool]
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes below /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs /proc, where it looks for processes"
+)
 
 
 @dataclass

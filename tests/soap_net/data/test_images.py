@@ -34,7 +34,7 @@ Picture = Callable[..., np.ndarray]
 FRESH = multiprocessing.get_context("forkserver")
 """Not copies of this process, whose own pages would count as they are touched."""
 FRESH.set_forkserver_preload(["soap_net.data.clips"])
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux counts it")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, as memory is measured as it counts it")
 
 
 def outcome(path: Path) -> str:

@@ -314,7 +314,7 @@ def test_a_crash_while_writing_leaves_nothing_behind_and_an_older_set_whole(
 
 
 def test_folders_that_killed_processes_left_go_and_one_in_use_stays(tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl", reason="this system has no flock")
+    fcntl = pytest.importorskip("fcntl", reason="needs flock, which this system lacks")
     root = write_motion(tmp_path / "mo[ti]on", TINY, progress=False)
     for name in (".mo[ti]on.part-dead", ".mo[ti]on.part-live", ".other.part-x", "mo[ti]on.part-x"):
         (tmp_path / name / "fresh").mkdir(parents=True)
@@ -329,7 +329,7 @@ def test_folders_that_killed_processes_left_go_and_one_in_use_stays(tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == left - {".mo[ti]on.part-live"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="by forks, and folders that are locked")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, as it forks and locks folders")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_what_an_ended_process_was_writing_goes(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, begun = tmp_path / "motion", tmp_path / "begun"

@@ -123,7 +123,7 @@ def test_hidden_and_interlaced_pictures_count_as_a_full_decode_has_it(
     name: str, codec: str, options: dict[str, str], tmp_path: Path, write_video: Make
 ) -> None:
     if codec not in av.codecs_available or not encodes(codec):
-        pytest.skip(f"no encoder {codec}")
+        pytest.skip(f"needs the encoder {codec}, which this FFmpeg is built without")
     path = write_video(tmp_path / name, codec, 33, options=options, size=(64, 64), gop=16)
     assert assert_frames_are_those_of_a_full_decode(path) == 33
 
